@@ -1,0 +1,140 @@
+"""The engine protocol: what the agent, the runtime and the simulator need of an engine, whichever it is.
+
+An engine belongs to one thread. The agent calls it between steps only, so nothing here is ever called while a step
+computes. Implementations: EngineCore with an executor (torch or simulated), and the vLLM adapter.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from llumnix.core.messages.control import MoveCandidate, RequestRow
+from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRefusal:
+    """Why a request was not taken; nothing of it was kept."""
+
+    code: RejectCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Load as in the LoadReport message; ``step_s`` is a recent mean, 0.0 before the first step."""
+
+    capacity_blocks: int
+    used_blocks: int
+    reserved_blocks: int
+    head_blocks: int
+    waiting_blocks: int
+    running: int
+    waiting: int
+    execution_priorities: tuple[tuple[int, int], ...]
+    candidates: tuple[MoveCandidate, ...]
+    step_s: float
+    tokens_total: int
+    preemptions_total: int
+    finished_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step produced: deltas by frontend address, requests that finished, requests whose KV was given up.
+    ``tokens`` computed. ``duration_s`` of the step. An empty step has computed 0 tokens."""
+
+    deltas: dict[str, list[TokenDelta]]
+    finished: tuple[str, ...]
+    preempted: tuple[str, ...]
+    tokens: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MovableState:
+    """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``blocks`` hold the
+    KV of ``computed_tokens``; the first ``full_blocks`` of them are full and never change while ``kv_version``
+    stays as it is. ``known_tokens`` counts prompt + output."""
+
+    waiting: bool
+    blocks: tuple[int, ...]
+    full_blocks: int
+    computed_tokens: int
+    known_tokens: int
+    kv_version: int
+
+
+class Engine(Protocol):
+    """See the module. Methods that take ``request_id`` treat an unknown one as an answer (None, False), not an error,
+    except where a method says that the request must be there (InvariantError otherwise)."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def submit(self, spec: RequestSpec, now: float) -> SubmitRefusal | None:
+        """Queue a request. A spec with a higher epoch replaces one held under the same id; a lower or equal one is
+        refused as INVALID."""
+        ...
+
+    def abort(self, request_id: str, epoch: int) -> bool:
+        """Drop a request held at ``epoch`` or below and free its blocks at once. False: not held."""
+        ...
+
+    def holds(self, request_id: str) -> bool:
+        """Whether the request is waiting, running or taken out for a commit here."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        ...
+
+    def load(self) -> EngineLoad: ...
+
+    def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
+        """Every request held, running ones first."""
+        ...
+
+    def output_since(self, request_id: str, index: int) -> TokenDelta | None:
+        """Tokens of a held or lately finished request from output ``index`` on (with its finish reason if it has
+        ended). None: unknown here."""
+        ...
+
+    # A migration's source.
+    def movable(self, request_id: str) -> MovableState | None:
+        """None: not held, or already taken out."""
+        ...
+
+    def spec_of(self, request_id: str, now: float) -> RequestSpec:
+        """The request as it would travel now. It must be held."""
+        ...
+
+    def take_out(self, request_id: str) -> MovableState:
+        """Remove a held request from queue or batch, keeping its blocks: nothing about it changes until it is put
+        back or released. It must be held and not taken out."""
+        ...
+
+    def put_back(self, request_id: str, epoch: int) -> None:
+        """Continue a request that was taken out, as its owner at ``epoch``."""
+        ...
+
+    def release(self, request_id: str) -> None:
+        """Forget a request that was taken out: it lives elsewhere now. Frees its blocks."""
+        ...
+
+    # A migration's target.
+    def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
+        """Make the reservation hold exactly ``blocks`` blocks in total, new or grown (never shrunk), and return all
+        their ids in order. None: no room, and the reservation is as it was."""
+        ...
+
+    def cancel_reservation(self, migration_id: str) -> None:
+        """Free a reservation's blocks. Unknown ids are ignored."""
+        ...
+
+    def adopt(self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float) -> SubmitRefusal | None:
+        """Turn a reservation whose blocks hold the KV of ``computed_tokens`` into a running request (or, with 0, into
+        a waiting one) that joins the next step. A refusal leaves the reservation as it was."""
+        ...

@@ -1,0 +1,75 @@
+"""A request on its instance: what was asked, what was generated, which KV it holds.
+
+Owned by the engine core; executors, samplers and the agent read it. Positions count prompt + output together.
+``computed_tokens`` of those have their KV in ``blocks``; a running request that has prefilled always knows exactly
+one token more than it has computed, the one sampled last.
+"""
+
+from dataclasses import dataclass, field
+
+from llumnix.core.messages.control import RequestStatus
+from llumnix.core.messages.serving import RequestSpec
+from llumnix.core.sampling import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Mutable state of one request. ``kv_version`` grows each time its KV is given up (preemption), so that a
+    migration in progress notices that what it copied no longer counts."""
+
+    request_id: str
+    epoch: int
+    frontend_address: str
+    sampling: SamplingParams
+    scheduling_priority: int
+    execution_priority: int
+    tenant: str
+    arrived_at: float
+    tokens: list[int]
+    prompt_len: int
+    status: RequestStatus = RequestStatus.WAITING
+    computed_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    kv_version: int = 0
+    preemptions: int = 0
+
+    @classmethod
+    def from_spec(cls, spec: RequestSpec, now: float) -> "Request":
+        """A fresh local request. ``now`` is this instance's clock; time already waited is carried over."""
+        return cls(
+            request_id=spec.request_id,
+            epoch=spec.epoch,
+            frontend_address=spec.frontend_address,
+            sampling=spec.sampling,
+            scheduling_priority=spec.scheduling_priority,
+            execution_priority=spec.execution_priority,
+            tenant=spec.tenant,
+            arrived_at=now - spec.waited_s,
+            tokens=[*spec.prompt_tokens, *spec.output_tokens],
+            prompt_len=len(spec.prompt_tokens),
+        )
+
+    def to_spec(self, now: float) -> RequestSpec:
+        """The request as it would travel now."""
+        return RequestSpec(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            frontend_address=self.frontend_address,
+            prompt_tokens=tuple(self.tokens[: self.prompt_len]),
+            output_tokens=tuple(self.tokens[self.prompt_len :]),
+            sampling=self.sampling,
+            scheduling_priority=self.scheduling_priority,
+            execution_priority=self.execution_priority,
+            tenant=self.tenant,
+            waited_s=max(0.0, now - self.arrived_at),
+        )
+
+    @property
+    def output_len(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether only the last known token is left to compute, so that the next step is a decode."""
+        return self.output_len > 0 and self.computed_tokens == len(self.tokens) - 1

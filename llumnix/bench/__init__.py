@@ -1,0 +1,1 @@
+"""Benchmarks: each `llumnix bench NAME --json FILE`."""

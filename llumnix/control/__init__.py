@@ -1,0 +1,1 @@
+"""The global scheduler as pure code: cluster view, placement, rescheduling rounds, health."""

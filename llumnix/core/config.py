@@ -1,0 +1,158 @@
+"""Every setting of a cluster, as one frozen tree. The only place where defaults live.
+
+A component is handed its own leaf and nothing else. Flags and TOML files are derived from this tree
+(core/config_source.py); each field's ``help`` is what ``--help`` prints. Values are checked on construction, so a
+configuration that exists is a valid one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llumnix.core.errors import ConfigurationError
+
+
+def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its default, its help text and, if given, the only values allowed."""
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+class Leaf:
+    """Shared checks of every configuration leaf: choices hold, numbers are not below zero."""
+
+    def __post_init__(self) -> None:
+        for name, spec in self.__dataclass_fields__.items():  # type: ignore[attr-defined]
+            value, choices = getattr(self, name), spec.metadata.get("choices")
+            if choices and value not in choices:
+                raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            if isinstance(value, int | float) and value < 0:
+                raise ConfigurationError(f"{name} must not be negative, got {value}")
+
+    def need(self, ok: bool, name: str, allowed: str) -> None:
+        """Raise ConfigurationError naming the setting unless ``ok``."""
+        if not ok:
+            raise ConfigurationError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Leaf):
+    """One instance's engine."""
+
+    kind: str = setting("torch", "which engine runs the model", ("torch", "simulated"))
+    model: str = setting("smollm2", "a folder in Hugging Face form, a hub id, or the alias smollm2")
+    device: str = setting("auto", "where the model runs", ("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "auto", "number format of weights and KV", ("auto", "float32", "bfloat16", "float16")
+    )
+    block_size: int = setting(16, "tokens per KV block")
+    kv_blocks: int = setting(0, "KV blocks per instance; 0 sizes the pool by kv_gib")
+    kv_gib: float = setting(1.0, "GiB of KV per instance on a CPU; on a GPU see gpu_memory_share")
+    gpu_memory_share: float = setting(0.9, "share of a GPU's memory for weights and KV together")
+    max_model_len: int = setting(0, "longest prompt + output in tokens; 0 takes the model's own")
+    step_tokens_max: int = setting(512, "most tokens computed in one step (decodes first, then prefill chunks)")
+    batch_max: int = setting(64, "most requests running at once on one instance")
+    waiting_max: int = setting(1024, "most requests waiting at one instance before it refuses more")
+    threads: int = setting(0, "compute threads per instance on a CPU; 0 shares the cores evenly")
+    simulated_step_ms: float = setting(20.0, "simulated engine: time of a decode step")
+    simulated_token_ms: float = setting(0.05, "simulated engine: added time per token in a step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256), "block_size", "a power of two up to 256")
+        self.need(self.step_tokens_max >= 1, "step_tokens_max", "at least 1")
+        self.need(self.batch_max >= 1, "batch_max", "at least 1")
+        self.need(self.waiting_max >= 1, "waiting_max", "at least 1")
+        self.need(0 < self.gpu_memory_share <= 1, "gpu_memory_share", "above 0 and at most 1")
+        self.need(self.kv_blocks > 0 or self.kv_gib > 0, "kv_gib", "above 0 when kv_blocks is 0")
+
+
+@dataclass(frozen=True)
+class MigrationConfig(Leaf):
+    """How requests move between instances."""
+
+    transport: str = setting(
+        "auto", "how KV travels; auto takes the fastest that works", ("auto", "inprocess", "shm", "zmq")
+    )
+    stages_max: int = setting(8, "copy stages before the request is taken out of its batch regardless")
+    outgoing_max: int = setting(4, "migrations out of one instance at a time")
+    incoming_max: int = setting(4, "migrations into one instance at a time")
+    answer_timeout_s: float = setting(5.0, "how long the source waits for the target before it gives up or asks")
+    reservation_s: float = setting(15.0, "how long a target keeps blocks for a silent source")
+    bandwidth_mib_s: float = setting(0.0, "most MiB of KV per second read by one instance; 0 is no limit")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(self.stages_max >= 1, "stages_max", "at least 1")
+        self.need(self.outgoing_max >= 1, "outgoing_max", "at least 1")
+        self.need(self.incoming_max >= 1, "incoming_max", "at least 1")
+        self.need(self.answer_timeout_s > 0, "answer_timeout_s", "above 0")
+        self.need(self.reservation_s > self.answer_timeout_s, "reservation_s", "above answer_timeout_s")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(Leaf):
+    """The global scheduler in the manager."""
+
+    dispatch_policy: str = setting("freeness", "where new requests go: a policy's name or module:Class")
+    pairing_policy: str = setting("freeness", "which instances exchange requests: a name or module:Class; none is off")
+    selection_policy: str = setting("cheapest", "which request an instance gives away first")
+    round_interval_s: float = setting(0.25, "time between rescheduling rounds")
+    low_freeness: float = setting(4.0, "instances below this many free blocks per running request give requests away")
+    high_freeness: float = setting(8.0, "instances above this many free blocks per running request take them")
+    rest_s: float = setting(2.0, "how long a request that just moved is left where it is")
+    headroom_blocks: int = setting(32, "blocks kept free beside requests of each execution priority above 0")
+    moves_per_round_max: int = setting(16, "most migrations begun in one round")
+    silent_after_s: float = setting(3.0, "reports overdue by this make an instance SILENT")
+    placement_memory_s: float = setting(3.0, "how long a placement no report has confirmed still counts")
+    queue_blocks_factor: float = setting(4.0, "queued demand, in multiples of an instance's KV, at which it is full")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(self.round_interval_s > 0, "round_interval_s", "above 0")
+        self.need(self.high_freeness >= self.low_freeness, "high_freeness", "at least low_freeness")
+        self.need(self.silent_after_s > 0, "silent_after_s", "above 0")
+
+
+@dataclass(frozen=True)
+class FrontendConfig(Leaf):
+    """The HTTP frontend."""
+
+    host: str = setting("127.0.0.1", "address the API listens on; beyond loopback admin calls need admin_token")
+    port: int = setting(8000, "port of the API; 0 picks a free one")
+    admin_token: str = setting("", "bearer token of admin calls")
+    served_model_name: str = setting("", "name under which the API offers the model; empty takes engine.model")
+    requests_max: int = setting(4096, "requests in flight before new ones get 429")
+    body_bytes_max: int = setting(16 << 20, "largest accepted request body in bytes")
+    choices_max: int = setting(16, "largest n of one call")
+    place_timeout_s: float = setting(1.0, "wait for the manager before placing by the last view")
+    silent_probe_s: float = setting(2.0, "a stream this long without news is asked after")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(self.port <= 65535, "port", "at most 65535")
+        self.need(self.requests_max >= 1, "requests_max", "at least 1")
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Leaf):
+    """What Ray starts, and where."""
+
+    instances: int = setting(2, "instances to start with")
+    instances_max: int = setting(1024, "most instances scale may ask for")
+    ray_address: str = setting("", "Ray cluster to join; empty starts one on this machine")
+    bind_host: str = setting("127.0.0.1", "address the message bus listens on, on every host")
+    report_interval_s: float = setting(0.02, "least time between two load reports of an instance")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(1 <= self.instances <= self.instances_max, "instances", "within 1 and instances_max")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,28 @@
+"""Owner epochs: which instance may speak for a request right now.
+
+An epoch is one int, compared as a whole: ``generation << HOP_BITS | hop``.
+
+- The frontend alone makes generations. It starts a request at generation 1 and takes the next one whenever it
+  continues the request elsewhere because its owner died or forgot it.
+- Instances alone make hops. A migration's target decodes at hop + 1. A source that resumes after its target was
+  fenced with the commit unanswered takes hop + 2, since the dead target may have decoded at hop + 1.
+
+So no two instances ever decode one request in one epoch, and the frontend needs only one rule: the highest
+epoch seen wins, anything lower is told to stop.
+"""
+
+HOP_BITS = 20
+HOP_MAX = (1 << HOP_BITS) - 1
+FIRST_EPOCH = 1 << HOP_BITS
+
+
+def next_generation(epoch: int) -> int:
+    """The epoch a frontend gives a continuation of a request last seen at ``epoch``."""
+    return ((epoch >> HOP_BITS) + 1) << HOP_BITS
+
+
+def next_hop(epoch: int, hops: int = 1) -> int:
+    """The epoch ``hops`` moves after ``epoch`` within its generation. Raises OverflowError past HOP_MAX moves."""
+    if (epoch & HOP_MAX) + hops > HOP_MAX:
+        raise OverflowError(f"request moved more than {HOP_MAX} times in one generation")
+    return epoch + hops

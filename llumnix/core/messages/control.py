@@ -1,0 +1,273 @@
+"""Messages between the manager and frontends or instances."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class InstanceRole(StrEnum):
+    NEUTRAL = "neutral"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class InstanceState(StrEnum):
+    """STARTING: known, not serving yet. SERVING. DRAINING: takes nothing new. SILENT: reports are overdue, so
+    nothing new is placed there. DOWN: its process has ended for certain."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    SILENT = "silent"
+    DOWN = "down"
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    MIGRATING = "migrating"
+
+
+@dataclass(frozen=True, slots=True)
+class KvEndpoint:
+    """Where and how an instance's KV pool can be read. ``host`` names the machine and process-id namespace,
+    ``pid``/``fd`` the process and its shared-memory file (fd -1: the pool is not in shared memory),
+    ``pool_name`` the name that file must carry, ``address`` the ZeroMQ endpoint that serves blocks."""
+
+    host: str
+    pid: int
+    fd: int
+    pool_name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Shape of a block-first pool: ``[blocks, layers, 2, kv_heads, block_size, head_dim]`` of ``dtype``. Two
+    instances can exchange blocks byte for byte when all but ``blocks`` are equal."""
+
+    blocks: int
+    layers: int
+    kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers, keys and values."""
+        item_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * item_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceHello:
+    """Instance to manager, at start and whenever asked: who I am. ``incarnation`` differs for every process that
+    ever carried ``instance_id``, so a newer one proves that the older process has ended."""
+
+    instance_id: str
+    incarnation: str
+    address: str
+    role: InstanceRole
+    model: str
+    max_model_len: int
+    kv_layout: KvLayout
+    kv_endpoint: KvEndpoint
+
+
+@dataclass(frozen=True, slots=True)
+class MoveCandidate:
+    """A request its instance would give away first, by the selection policy. ``blocks`` it holds,
+    ``waiting`` if it has no KV yet."""
+
+    request_id: str
+    blocks: int
+    execution_priority: int
+    waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since start.
+
+    ``used_blocks`` are owned by running requests, ``reserved_blocks`` held for incoming migrations, the rest of
+    ``capacity_blocks`` is free. ``head_blocks`` is what the prefill of the queue's head needs, ``waiting_blocks``
+    what all waiting requests need. ``execution_priorities`` are (priority, running requests of it), ascending.
+    ``accepted`` are requests taken since the previous report, so that the manager can drop them from its
+    in-flight ledger.
+    """
+
+    instance_id: str
+    incarnation: str
+    sequence: int
+    capacity_blocks: int
+    used_blocks: int
+    reserved_blocks: int
+    head_blocks: int
+    waiting_blocks: int
+    running: int
+    waiting: int
+    migrating_in: int
+    migrating_out: int
+    draining: bool
+    execution_priorities: tuple[tuple[int, int], ...]
+    candidates: tuple[MoveCandidate, ...]
+    accepted: tuple[str, ...]
+    step_s: float
+    tokens_total: int
+    preemptions_total: int
+    finished_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class HelloWanted:
+    """Manager to instance or frontend it heard from but does not know (it has restarted): introduce yourself."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendHello:
+    """Frontend to manager: send me cluster views and death notices at ``address``."""
+
+    frontend_id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it."""
+
+    frontend_address: str
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    scheduling_priority: int
+    execution_priority: int
+    tenant: str
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Manager to frontend: send ``request_id`` there."""
+
+    request_id: str
+    instance_id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotPlaced:
+    """Manager to frontend: no instance can take the request now; try again after ``retry_after_s``."""
+
+    request_id: str
+    reason: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """One instance as a frontend needs it for placing on its own when the manager is away."""
+
+    instance_id: str
+    incarnation: str
+    address: str
+    state: InstanceState
+    freeness: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """Manager to every frontend: at once when an instance comes, goes, drains; otherwise every second or so."""
+
+    sequence: int
+    instances: tuple[InstanceStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateOrder:
+    """Manager to source instance: move ``request_id`` to the target. ``reason`` is shown to people."""
+
+    migration_id: str
+    request_id: str
+    target_id: str
+    target_incarnation: str
+    target_address: str
+    reason: str
+
+
+class MigrationOutcome(StrEnum):
+    """COMMITTED: the target owns the request. REFUSED: the target or the source said no, with a reason.
+    ABORTED: begun, then given up because the request ended, was preempted, or a side failed; the request stayed
+    where it was unless its source died. RESUMED: commit unanswered, target fenced, source took it back."""
+
+    COMMITTED = "committed"
+    REFUSED = "refused"
+    ABORTED = "aborted"
+    RESUMED = "resumed"
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationEnded:
+    """Source to manager: how an ordered migration ended. ``pause_s`` is how long the request was in no batch at
+    the source, up to the answer to its commit (0 if it never left)."""
+
+    migration_id: str
+    request_id: str
+    source_id: str
+    target_id: str
+    outcome: MigrationOutcome
+    reason: str
+    stages: int
+    kv_bytes: int
+    duration_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SetDraining:
+    """Manager to instance: refuse (or take again) new requests and incoming migrations."""
+
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Manager to everyone: this process has ended for certain and will never speak again."""
+
+    instance_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListRequests:
+    """Manager to instance: describe every request you hold, to ``reply_address``."""
+
+    query_id: str
+    reply_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRow:
+    """One request as an administrator sees it."""
+
+    request_id: str
+    instance_id: str
+    status: RequestStatus
+    tenant: str
+    scheduling_priority: int
+    execution_priority: int
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    blocks: int
+    preemptions: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestList:
+    """Instance to manager: answer to ListRequests."""
+
+    query_id: str
+    instance_id: str
+    rows: tuple[RequestRow, ...]

@@ -1,0 +1,95 @@
+"""Read-only views: all that a policy may look at, and the decisions it returns.
+
+Views are made by the control plane (control/cluster_view.py) from load reports and the in-flight ledger. They
+are frozen: a policy that wants memory keeps its own. Every decision carries scores and a reason, so that it can
+be explained later. Ties break by instance id.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One instance as the manager believes it to be now: its last report plus what is in flight to and from it.
+
+    ``used_blocks`` includes reservations. ``placed_blocks``/``placed_requests`` are placements no report has
+    confirmed yet; ``arriving_blocks`` what running migrations will bring, ``leaving_blocks`` take away.
+    ``freeness`` is the virtual-usage score (policies/freeness.py): higher is freer, negative is overloaded.
+    """
+
+    instance_id: str
+    role: InstanceRole
+    state: InstanceState
+    capacity_blocks: int
+    used_blocks: int
+    head_blocks: int
+    waiting_blocks: int
+    running: int
+    waiting: int
+    execution_priorities: tuple[tuple[int, int], ...]
+    candidates: tuple[MoveCandidate, ...]
+    placed_blocks: int
+    placed_requests: int
+    arriving_blocks: int
+    leaving_blocks: int
+    migrating_in: int
+    migrating_out: int
+    step_s: float
+    report_age_s: float
+    freeness: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSnapshot:
+    """All instances, ordered by id, at one moment. ``resting`` are requests that moved lately and must not again."""
+
+    now: float
+    instances: tuple[InstanceView, ...]
+    resting: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request to be placed. ``blocks`` is what its prefill needs."""
+
+    request_id: str
+    blocks: int
+    prompt_tokens: int
+    max_tokens: int
+    scheduling_priority: int
+    execution_priority: int
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchDecision:
+    """Where a request goes (None: nowhere fits), with the score of each candidate and the reason."""
+
+    instance_id: str | None
+    scores: tuple[tuple[str, float], ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One migration to begin, with the reason."""
+
+    request_id: str
+    source_id: str
+    target_id: str
+    reason: str
+
+
+class DispatchPolicy(Protocol):
+    """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty."""
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision: ...
+
+
+class PairingPolicy(Protocol):
+    """Chooses which requests move where, once a round."""
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]: ...

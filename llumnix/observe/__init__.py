@@ -1,0 +1,1 @@
+"""Metrics and events, as subscribers to what the cores report."""

@@ -1,0 +1,1 @@
+"""The outermost ring: Ray actors, the ZeroMQ bus, threads and clocks around the pure cores."""

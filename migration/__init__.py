@@ -1,0 +1,1 @@
+"""Live migration: the protocol as two pure state machines, and the transports that move KV bytes."""
