@@ -1,0 +1,104 @@
+"""The KV pool: one tensor per instance, block first, in memory that a peer on the same host can map.
+
+On Linux the pool of a CPU instance lives in a memfd. A peer that knows the process id and descriptor opens
+``/proc/<pid>/fd/<fd>`` and reads blocks without any staging; the memory has no name in any file system, so nothing
+stays behind however the process ends. On a GPU, or where there is no memfd, it is plain memory and ``fd`` is -1.
+
+Every page is written once at the start: a step or a migration never pays for a page fault, and too large a pool
+fails here rather than under load. Made by executors; read by transports.
+"""
+
+import mmap
+import os
+import sys
+from typing import Final
+
+import torch
+
+from llumnix.core.config import EngineConfig
+from llumnix.core.errors import ConfigurationError, InvariantError
+from llumnix.core.messages.control import KvLayout
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAME_BYTES_MAX = 200  # Linux takes 249, prefix included
+GIB = 1 << 30
+
+
+def memfd_name(pool_name: str) -> str:
+    """The name under which a pool's memfd shows in ``/proc/<pid>/fd``."""
+    return f"llumnix-{pool_name}"
+
+
+class KvPool:
+    """Memory for ``layout``. ``tensor`` is ``[blocks, layers, 2, kv_heads, block_size, head_dim]`` (keys at 0, values
+    at 1); ``fd`` is the memfd or -1; ``pool_name`` tells a peer that it opened the right file."""
+
+    def __init__(self, layout: KvLayout, pool_name: str, device: torch.device) -> None:
+        if not pool_name or len(pool_name.encode()) > NAME_BYTES_MAX:
+            raise ConfigurationError(f"a pool's name has 1 to {NAME_BYTES_MAX} bytes, got {pool_name!r}")
+        if layout.blocks < 1:
+            raise ConfigurationError("a KV pool needs at least one block")
+        self.layout = layout
+        self.pool_name = pool_name
+        self.fd = -1
+        size_bytes = layout.blocks * layout.block_bytes
+        if device.type == "cpu" and sys.platform == "linux":
+            flat = self._map_memfd(size_bytes)
+        else:
+            flat = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        flat.zero_()
+        self._bytes: torch.Tensor | None = flat.view(layout.blocks, layout.block_bytes)
+        self._tensor: torch.Tensor | None = flat.view(DTYPES[layout.dtype]).view(
+            layout.blocks, layout.layers, 2, layout.kv_heads, layout.block_size, layout.head_dim
+        )
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The pool itself."""
+        if self._tensor is None:
+            raise InvariantError(f"KV pool {self.pool_name} was used after it was closed")
+        return self._tensor
+
+    def bytes_view(self) -> torch.Tensor:
+        """The same memory as uint8 ``[blocks, block_bytes]``: row i is block i."""
+        if self._bytes is None:
+            raise InvariantError(f"KV pool {self.pool_name} was used after it was closed")
+        return self._bytes
+
+    def close(self) -> None:
+        """Give the memory up. It is returned once the last tensor over it, here or in a peer, is gone."""
+        self._tensor = self._bytes = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _map_memfd(self, size_bytes: int) -> torch.Tensor:
+        self.fd = os.memfd_create(memfd_name(self.pool_name))
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            memory = mmap.mmap(self.fd, size_bytes)
+        except OSError as error:
+            os.close(self.fd)
+            self.fd = -1
+            raise ConfigurationError(
+                f"no shared memory for {size_bytes / GIB:.2f} GiB of KV (kv_gib, kv_blocks): {error}"
+            ) from error
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def pool_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
+    """How many blocks a pool gets: ``kv_blocks`` if set, else what fits ``kv_gib`` on a CPU or, on a GPU, the part of
+    ``gpu_memory_share`` that is still free (so load the weights first)."""
+    if config.kv_blocks:
+        return config.kv_blocks
+    if device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        budget_bytes = int(total_bytes * config.gpu_memory_share) - (total_bytes - free_bytes)
+        source = f"gpu_memory_share {config.gpu_memory_share} leaves {max(0, budget_bytes) / GIB:.2f} GiB"
+    else:
+        budget_bytes = int(config.kv_gib * GIB)
+        source = f"kv_gib {config.kv_gib}"
+    blocks = budget_bytes // block_bytes
+    if blocks < 1:
+        raise ConfigurationError(f"{source}, not enough for one KV block of {block_bytes} bytes")
+    return blocks
