@@ -1,0 +1,96 @@
+"""The Ray actors: the manager (one per cluster) and the instances. Ray starts them, finds them by name, and starts
+them again when their process dies.
+
+Nothing travels through Ray but orders and answers of administrators; tokens, load and KV take the bus. An actor's
+constructor does all its work, since it is what Ray runs again after a crash. Names are fixed, so that a restarted
+manager finds the instances that are already there.
+"""
+
+import os
+import socket
+import threading
+import uuid
+from dataclasses import dataclass, replace
+
+import ray
+from ray.actor import ActorHandle
+
+from llumnix.core.config import Config
+from llumnix.core.errors import ConfigurationError
+from llumnix.runtime.instance_factory import make_instance_server
+from llumnix.runtime.loop_thread import LoopThread
+
+NAMESPACE = "llumnix"
+MANAGER_NAME = "manager"
+INSTANCE_PREFIX = "instance:"
+STOP_TIMEOUT_S = 20.0
+
+
+def actor_name(instance_id: str) -> str:
+    """The Ray name of an instance's actor."""
+    return INSTANCE_PREFIX + instance_id
+
+
+def find_instance(instance_id: str) -> "ActorHandle[InstanceActor]":
+    """The handle of a living or restarting instance. Raises ValueError if there is none of that name."""
+    return ray.get_actor(actor_name(instance_id), namespace=NAMESPACE)
+
+
+def on_this_host(config: Config) -> Config:
+    """The configuration with ``bind_host`` "node" replaced by the address of the Ray node this process is on."""
+    if config.cluster.bind_host != "node":
+        return config
+    host = ray.util.get_node_ip_address()
+    return replace(config, cluster=replace(config.cluster, bind_host=host))
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on at ``host`` right now."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise ConfigurationError(f"bind_host {host} is not an address of this machine: {error}") from error
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessName:
+    """Which process stands behind an instance at the moment."""
+
+    incarnation: str
+    pid: int
+
+
+@ray.remote
+class InstanceActor:
+    """One instance. A failing engine thread ends the process, so that Ray starts a clean one."""
+
+    def __init__(self, config: Config, instance_id: str, manager_address: str) -> None:
+        self._process = ProcessName(incarnation=uuid.uuid4().hex[:12], pid=os.getpid())
+        self._loop = LoopThread("instance-io")
+        self._server = self._loop.run(
+            make_instance_server(
+                on_this_host(config),
+                instance_id=instance_id,
+                incarnation=self._process.incarnation,
+                manager_address=manager_address,
+                on_failure=lambda error: os._exit(1),
+            )
+        )
+        self._server.start()
+
+    def process(self) -> ProcessName:
+        """Answered once the constructor is through: the instance serves."""
+        return self._process
+
+    def watch(self, incarnation: str) -> ProcessName:
+        """Return at once if this process is another than ``incarnation``; otherwise never, so that the call fails
+        in the very moment the process dies."""
+        if incarnation == self._process.incarnation:
+            threading.Event().wait()
+        return self._process
+
+    def stop(self) -> None:
+        """Leave the bus in order. The actor is killed right after."""
+        self._loop.run(self._server.close(), STOP_TIMEOUT_S)

@@ -1,0 +1,181 @@
+"""One instance at run time: an engine and its agent on a thread of their own, beside the bus's event loop.
+
+The engine thread is the only one that touches engine and agent: between two steps it hands the agent what came in
+(messages, finished KV reads), then runs the next step. The event loop carries messages; copy threads read KV. The
+three meet in one bounded inbox and in ``call_soon_threadsafe``. Used by the Ray actor, by benchmarks and by tests
+that need no Ray.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from llumnix.core.config import Config
+from llumnix.core.effects import Send
+from llumnix.core.errors import InvariantError, LlumnixError, TransportError
+from llumnix.core.messages.control import KvEndpoint
+from llumnix.instance.agent import Agent, CloseReader, StartRead
+from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.migration.transports.base import BlockReader, ReaderFactory, ReadStats
+from llumnix.runtime.bus import Bus
+
+log = logging.getLogger(__name__)
+
+INBOX_MAX = 100_000
+IDLE_WAIT_S = 0.5  # a bound only: messages and deadlines end the wait
+READERS_MAX = 64
+READ_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEnded:
+    """A copy thread's word to the agent."""
+
+    migration_id: str
+    stage: int
+    outcome: ReadStats | TransportError
+
+
+class InstanceServer:
+    """Runs one instance until `close`. ``on_failure`` is called, on the engine thread, when it cannot go on."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engine: InProcessEngine,
+        make_agent: Callable[[str], Agent],
+        readers: ReaderFactory,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """``make_agent`` is given the bus's address, which nobody knows before the bus exists."""
+        self._loop = asyncio.get_running_loop()
+        self._bus = Bus(config.cluster.bind_host, on_message=self._post, on_lost=self._peer_lost)
+        self.address = self._bus.address
+        self._engine = engine
+        self._agent = make_agent(self.address)
+        self._factory = readers
+        self._readers: dict[str, BlockReader] = {}
+        self._readers_lock = threading.Lock()
+        self._copiers = ThreadPoolExecutor(config.migration.incoming_max, thread_name_prefix="kv-copy")
+        self._final_reads: set[tuple[str, int]] = set()
+        self._inbox: queue.Queue[object] = queue.Queue(INBOX_MAX)
+        self._stopping = threading.Event()
+        self._on_failure = on_failure
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve and to report."""
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Stop after the current step. Requests held here are lost: drain the instance first to keep them."""
+        self._stopping.set()
+        self._post(None)
+        await asyncio.to_thread(self._thread.join)
+        self._copiers.shutdown(wait=True, cancel_futures=True)
+        for reader in self._readers.values():
+            reader.close()
+        self._bus.close()
+
+    # Event loop side.
+
+    def _post(self, message: object) -> None:
+        try:
+            self._inbox.put_nowait(message)
+        except queue.Full:
+            log.warning("inbox full, dropped a %s", type(message).__name__)
+
+    def _peer_lost(self, address: str) -> None:
+        log.info("lost the connection to %s", address)
+
+    def _send_all(self, sends: Sequence[Send]) -> None:
+        for send in sends:
+            self._bus.send(send.address, send.message)
+
+    # Engine thread side.
+
+    def _run(self) -> None:
+        try:
+            self._perform(self._agent.start(time.monotonic()))
+            while not self._stopping.is_set():
+                self._take_inbox()
+                self._perform(self._agent.tick(time.monotonic()))
+                if self._engine.has_work():
+                    result = self._engine.step(time.monotonic)
+                    self._perform(self._agent.after_step(result, time.monotonic()))
+        except Exception as error:  # the supervisor's one place: log, and fail the whole instance
+            log.exception("the engine thread failed")
+            self._on_failure(error)
+
+    def _take_inbox(self) -> None:
+        """Handle what has come in. Waits only if the engine is idle, or for the last blocks of a request that is
+        to join the next step."""
+        wait_s = 0.0 if self._engine.has_work() and not self._final_reads else self._idle_s()
+        while not self._stopping.is_set():
+            try:
+                item = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(item, ReadEnded):
+                self._final_reads.discard((item.migration_id, item.stage))
+                effects = self._agent.read_ended(
+                    item.migration_id, item.stage, item.outcome, time.monotonic()
+                )
+            elif item is not None:
+                effects = self._agent.handle(item, time.monotonic())
+            else:
+                return
+            self._perform(effects)
+            wait_s = self._idle_s() if self._final_reads else 0.0
+
+    def _idle_s(self) -> float:
+        deadline = self._agent.next_deadline()
+        return IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - time.monotonic()))
+
+    def _perform(self, effects: Sequence[object]) -> None:
+        sends = [effect for effect in effects if isinstance(effect, Send)]
+        if sends:
+            self._loop.call_soon_threadsafe(self._send_all, sends)
+        for effect in effects:
+            if isinstance(effect, StartRead):
+                if effect.final:
+                    self._final_reads.add((effect.migration_id, effect.stage))
+                self._copiers.submit(self._read, effect)
+            elif isinstance(effect, CloseReader):
+                self._close_reader(effect.pool_name)
+            elif not isinstance(effect, Send):
+                raise InvariantError(f"an instance cannot carry out {effect!r}")
+
+    # Copy threads.
+
+    def _read(self, order: StartRead) -> None:
+        outcome: ReadStats | TransportError
+        try:
+            reader = self._reader(order.endpoint)
+            outcome = reader.read(order.source_blocks, order.target_blocks, READ_TIMEOUT_S)
+        except TransportError as error:
+            outcome = error
+        except (LlumnixError, OSError, ValueError) as error:
+            outcome = TransportError(f"reading KV from {order.endpoint.pool_name} failed: {error}")
+        self._inbox.put(ReadEnded(order.migration_id, order.stage, outcome))
+
+    def _reader(self, endpoint: KvEndpoint) -> BlockReader:
+        with self._readers_lock:
+            reader = self._readers.get(endpoint.pool_name)
+            if reader is None:
+                if len(self._readers) >= READERS_MAX:
+                    self._readers.pop(next(iter(self._readers))).close()
+                reader = self._readers[endpoint.pool_name] = self._factory.open(endpoint)
+            return reader
+
+    def _close_reader(self, pool_name: str) -> None:
+        with self._readers_lock:
+            reader = self._readers.pop(pool_name, None)
+        if reader is not None:
+            reader.close()
