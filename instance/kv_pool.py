@@ -1,11 +1,12 @@
 """The KV pool: one tensor per instance, block first, in memory that a peer on the same host can map.
 
 On Linux the pool of a CPU instance lives in a memfd. A peer that knows the process id and descriptor opens
-``/proc/<pid>/fd/<fd>`` and reads blocks without any staging; the memory has no name in any file system, so nothing
-stays behind however the process ends. On a GPU, or where there is no memfd, it is plain memory and ``fd`` is -1.
+``/proc/<pid>/fd/<fd>`` and reads blocks without any staging; the memory has no name in any file system, so
+nothing stays behind however the process ends. On a GPU, or where there is no memfd, it is plain memory and
+``fd`` is -1.
 
-Every page is written once at the start: a step or a migration never pays for a page fault, and too large a pool
-fails here rather than under load. Made by executors; read by transports.
+Every page is written once at the start: a step or a migration never pays for a page fault, and too large a
+pool fails here rather than under load. Made by executors; read by transports.
 """
 
 import mmap
@@ -30,8 +31,8 @@ def memfd_name(pool_name: str) -> str:
 
 
 class KvPool:
-    """Memory for ``layout``. ``tensor`` is ``[blocks, layers, 2, kv_heads, block_size, head_dim]`` (keys at 0, values
-    at 1); ``fd`` is the memfd or -1; ``pool_name`` tells a peer that it opened the right file."""
+    """Memory for ``layout``. ``tensor`` is ``[blocks, layers, 2, kv_heads, block_size, head_dim]``, keys at 0
+    and values at 1; ``fd`` is the memfd or -1; ``pool_name`` tells a peer that it opened the right file."""
 
     def __init__(self, layout: KvLayout, pool_name: str, device: torch.device) -> None:
         if not pool_name or len(pool_name.encode()) > NAME_BYTES_MAX:
@@ -87,8 +88,8 @@ class KvPool:
 
 
 def pool_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
-    """How many blocks a pool gets: ``kv_blocks`` if set, else what fits ``kv_gib`` on a CPU or, on a GPU, the part of
-    ``gpu_memory_share`` that is still free (so load the weights first)."""
+    """How many blocks a pool gets: ``kv_blocks`` if set, else what fits ``kv_gib`` on a CPU or, on a GPU, the
+    part of ``gpu_memory_share`` that is still free (so load the weights first)."""
     if config.kv_blocks:
         return config.kv_blocks
     if device.type == "cuda":
