@@ -101,6 +101,7 @@ class SchedulerConfig(Leaf):
     rest_s: float = setting(2.0, "how long a request that just moved is left where it is")
     headroom_blocks: int = setting(32, "blocks kept free beside requests of each execution priority above 0")
     moves_per_round_max: int = setting(16, "most migrations begun in one round")
+    moves_per_instance_max: int = setting(4, "most migrations out of or into one instance that rounds keep running")
     silent_after_s: float = setting(3.0, "reports overdue by this make an instance SILENT")
     placement_memory_s: float = setting(3.0, "how long a placement no report has confirmed still counts")
     queue_blocks_factor: float = setting(4.0, "queued demand, in multiples of an instance's KV, at which it is full")

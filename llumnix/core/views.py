@@ -5,6 +5,7 @@ are frozen: a policy that wants memory keeps its own. Every decision carries sco
 be explained later. Ties break by instance id.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,8 @@ class InstanceView:
     ``used_blocks`` includes reservations. ``placed_blocks``/``placed_requests`` are placements no report has
     confirmed yet; ``arriving_blocks`` what running migrations will bring, ``leaving_blocks`` take away.
     ``freeness`` is the virtual-usage score (policies/freeness.py): higher is freer, negative is overloaded.
+    ``queue_freeness`` counts all queued demand, not the queue's head alone: what a newcomer would find.
+    ``reported_at`` is the manager's clock when the last report came in.
     """
 
     instance_id: str
@@ -38,17 +41,20 @@ class InstanceView:
     migrating_in: int
     migrating_out: int
     step_s: float
-    report_age_s: float
+    reported_at: float
     freeness: float
+    queue_freeness: float
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """All instances, ordered by id, at one moment. ``resting`` are requests that moved lately and must not again."""
+    """All instances, ordered by id, at one moment. ``resting`` are requests that are moving or moved lately and must
+    be left alone, ``closed`` instances that refused a migration lately and must not be targets."""
 
     now: float
     instances: tuple[InstanceView, ...]
     resting: frozenset[str]
+    closed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class DispatchDecision:
-    """Where a request goes (None: nowhere fits), with the score of each candidate and the reason."""
+    """Where a request goes (None: nowhere fits), with the scores of the best candidates and the reason."""
 
     instance_id: str | None
     scores: tuple[tuple[str, float], ...]
@@ -84,7 +90,8 @@ class Move:
 
 
 class DispatchPolicy(Protocol):
-    """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty."""
+    """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in falling
+    order of ``queue_freeness``, then by id."""
 
     def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision: ...
 
@@ -93,3 +100,9 @@ class PairingPolicy(Protocol):
     """Chooses which requests move where, once a round."""
 
     def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]: ...
+
+
+class SelectionPolicy(Protocol):
+    """Chooses, on an instance, which of its requests it would give away first."""
+
+    def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]: ...

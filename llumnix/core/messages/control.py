@@ -77,8 +77,8 @@ class InstanceHello:
 
 @dataclass(frozen=True, slots=True)
 class MoveCandidate:
-    """A request its instance would give away first, by the selection policy. ``blocks`` it holds,
-    ``waiting`` if it has no KV yet."""
+    """A request its instance would give away first, by the selection policy. ``blocks`` it holds or, if it is
+    ``waiting`` and so has no KV yet, those its prefill needs."""
 
     request_id: str
     blocks: int
@@ -94,7 +94,8 @@ class LoadReport:
     ``capacity_blocks`` is free. ``head_blocks`` is what the prefill of the queue's head needs, ``waiting_blocks``
     what all waiting requests need. ``execution_priorities`` are (priority, running requests of it), ascending.
     ``accepted`` are requests taken since the previous report, so that the manager can drop them from its
-    in-flight ledger.
+    in-flight ledger. ``address`` is where a manager that has restarted can ask for the instance's hello.
+    Reports repeat about every second while nothing changes: silence is how a hung instance is noticed.
     """
 
     instance_id: str
@@ -117,6 +118,7 @@ class LoadReport:
     tokens_total: int
     preemptions_total: int
     finished_total: int
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,8 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class NotPlaced:
-    """Manager to frontend: no instance can take the request now; try again after ``retry_after_s``."""
+    """Manager to frontend: no instance can take the request now; try again after ``retry_after_s``. 0: trying again
+    is no use, the request fits no instance."""
 
     request_id: str
     reason: str

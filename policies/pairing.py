@@ -1,0 +1,159 @@
+"""Which requests move where, once a rescheduling round.
+
+Invariants: no instance is source and target in one round; a resting request is not moved; a move makes the
+worse side of its pair strictly better off and leaves the target above the low mark with room to spare. Every
+such move raises the sorted vector of scores, so in a cluster where nothing else happens rounds come to rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import InstanceState, MoveCandidate
+from llumnix.core.views import ClusterSnapshot, InstanceView, Move
+from llumnix.policies.freeness import Load
+
+SPARE_BLOCKS = 1  # a decoding request may fill one more block while it is copied
+
+
+class NoPairing:
+    """Nothing moves by itself."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        """Never a move."""
+        return ()
+
+
+class FreenessPairing:
+    """Instances under the low mark give to those above the high mark, lowest to highest. Draining instances
+    give to whoever can hold the request without being overloaded by it."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        """The round's moves, those off draining instances first."""
+        plan = _Round(self._config, cluster)
+        plan.empty_draining()
+        plan.balance()
+        return tuple(plan.moves)
+
+
+@dataclass(slots=True)
+class _Side:
+    """An instance in this round: its load as planned so far, and how many more moves it may take part in."""
+
+    view: InstanceView
+    load: Load
+    room: int
+    taken: set[str] = field(default_factory=set)
+
+    @property
+    def instance_id(self) -> str:
+        return self.view.instance_id
+
+
+# May this move be made? The source, its load after the move, the target, its load after the move.
+Allowed = Callable[[_Side, Load, _Side, Load], bool]
+
+
+class _Round:
+    """One round's plan. Sides are made once; loads are replaced as moves are planned."""
+
+    def __init__(self, config: SchedulerConfig, cluster: ClusterSnapshot) -> None:
+        self.moves: list[Move] = []
+        self._config = config
+        self._resting = cluster.resting
+        serving = [view for view in cluster.instances if view.state is InstanceState.SERVING]
+        open_views = [view for view in serving if view.instance_id not in cluster.closed]
+        draining = [view for view in cluster.instances if view.state is InstanceState.DRAINING]
+        self._draining = [self._side(view, view.migrating_out) for view in draining if view.candidates]
+        low = [view for view in serving if view.freeness < config.low_freeness and view.candidates]
+        low.sort(key=lambda view: (view.freeness, view.instance_id))
+        self._low = [self._side(view, view.migrating_out) for view in low]
+        # More targets than moves are never needed; the freest are the best of them.
+        open_views.sort(key=lambda view: (-view.queue_freeness, view.instance_id))
+        freest = open_views[: 2 * config.moves_per_round_max]
+        self._targets = [self._side(view, view.migrating_in) for view in freest]
+        self._gave: set[str] = set()
+        self._took: set[str] = set()
+
+    def empty_draining(self) -> None:
+        """Plan moves off draining instances, one from each in turn."""
+
+        def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
+            return self._freeness(after) > 0
+
+        self._plan(self._draining, self._targets, allowed)
+
+    def balance(self) -> None:
+        """Plan moves from under the low mark to above the high one."""
+        config = self._config
+
+        def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
+            if source.load.freeness(config.headroom_blocks) >= config.low_freeness:
+                return False
+            if target.load.freeness(config.headroom_blocks) <= config.high_freeness:
+                return False
+            worse = min(self._freeness(source.load), self._freeness(target.load))
+            improves = min(self._freeness(after_source), self._freeness(after)) > worse
+            return improves and self._freeness(after) > config.low_freeness
+
+        high = [side for side in self._targets if side.view.freeness > config.high_freeness]
+        self._plan(self._low, high, allowed)
+
+    def _plan(self, sources: list[_Side], targets: list[_Side], allowed: Allowed) -> None:
+        active = sources
+        while active and len(self.moves) < self._config.moves_per_round_max:
+            active = [source for source in active if self._give_one(source, targets, allowed)]
+
+    def _give_one(self, source: _Side, targets: list[_Side], allowed: Allowed) -> bool:
+        if (
+            source.room <= 0
+            or source.instance_id in self._took
+            or len(self.moves) >= self._config.moves_per_round_max
+        ):
+            return False
+        ranked = sorted(
+            (side for side in targets if side.room > 0 and side.instance_id not in self._gave),
+            key=lambda side: (-self._freeness(side.load), side.instance_id),
+        )
+        for candidate in source.view.candidates:
+            if candidate.request_id in source.taken or candidate.request_id in self._resting:
+                continue
+            for target in ranked:
+                if target.instance_id != source.instance_id and self._try(source, target, candidate, allowed):
+                    return True
+        return False
+
+    def _try(self, source: _Side, target: _Side, candidate: MoveCandidate, allowed: Allowed) -> bool:
+        blocks = source.load.demand(candidate)
+        if target.load.free_blocks < blocks + SPARE_BLOCKS:
+            return False
+        after_source, after = source.load.without(candidate), target.load.joined(candidate, blocks)
+        if not allowed(source, after_source, target, after):
+            return False
+        reason = (
+            f"draining {source.instance_id}"
+            if source.load.draining
+            else f"freeness {source.instance_id} {self._freeness(source.load):.1f} to "
+            f"{self._freeness(after_source):.1f}, {target.instance_id} {self._freeness(target.load):.1f} to "
+            f"{self._freeness(after):.1f}"
+        )
+        self.moves.append(Move(candidate.request_id, source.instance_id, target.instance_id, reason))
+        source.load, target.load = after_source, after
+        source.taken.add(candidate.request_id)
+        source.room -= 1
+        target.room -= 1
+        self._gave.add(source.instance_id)
+        self._took.add(target.instance_id)
+        return True
+
+    def _side(self, view: InstanceView, moving: int) -> _Side:
+        return _Side(view, Load.of(view), self._config.moves_per_instance_max - moving)
+
+    def _freeness(self, load: Load) -> float:
+        return load.queue_freeness(self._config.headroom_blocks)

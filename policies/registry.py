@@ -1,0 +1,88 @@
+"""Policies by name: the one place where names become objects.
+
+A name is built in (registering one is a line in the tables below), or ``module:Class``, or the name of an
+entry point in the group ``llumnix.policies``. Every policy class is constructed with the scheduler's
+configuration. Whatever is wrong with a plug-in, the caller gets a ConfigurationError that says which one,
+why, and what else there is. Called by the global scheduler (dispatch, pairing) and by engines (selection).
+"""
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any, cast
+
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.errors import ConfigurationError
+from llumnix.core.views import DispatchPolicy, PairingPolicy, SelectionPolicy
+from llumnix.policies.dispatch import FreenessDispatch, RoundRobin
+from llumnix.policies.pairing import FreenessPairing, NoPairing
+from llumnix.policies.selection import Cheapest
+
+ENTRY_POINT_GROUP = "llumnix.policies"
+
+DISPATCH: dict[str, type[DispatchPolicy]] = {"freeness": FreenessDispatch, "round-robin": RoundRobin}
+PAIRING: dict[str, type[PairingPolicy]] = {"freeness": FreenessPairing, "none": NoPairing}
+SELECTION: dict[str, type[SelectionPolicy]] = {"cheapest": Cheapest}
+
+# What importing or constructing other people's code may raise.
+PLUGIN_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ConfigurationError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def dispatch_policy(config: SchedulerConfig) -> DispatchPolicy:
+    """The policy named by ``dispatch_policy``. Raises ConfigurationError."""
+    return cast(DispatchPolicy, _build("dispatch", config.dispatch_policy, DISPATCH, "place", config))
+
+
+def pairing_policy(config: SchedulerConfig) -> PairingPolicy:
+    """The policy named by ``pairing_policy``. Raises ConfigurationError."""
+    return cast(PairingPolicy, _build("pairing", config.pairing_policy, PAIRING, "pair", config))
+
+
+def selection_policy(config: SchedulerConfig) -> SelectionPolicy:
+    """The policy named by ``selection_policy``. Raises ConfigurationError."""
+    return cast(SelectionPolicy, _build("selection", config.selection_policy, SELECTION, "select", config))
+
+
+def _build(kind: str, name: str, builtin: dict[str, Any], method: str, config: SchedulerConfig) -> object:
+    def refuse(reason: str) -> ConfigurationError:
+        known = ", ".join(
+            sorted({*builtin, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+        )
+        return ConfigurationError(f"{kind} policy {name!r}: {reason} (known: {known}; or module:Class)")
+
+    try:
+        cls = builtin.get(name) or _plugin(name)
+    except PLUGIN_FAULTS as error:
+        raise refuse(f"cannot be loaded: {type(error).__name__}: {error}") from error
+    if cls is None:
+        raise refuse("unknown")
+    if not callable(getattr(cls, method, None)):
+        raise refuse(f"has no method {method}")
+    try:
+        return cls(config)
+    except PLUGIN_FAULTS as error:
+        raise refuse(f"cannot be constructed: {type(error).__name__}: {error}") from error
+
+
+def _plugin(name: str) -> Any:
+    """The class behind ``module:Class`` or an entry point; None if there is no such entry point."""
+    module, colon, attribute = name.partition(":")
+    if colon:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+    points = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    return next(iter(points)).load() if points else None
