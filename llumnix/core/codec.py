@@ -50,6 +50,7 @@ TAGS: dict[int, type] = {
     47: migration.Denied,
     48: migration.QueryCommit,
     49: migration.AbortMigration,
+    50: migration.CommitSoon,
 }
 TAG_OF = {cls: tag for tag, cls in TAGS.items()}
 

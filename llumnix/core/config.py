@@ -78,6 +78,9 @@ class MigrationConfig(Leaf):
     answer_timeout_s: float = setting(5.0, "how long the source waits for the target before it gives up or asks")
     reservation_s: float = setting(15.0, "how long a target keeps blocks for a silent source")
     bandwidth_mib_s: float = setting(0.0, "most MiB of KV per second read by one instance; 0 is no limit")
+    hold_share: float = setting(
+        0.5, "share of one of its steps a target waits for a request announced to arrive; 0 never waits"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +89,7 @@ class MigrationConfig(Leaf):
         self.need(self.incoming_max >= 1, "incoming_max", "at least 1")
         self.need(self.answer_timeout_s > 0, "answer_timeout_s", "above 0")
         self.need(self.reservation_s > self.answer_timeout_s, "reservation_s", "above answer_timeout_s")
+        self.need(self.hold_share <= 1, "hold_share", "within 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,9 @@ class FrontendConfig(Leaf):
         super().__post_init__()
         self.need(self.port <= 65535, "port", "at most 65535")
         self.need(self.requests_max >= 1, "requests_max", "at least 1")
+        self.need(self.choices_max >= 1, "choices_max", "at least 1")
+        self.need(self.place_timeout_s > 0, "place_timeout_s", "above 0")
+        self.need(self.silent_probe_s > 0, "silent_probe_s", "above 0")
 
 
 @dataclass(frozen=True)

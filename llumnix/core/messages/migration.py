@@ -91,6 +91,15 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitSoon:
+    """Source to target, at the start of the request's last step there: expect its commit in about ``in_s`` seconds.
+    A target that is between steps by then may wait for it a little, so that the request joins at once."""
+
+    migration_id: str
+    in_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """Target to source: the request is mine at ``epoch``. Sent again for every repeat of the question."""
 

@@ -1,0 +1,399 @@
+"""The source's side of one migration: a state machine that keeps a request alive whatever the network does.
+
+================  ================  =====================  ========================================
+state             owns the KV       may decode             a timeout means
+================  ================  =====================  ========================================
+RESERVING         source            source                 no answer: give up, nothing has happened
+COPYING           source            source                 the target is stuck or gone: give up
+READY             source            source                 no step came to hand over after: give up
+COMMITTING        source            target, once it adopts not a no: ask (COMMIT_UNKNOWN)
+COMMIT_UNKNOWN    source or target  target, if it adopted  ask again, until answered or fenced
+COMMITTED         target            target                 (ended)
+RESUMED           source            source, two hops on    (ended)
+ABORTED, REFUSED  source            source, as before      (ended)
+================  ================  =====================  ========================================
+
+READY means that all full blocks but the newest are over, and the request is taken out after its next step.
+A waiting request has nothing to copy: it is taken out at once, and its Reserve and Commit travel together.
+
+The source resumes a request whose commit it has sent in two cases only. Denied: the target never had it, so
+the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it died, so
+the source takes the one after.
+
+Driven by instance/agent_outgoing.py, between engine steps only.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any
+
+from llumnix.core.config import MigrationConfig
+from llumnix.core.effects import Send
+from llumnix.core.epochs import next_hop
+from llumnix.core.errors import InvariantError, ProtocolError
+from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationEnded, MigrationOutcome
+from llumnix.core.messages.migration import (
+    AbortMigration,
+    Commit,
+    CommitSoon,
+    Committed,
+    CopyStage,
+    Denied,
+    QueryCommit,
+    Refused,
+    Reserve,
+    Reserved,
+    StageCopied,
+)
+from llumnix.core.messages.serving import Abort, Moved, RequestSpec
+from llumnix.migration.engine_sides import GivingEngine, Movable
+from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
+
+LAST_FULL_BLOCKS = 1
+"""Full blocks left that are not worth a stage of their own: the commit reads them with the partial one."""
+STORY_EVENTS_MAX = 32
+
+
+class SourceState(StrEnum):
+    RESERVING = "reserving"
+    COPYING = "copying"
+    READY = "ready"
+    COMMITTING = "committing"
+    COMMIT_UNKNOWN = "commit_unknown"
+    COMMITTED = "committed"
+    RESUMED = "resumed"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+
+
+S = SourceState
+ENDED = (S.COMMITTED, S.RESUMED, S.ABORTED, S.REFUSED)
+UNDECIDED = (S.COMMITTING, S.COMMIT_UNKNOWN)
+OUTCOMES = {
+    S.COMMITTED: MigrationOutcome.COMMITTED,
+    S.RESUMED: MigrationOutcome.RESUMED,
+    S.ABORTED: MigrationOutcome.ABORTED,
+    S.REFUSED: MigrationOutcome.REFUSED,
+}
+
+
+class SourceMigration:
+    """One migration out of this instance. ``handle`` is the only entry once it has begun."""
+
+    def __init__(
+        self,
+        order: MigrateOrder,
+        me: InstanceHello,
+        *,
+        engine: GivingEngine,
+        config: MigrationConfig,
+        manager_address: str,
+    ) -> None:
+        self.order = order
+        self.state = SourceState.RESERVING
+        self.deadline: float | None = None
+        self.spec: RequestSpec
+        self._me = me
+        self._engine = engine
+        self._config = config
+        self._manager_address = manager_address
+        self._story: deque[str] = deque(maxlen=STORY_EVENTS_MAX)
+        self._kv_version = 0
+        self._began = 0.0
+        self._taken_out_at: float | None = None
+        self._stages = 0
+        self._stage_blocks = 0
+        self._copied = 0
+        self._moved_blocks = 0
+        self._known_tokens = 0
+        self._step_s = 0.0
+        self._abort_wanted = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more can happen, so that the agent may forget this migration."""
+        return self.state in ENDED
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a commit is on its way: the request is in no batch here, and may be in one elsewhere."""
+        return self.state in UNDECIDED
+
+    def begin(self, now: float, step_s: float) -> list[Send]:
+        """Ask the target for room. The request must be movable and have two more hops in its epoch."""
+        movable = self._engine.movable(self.order.request_id)
+        if movable is None:
+            raise InvariantError(
+                f"migration {self.order.migration_id} began with a request that is not movable"
+            )
+        self.spec = self._engine.spec_of(self.order.request_id, now)
+        self._began, self._step_s = now, step_s
+        self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
+        reserve = Reserve(
+            migration_id=self.order.migration_id,
+            source_id=self._me.instance_id,
+            source_incarnation=self._me.incarnation,
+            source_address=self._me.address,
+            target_incarnation=self.order.target_incarnation,
+            kv_endpoint=self._me.kv_endpoint,
+            kv_layout=self._me.kv_layout,
+            spec=self.spec,
+            blocks=0 if movable.waiting else self._blocks_wanted(movable),
+        )
+        if movable.waiting:
+            return [self._send(reserve), *self._hand_over(movable, now)]
+        self._wait(now)
+        return [self._send(reserve)]
+
+    def handle(self, event: object, now: float) -> list[Send]:
+        """Take one event. Raises ProtocolError, with the migration's story, for one that cannot come now."""
+        row = TRANSITIONS[self.state].get(type(event)) if self.state in TRANSITIONS else None
+        if row is None:
+            raise ProtocolError(f"{type(event).__name__} cannot come now: {self.story()}")
+        action, successors = row
+        before = self.state
+        effects = action(self, event, now)
+        if self.state not in successors:
+            raise InvariantError(f"{before} to {self.state} on {type(event).__name__}: {self.story()}")
+        if not isinstance(event, StepEnded) or self.state is not before:
+            self._story.append(f"{now:.4f} {type(event).__name__} -> {self.state}")
+        return effects
+
+    def story(self) -> str:
+        """What this migration has been through, for errors and logs."""
+        order = self.order
+        head = f"migration {order.migration_id} of {order.request_id} to {order.target_id}, {self.state}"
+        return f"{head} after {self._stages} stages: {'; '.join(self._story) or 'just begun'}"
+
+    # Before the commit: the request decodes here.
+
+    def _advance(self, event: object, now: float) -> list[Send]:
+        """Room is there, or a stage is done: start the next stage, or get ready to hand over."""
+        if isinstance(event, StageCopied):
+            if event.stage != self._stages:
+                return self._ignore(event, now)
+            self._copied += self._stage_blocks
+        movable = self._engine.movable(self.order.request_id)
+        if movable is None or movable.kv_version != self._kv_version:
+            return self._lost_its_kv(movable, now)
+        fresh = movable.full_blocks - self._copied
+        if fresh > LAST_FULL_BLOCKS and self._stages < self._config.stages_max:
+            return self._begin_stage(movable, fresh, now)
+        if self._config.hold_share > 0 and self._step_s > 0:
+            self.state = SourceState.READY
+            self._wait(now)
+            return [self._send(CommitSoon(self.order.migration_id, self._step_s))]
+        return self._hand_over(movable, now)
+
+    def _begin_stage(self, movable: Movable, fresh: int, now: float) -> list[Send]:
+        wanted = self._blocks_wanted(movable)
+        self._stages += 1
+        self._stage_blocks = fresh
+        self._moved_blocks += fresh
+        self._known_tokens = movable.known_tokens
+        self.state = SourceState.COPYING
+        self._wait(now)
+        blocks = tuple(movable.blocks[self._copied : self._copied + fresh])
+        return [self._send(CopyStage(self.order.migration_id, self._stages, blocks, wanted))]
+
+    def _check_alive(self, event: StepEnded, now: float) -> list[Send]:
+        """A step may have finished the request or given its KV up."""
+        self._step_s = event.step_s
+        movable = self._engine.movable(self.order.request_id)
+        if movable is None or movable.kv_version != self._kv_version:
+            return self._lost_its_kv(movable, now)
+        return []
+
+    def _hand_over_now(self, event: StepEnded, now: float) -> list[Send]:
+        """READY, and a step has ended: this is the moment, if the request is still there."""
+        movable = self._engine.movable(self.order.request_id)
+        if movable is None or movable.kv_version != self._kv_version:
+            return self._lost_its_kv(movable, now)
+        return self._hand_over(movable, now)
+
+    def _hand_over(self, movable: Movable, now: float) -> list[Send]:
+        current = self._engine.spec_of(self.order.request_id, now)
+        self._engine.take_out(self.order.request_id)
+        self._taken_out_at = now
+        block_size = self._me.kv_layout.block_size
+        last = movable.blocks[self._copied : -(-movable.computed_tokens // block_size)]
+        self._moved_blocks += len(last)
+        self.state = SourceState.COMMITTING
+        self._wait(now)
+        first_index = len(self.spec.output_tokens)
+        commit = Commit(
+            migration_id=self.order.migration_id,
+            epoch=next_hop(self.spec.epoch),
+            source_blocks=tuple(last),
+            computed_tokens=movable.computed_tokens,
+            first_index=first_index,
+            output_tokens=current.output_tokens[first_index:],
+            waited_s=current.waited_s,
+        )
+        return [self._send(commit)]
+
+    def _lost_its_kv(self, movable: Movable | None, now: float) -> list[Send]:
+        return self._give_up("the request has ended" if movable is None else "the request was preempted", now)
+
+    def _give_up(self, reason: str, now: float) -> list[Send]:
+        return [
+            self._send(AbortMigration(self.order.migration_id, reason)),
+            *self._end(S.ABORTED, reason, now),
+        ]
+
+    def _no_answer(self, event: object, now: float) -> list[Send]:
+        return self._give_up(
+            f"no progress within {self._config.answer_timeout_s:g} s while {self.state}", now
+        )
+
+    def _keep_waiting(self, event: object, now: float) -> list[Send]:
+        """The target is alive and still at it."""
+        self._wait(now)
+        return []
+
+    def _target_refused(self, event: Refused, now: float) -> list[Send]:
+        return self._end(S.REFUSED, f"{event.code}: {event.reason}", now)
+
+    def _target_gave_up(self, event: Denied, now: float) -> list[Send]:
+        return self._end(S.ABORTED, event.reason, now)
+
+    def _target_died(self, event: object, now: float) -> list[Send]:
+        return self._end(S.ABORTED, "the target has ended", now)
+
+    def _abort_here(self, event: ClientAbort, now: float) -> list[Send]:
+        if not self._engine.abort(self.order.request_id, event.epoch):
+            return []
+        return self._give_up("its client stopped the request", now)
+
+    def _superseded_early(self, event: object, now: float) -> list[Send]:
+        return self._give_up("the request was submitted anew", now)
+
+    # After the commit was sent: the request is in no batch here.
+
+    def _committed(self, event: Committed, now: float) -> list[Send]:
+        epoch = next_hop(self.spec.epoch)
+        if event.epoch != epoch:
+            raise ProtocolError(f"Committed at epoch {event.epoch}, expected {epoch}: {self.story()}")
+        self._engine.release(self.order.request_id)
+        effects = []
+        if self._abort_wanted:
+            effects.append(self._send(Abort(self.order.request_id, epoch)))
+        moved = Moved(self.order.request_id, epoch, self.order.target_id)
+        effects.append(Send(self.spec.frontend_address, moved))
+        return [*effects, *self._end(S.COMMITTED, self.order.reason, now)]
+
+    def _denied(self, event: Denied, now: float) -> list[Send]:
+        self._continue_at(self.spec.epoch)
+        return self._end(S.ABORTED, event.reason, now)
+
+    def _refused_late(self, event: Refused, now: float) -> list[Send]:
+        """Only a waiting request's commit can meet a refusal: it travelled right behind its Reserve."""
+        self._continue_at(self.spec.epoch)
+        return self._end(S.REFUSED, f"{event.code}: {event.reason}", now)
+
+    def _resume(self, event: object, now: float) -> list[Send]:
+        self._continue_at(next_hop(self.spec.epoch, 2))
+        return self._end(S.RESUMED, "the target ended before it answered the commit", now)
+
+    def _continue_at(self, epoch: int) -> None:
+        self._engine.put_back(self.order.request_id, epoch)
+        if self._abort_wanted:
+            self._engine.abort(self.order.request_id, epoch)
+
+    def _ask(self, event: object, now: float) -> list[Send]:
+        self.state = SourceState.COMMIT_UNKNOWN
+        self._wait(now)
+        return [self._send(QueryCommit(self.order.migration_id, self._me.address))]
+
+    def _remember_abort(self, event: ClientAbort, now: float) -> list[Send]:
+        """Neither side may drop it alone while the commit is open; whoever gets it will."""
+        self._abort_wanted = self._abort_wanted or event.epoch >= self.spec.epoch
+        return []
+
+    def _superseded_late(self, event: object, now: float) -> list[Send]:
+        self._engine.release(self.order.request_id)
+        return self._give_up("the request was submitted anew", now)
+
+    def _ignore(self, event: object, now: float) -> list[Send]:
+        """A repeat, or an answer overtaken by a later one."""
+        return []
+
+    def _blocks_wanted(self, movable: Movable) -> int:
+        """Blocks for what exists and what the next stage will add, judged by the one before."""
+        block_size = self._me.kv_layout.block_size
+        growth = max(block_size, movable.known_tokens - self._known_tokens)
+        longest = len(self.spec.prompt_tokens) + self.spec.sampling.max_tokens
+        tokens = min(movable.known_tokens + growth, longest)
+        return max(len(movable.blocks), -(-tokens // block_size))
+
+    def _wait(self, now: float) -> None:
+        self.deadline = now + self._config.answer_timeout_s
+
+    def _send(self, message: object) -> Send:
+        return Send(self.order.target_address, message)
+
+    def _end(self, state: SourceState, reason: str, now: float) -> list[Send]:
+        """Tell the manager how it ended."""
+        self.state, self.deadline = state, None
+        ended = MigrationEnded(
+            migration_id=self.order.migration_id,
+            request_id=self.order.request_id,
+            source_id=self._me.instance_id,
+            target_id=self.order.target_id,
+            outcome=OUTCOMES[state],
+            reason=reason,
+            stages=self._stages + (self._taken_out_at is not None),
+            kv_bytes=self._moved_blocks * self._me.kv_layout.block_bytes,
+            duration_s=now - self._began,
+            pause_s=0.0 if self._taken_out_at is None else now - self._taken_out_at,
+        )
+        return [Send(self._manager_address, ended)]
+
+
+M = SourceMigration
+Action = Callable[[SourceMigration, Any, float], list[Send]]
+Rows = Mapping[type, tuple[Action, tuple[SourceState, ...]]]
+
+EARLY: Rows = {
+    StepEnded: (M._check_alive, (S.RESERVING, S.COPYING, S.ABORTED)),
+    Timeout: (M._no_answer, (S.ABORTED,)),
+    Refused: (M._target_refused, (S.REFUSED,)),
+    Denied: (M._target_gave_up, (S.ABORTED,)),
+    PeerFenced: (M._target_died, (S.ABORTED,)),
+    ClientAbort: (M._abort_here, (S.RESERVING, S.COPYING, S.READY, S.ABORTED)),
+    Superseded: (M._superseded_early, (S.ABORTED,)),
+}
+"""What is the same in every state before the commit."""
+
+LATE: Rows = {
+    Committed: (M._committed, (S.COMMITTED,)),
+    Denied: (M._denied, (S.ABORTED,)),
+    Refused: (M._refused_late, (S.REFUSED,)),
+    PeerFenced: (M._resume, (S.RESUMED,)),
+    Timeout: (M._ask, (S.COMMIT_UNKNOWN,)),
+    ClientAbort: (M._remember_abort, UNDECIDED),
+    Superseded: (M._superseded_late, (S.ABORTED,)),
+    Reserved: (M._ignore, UNDECIDED),
+    StageCopied: (M._ignore, UNDECIDED),
+    StepEnded: (M._ignore, UNDECIDED),
+}
+"""What is the same in both states after it."""
+
+TRANSITIONS: Mapping[SourceState, Rows] = {
+    S.RESERVING: {**EARLY, Reserved: (M._advance, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED))},
+    S.COPYING: {
+        **EARLY,
+        Reserved: (M._keep_waiting, (S.COPYING,)),
+        StageCopied: (M._advance, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED)),
+    },
+    S.READY: {
+        **EARLY,
+        Reserved: (M._ignore, (S.READY,)),
+        StageCopied: (M._ignore, (S.READY,)),
+        StepEnded: (M._hand_over_now, (S.COMMITTING, S.ABORTED)),
+    },
+    S.COMMITTING: LATE,
+    S.COMMIT_UNKNOWN: LATE,
+}
+"""State and event to the action taken and the states it may lead to. What is not here cannot come."""
