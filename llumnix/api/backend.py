@@ -1,0 +1,125 @@
+"""What the HTTP layer needs of the rest of the system, and nothing more.
+
+The routes talk to a ``Backend``; the runtime implements it over the bus and the manager, tests over an engine
+in process. So everything a client can see is testable on one event loop without a cluster.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.errors import LlumnixError
+from llumnix.core.messages.control import RequestRow
+from llumnix.core.messages.serving import FinishReason, TokenLogprob
+from llumnix.core.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model a cluster serves. ``tokenizer_folder`` is empty for the simulated engine without a model,
+    which is read and written with the built-in byte tokenizer. ``vocab_size`` bounds token ids in prompts."""
+
+    name: str
+    max_model_len: int
+    tokenizer_folder: str
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCall:
+    """One sequence to generate. Priorities: higher is more urgent."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    scheduling_priority: int = 0
+    execution_priority: int = 0
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """New tokens of a stream, in order and without gap. ``logprobs`` is empty or as long as ``tokens``. A
+    consumer that lags gets several steps' tokens as one chunk. The last chunk carries ``finish_reason``."""
+
+    first_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class FailKind(StrEnum):
+    """Why a stream ended without finishing. INVALID is the client's fault; TOO_MANY: this frontend is full;
+    OVERLOADED: no instance takes it now; LOST: it could not be continued after its instance failed."""
+
+    INVALID = "invalid"
+    TOO_MANY = "too_many"
+    OVERLOADED = "overloaded"
+    LOST = "lost"
+
+
+class StreamFailed(LlumnixError):
+    """A stream ended without a finish reason. Tokens received before it remain valid."""
+
+    def __init__(self, kind: FailKind, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class ManagerAway(LlumnixError):
+    """The manager does not answer; it is being restarted. Serving goes on, orders have to wait."""
+
+
+class TokenStream(Protocol):
+    """One sequence being generated. Iterating ends after the chunk with the finish reason; StreamFailed
+    otherwise. Memory stays bounded by the sequence's own length however slow the consumer is."""
+
+    def __aiter__(self) -> AsyncIterator[TokenChunk]: ...
+
+    async def cancel(self) -> None:
+        """Stop generating and free the request wherever it is. Does nothing once the stream has ended."""
+        ...
+
+
+class Admin(Protocol):
+    """Orders and questions to the manager. Each raises ManagerAway while it is restarting."""
+
+    async def status(self) -> ClusterSummary: ...
+
+    async def instances(self) -> tuple[InstanceRow, ...]: ...
+
+    async def requests(self) -> tuple[RequestRow, ...]: ...
+
+    async def migrate(self, request_id: str, target_id: str) -> MigrationResult | Refusal: ...
+
+    async def drain(self, instance_id: str) -> InstanceRow | Refusal: ...
+
+    async def resume(self, instance_id: str) -> InstanceRow | Refusal: ...
+
+    async def scale(self, instances: int) -> ClusterSummary | Refusal: ...
+
+    async def events(self, after: int, limit: int) -> tuple[Event, ...]: ...
+
+
+class Backend(Protocol):
+    """The cluster as one frontend sees it."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one instance can take requests."""
+        ...
+
+    @property
+    def admin(self) -> Admin: ...
+
+    def open(self, call: StreamCall) -> TokenStream:
+        """Begin a sequence. Never blocks; a refusal surfaces as StreamFailed when the stream is read."""
+        ...

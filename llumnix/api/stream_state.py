@@ -1,0 +1,136 @@
+"""One request as its frontend sees it, and what the stream table hands out. Used by streams.py only, apart
+from the effects, which whoever drives the table carries out.
+
+    phase      owner            what its deadline means
+    PLACING    nobody           the manager did not answer: place by our own view
+    BACKOFF    nobody           ask for a place again
+    STREAMING  ``owner_id``     no news for long: probe the owner
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import inf
+
+from llumnix.api.backend import FailKind, StreamCall
+from llumnix.core.effects import Send
+from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.messages.control import Place
+from llumnix.core.messages.serving import FinishReason, RequestSpec, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Give these tokens to the client: the next ones in order, never one twice. With ``finish_reason`` the
+    stream is over and already forgotten."""
+
+    request_id: str
+    first_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Tell the client that its request failed. The stream is over and already forgotten."""
+
+    request_id: str
+    kind: FailKind
+    reason: str
+    retry_after_s: float
+
+
+Effect = Send | Deliver | Fail
+
+
+class Phase(StrEnum):
+    PLACING = "placing"
+    BACKOFF = "backoff"
+    STREAMING = "streaming"
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """Mutable state of one request in flight.
+
+    ``tokens`` are those given to the client. ``must_continue``: an instance had taken it, so a lack of room
+    may no longer be shown to the client. ``troubled_at`` is when it lost its owner, until tokens come again.
+    ``asked``: a probe is out whose answer may still say unknown. ``alarm`` is the earliest timer entry that
+    will look at it.
+    """
+
+    call: StreamCall
+    opened_at: float
+    epoch: int = FIRST_EPOCH
+    phase: Phase = Phase.PLACING
+    tokens: list[int] = field(default_factory=list)
+    owner_id: str = ""
+    owner_incarnation: str = ""
+    owner_address: str = ""
+    exclude: tuple[str, ...] = ()
+    tries: int = 0
+    must_continue: bool = False
+    troubled_at: float | None = None
+    deadline: float = inf
+    alarm: float = inf
+    asked: bool = False
+    probed_at: float = -inf
+    unanswered: int = 0
+    unknown: int = 0
+    invalid_reason: str = ""
+
+    def spec(self, frontend_address: str, now: float) -> RequestSpec:
+        """All an instance needs to start the request, or to go on after the tokens already delivered."""
+        call = self.call
+        return RequestSpec(
+            request_id=call.request_id,
+            epoch=self.epoch,
+            frontend_address=frontend_address,
+            prompt_tokens=call.prompt_tokens,
+            output_tokens=tuple(self.tokens),
+            sampling=call.sampling,
+            scheduling_priority=call.scheduling_priority,
+            execution_priority=call.execution_priority,
+            tenant=call.tenant,
+            waited_s=max(0.0, now - self.opened_at),
+        )
+
+    def place(self, frontend_address: str) -> Place:
+        """The question to the manager where to run what is left of the request."""
+        call = self.call
+        return Place(
+            frontend_address=frontend_address,
+            request_id=call.request_id,
+            prompt_tokens=len(call.prompt_tokens) + len(self.tokens),
+            max_tokens=call.sampling.max_tokens - len(self.tokens),
+            scheduling_priority=call.scheduling_priority,
+            execution_priority=call.execution_priority,
+            tenant=call.tenant,
+            exclude=self.exclude,
+        )
+
+    def settle(self) -> None:
+        """Its owner has just shown that it holds the request: earlier doubts are void."""
+        self.asked = False
+        self.unanswered = 0
+        self.unknown = 0
+        self.invalid_reason = ""
+
+
+@dataclass(slots=True)
+class StreamStats:
+    """What the table counted since it began. ``placed_alone``: without the manager. ``stale_deltas`` came
+    from an instance that no longer owned the request, ``trimmed_tokens`` had been delivered before, ``gaps``
+    were asked for."""
+
+    opened: int = 0
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+    continued: int = 0
+    placed_alone: int = 0
+    rejected: int = 0
+    stale_deltas: int = 0
+    trimmed_tokens: int = 0
+    gaps: int = 0
+    tokens: int = 0

@@ -1,0 +1,406 @@
+"""The frontend's view of every request in flight: who may speak for it, and which tokens its client has.
+
+Invariants: a client gets each index once, in order, from the newest epoch only. Every departure from an owner
+takes a new generation, so a late word of the old owner can never be mistaken for the new one's. Each stream
+has a deadline, so lost messages delay it and never strand it. Time is an argument; effects are carried out in
+order by the caller (the runtime's frontend, or the simulator). Any message may be lost, late, doubled or
+reordered.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+from llumnix.api.alarms import Alarms
+from llumnix.api.backend import FailKind, StreamCall
+from llumnix.api.directory import InstanceDirectory
+from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, StreamStats
+from llumnix.core.config import FrontendConfig
+from llumnix.core.effects import Send
+from llumnix.core.epochs import HOP_BITS, next_generation
+from llumnix.core.errors import InvariantError
+from llumnix.core.messages.control import ClusterStatus, Fenced, InstanceState, NotPlaced, Placed
+from llumnix.core.messages.serving import (
+    Abort,
+    FinishReason,
+    Moved,
+    Probe,
+    ProbeReply,
+    RejectCode,
+    Rejected,
+    Submit,
+    TokenBatch,
+    TokenDelta,
+)
+
+CONTINUE_MAX_S = 300.0  # a request whose owner died is tried this long before its client sees an error
+PLACE_TRIES_MAX = 3  # unanswered questions for a place before a fresh request is refused
+REJECTIONS_MAX = 5  # instances that may refuse a fresh request in a row
+UNKNOWN_MAX = 2  # times an owner must deny a request: once may be a Moved still on its way
+UNANSWERED_MAX = 4  # probes an owner may leave unanswered
+RETRY_MIN_S, RETRY_MAX_S, RETRY_DOUBLINGS = 0.05, 2.0, 6
+FULL_RETRY_AFTER_S = 1.0
+STOPPED_MIN = 1024  # instances lately told to stop a request that are remembered, at least
+
+
+class StreamTable:
+    """All requests of one frontend. ``manager_address`` may be set anew when the manager moved."""
+
+    def __init__(self, frontend_id: str, address: str, manager_address: str, config: FrontendConfig) -> None:
+        self.frontend_id = frontend_id
+        self.manager_address = manager_address
+        self.stats = StreamStats()
+        self._address = address
+        self._config = config
+        self._requick_s = config.silent_probe_s / 8
+        self._streams: dict[str, Stream] = {}
+        self._directory = InstanceDirectory()
+        self._stopped: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._alarms = Alarms(self._requick_s)
+        self._handlers: dict[type, Callable[[Any, float], list[Effect]]] = {
+            TokenBatch: self._tokens,
+            Placed: self._placed,
+            NotPlaced: self._not_placed,
+            Rejected: self._rejected,
+            Moved: self._moved,
+            ProbeReply: self._probe_reply,
+            ClusterStatus: self._cluster_status,
+            Fenced: self._fenced,
+        }
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._streams
+
+    def open(self, call: StreamCall, now: float) -> list[Effect]:
+        """Begin a request: ask the manager for a place. A full table fails it at once."""
+        if call.request_id in self._streams:
+            raise InvariantError(f"request {call.request_id} is open already")
+        if len(self._streams) >= self._config.requests_max:
+            self.stats.failed += 1
+            reason = f"{self._config.requests_max} requests are in flight already"
+            return [Fail(call.request_id, FailKind.TOO_MANY, reason, FULL_RETRY_AFTER_S)]
+        self.stats.opened += 1
+        stream = self._streams[call.request_id] = Stream(call, opened_at=now)
+        return self._ask_place(stream, now)
+
+    def handle(self, message: object, now: float) -> list[Effect]:
+        """Take one message of an instance or the manager. Those meant for others raise InvariantError."""
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise InvariantError(f"no frontend takes {type(message).__name__}")
+        return handler(message, now)
+
+    def abort(self, request_id: str, now: float) -> list[Effect]:
+        """The client is gone. Unknown ids are ignored: the stream may just have ended."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return []
+        self.stats.aborted += 1
+        effects = self._stop(request_id, stream.epoch, stream.owner_id, now)
+        self._forget(stream)
+        return effects
+
+    def peer_lost(self, address: str, now: float) -> list[Effect]:
+        """The connection to an instance broke: go on elsewhere. If it lives after all, its epoch is
+        outdated."""
+        self._directory.suspect(address)
+        lost = [stream for stream in self._streams.values() if address and stream.owner_address == address]
+        return [effect for stream in lost for effect in self._continue(stream, now)]
+
+    def next_deadline(self) -> float:
+        """When tick wants to be called; inf if nothing is open. May be early, never late."""
+        return self._alarms.next_at()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Act on every deadline that has passed. Probes to one instance travel as one message."""
+        effects: list[Effect] = []
+        probes: dict[str, list[tuple[str, int]]] = {}
+        for stream in self._alarms.due(now):
+            if stream.phase is Phase.STREAMING:
+                effects += self._silent(stream, probes, now)
+            elif stream.phase is Phase.BACKOFF:
+                effects += self._ask_place(stream, now)
+            else:
+                effects += self._place_alone(stream, now)
+        effects += [Send(to, Probe(self._address, tuple(pairs))) for to, pairs in probes.items()]
+        return effects
+
+    def check(self) -> None:
+        """Raise InvariantError unless every promise about the table's own state holds."""
+        held: dict[str, int] = {}
+        for request_id, stream in self._streams.items():
+            streaming = stream.phase is Phase.STREAMING
+            if streaming != bool(stream.owner_id):
+                raise InvariantError(f"{request_id} is {stream.phase} with owner {stream.owner_id!r}")
+            if not stream.alarm < inf or (not streaming and stream.alarm > stream.deadline):
+                raise InvariantError(f"{request_id} has no alarm for its deadline")
+            if len(stream.tokens) > stream.call.sampling.max_tokens:
+                raise InvariantError(f"{request_id} has more tokens than it asked for")
+            if streaming:
+                held[stream.owner_id] = held.get(stream.owner_id, 0) + 1
+        if held != self._directory.held or len(self._streams) > self._config.requests_max:
+            raise InvariantError(f"streams per instance: counted {held}, kept {self._directory.held}")
+        closed = self.stats.finished + self.stats.aborted
+        if closed + len(self._streams) > self.stats.opened:
+            raise InvariantError(
+                f"{self.stats.opened} opened, but {closed} closed and {len(self._streams)} open"
+            )
+
+    # Placing.
+    def _ask_place(self, stream: Stream, now: float) -> list[Effect]:
+        self._set(stream, Phase.PLACING, now + self._config.place_timeout_s)
+        stream.tries += 1
+        return [Send(self.manager_address, stream.place(self._address))]
+
+    def _placed(self, message: Placed, now: float) -> list[Effect]:
+        stream = self._streams.get(message.request_id)
+        if stream is None or stream.phase is not Phase.PLACING or message.instance_id in stream.exclude:
+            return []  # an answer to an earlier question
+        return self._submit(stream, message.instance_id, message.address, now)
+
+    def _submit(self, stream: Stream, instance_id: str, address: str, now: float) -> list[Effect]:
+        self._directory.learn_address(instance_id, address)
+        self._own(stream, instance_id, address)
+        self._set(stream, Phase.STREAMING, now + self._config.silent_probe_s)
+        return [Send(address, Submit(stream.spec(self._address, now)))]
+
+    def _not_placed(self, message: NotPlaced, now: float) -> list[Effect]:
+        stream = self._streams.get(message.request_id)
+        if stream is None or stream.phase is not Phase.PLACING:
+            return []
+        return self._nowhere(stream, message.reason, message.retry_after_s, now)
+
+    def _nowhere(self, stream: Stream, reason: str, retry_after_s: float, now: float) -> list[Effect]:
+        """No instance takes it now: an answer for a fresh request, a delay for one that had begun."""
+        if not stream.must_continue:
+            return self._fail(stream, FailKind.OVERLOADED, reason, retry_after_s)
+        if stream.troubled_at is None:
+            stream.troubled_at = now
+        if now - stream.troubled_at > CONTINUE_MAX_S:
+            return self._fail(stream, FailKind.LOST, f"could not be continued: {reason}", retry_after_s)
+        stream.exclude = ()
+        delay_s = min(max(retry_after_s, RETRY_MIN_S * 2 ** min(stream.tries, RETRY_DOUBLINGS)), RETRY_MAX_S)
+        self._set(stream, Phase.BACKOFF, now + delay_s)
+        return []
+
+    def _place_alone(self, stream: Stream, now: float) -> list[Effect]:
+        chosen = self._directory.freest(stream.exclude)
+        if chosen is not None:
+            self.stats.placed_alone += 1
+            return self._submit(stream, *chosen, now)
+        reason = "the manager does not answer and no instance is known to serve"
+        if stream.must_continue or stream.tries >= PLACE_TRIES_MAX:
+            return self._nowhere(stream, reason, FULL_RETRY_AFTER_S, now)
+        return self._ask_place(stream, now)
+
+    def _rejected(self, message: Rejected, now: float) -> list[Effect]:
+        stream = self._streams.get(message.request_id)
+        if stream is None or stream.epoch != message.epoch or stream.owner_id != message.instance_id:
+            return []
+        self.stats.rejected += 1
+        if message.code is RejectCode.INVALID:
+            # A doubled Submit is refused as well, while its first copy runs: ask before failing the client.
+            stream.invalid_reason = message.reason
+            return self._probe_now(stream, now)
+        if not stream.must_continue and stream.tries >= REJECTIONS_MAX:
+            return self._fail(stream, FailKind.OVERLOADED, message.reason, FULL_RETRY_AFTER_S)
+        stream.exclude = (*stream.exclude, message.instance_id)
+        self._leave(stream)
+        if stream.must_continue:
+            return (
+                self._nowhere(stream, message.reason, 0.0, now)
+                if stream.tries > 1
+                else self._ask_place(stream, now)
+            )
+        if stream.tries == 1:
+            return self._ask_place(stream, now)
+        self._set(
+            stream,
+            Phase.BACKOFF,
+            now + min(RETRY_MIN_S * 2 ** min(stream.tries, RETRY_DOUBLINGS), RETRY_MAX_S),
+        )
+        return []
+
+    # Tokens.
+    def _tokens(self, batch: TokenBatch, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for delta in batch.deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:
+                if delta.finish_reason is None:
+                    effects += self._stop(delta.request_id, delta.epoch, batch.instance_id, now)
+            elif delta.epoch == stream.epoch and stream.owner_id:
+                effects += self._accept(stream, delta, now)
+            elif self._moves_on(stream, delta.epoch):
+                self._move(stream, delta.epoch, batch.instance_id)
+                effects += self._accept(stream, delta, now)
+            else:
+                self.stats.stale_deltas += 1
+                effects += self._stop(delta.request_id, delta.epoch, batch.instance_id, now)
+        return effects
+
+    def _accept(self, stream: Stream, delta: TokenDelta, now: float) -> list[Effect]:
+        stream.deadline = now + self._config.silent_probe_s
+        known = len(stream.tokens)
+        if delta.first_index > known:
+            self.stats.gaps += 1
+            waited = now - stream.probed_at >= self._requick_s
+            return self._probe_now(stream, now) if waited else []
+        tokens, logprobs = delta.tokens, delta.logprobs
+        overlap = known - delta.first_index
+        if overlap:
+            self.stats.trimmed_tokens += min(overlap, len(tokens))
+            tokens, logprobs = tokens[overlap:], logprobs[overlap:]
+        stream.settle()
+        ends = delta.finish_reason is not None and overlap <= len(delta.tokens)
+        if not tokens and not ends:
+            return []
+        stream.tokens += tokens
+        self.stats.tokens += len(tokens)
+        stream.exclude, stream.tries, stream.troubled_at, stream.must_continue = (), 0, None, True
+        if ends:
+            self.stats.finished += 1
+            self._forget(stream)
+        return [Deliver(delta.request_id, known, tokens, logprobs, delta.finish_reason if ends else None)]
+
+    def _stop(self, request_id: str, epoch: int, instance_id: str, now: float) -> list[Effect]:
+        """Tell an instance to drop the request at ``epoch`` or below, again only after a while."""
+        address = self._directory.address(instance_id)
+        key = (request_id, instance_id)
+        if not address or now - self._stopped.get(key, -inf) < self._config.silent_probe_s:
+            return []
+        self._stopped[key] = now
+        self._stopped.move_to_end(key)
+        while len(self._stopped) > max(STOPPED_MIN, self._config.requests_max):
+            self._stopped.popitem(last=False)
+        return [Send(address, Abort(request_id, epoch))]
+
+    # Owners.
+    def _moves_on(self, stream: Stream, epoch: int) -> bool:
+        """Whether ``epoch`` is a later hop of the generation that is out."""
+        same = epoch >> HOP_BITS == stream.epoch >> HOP_BITS
+        return stream.phase is Phase.STREAMING and same and epoch > stream.epoch
+
+    def _moved(self, message: Moved, now: float) -> list[Effect]:
+        stream = self._streams.get(message.request_id)
+        if stream is not None and self._moves_on(stream, message.epoch):
+            self._move(stream, message.epoch, message.instance_id)
+            stream.deadline = now + self._config.silent_probe_s
+        return []
+
+    def _move(self, stream: Stream, epoch: int, instance_id: str) -> None:
+        stream.epoch = epoch
+        self._own(stream, instance_id, self._directory.address(instance_id))
+
+    def _own(self, stream: Stream, instance_id: str, address: str) -> None:
+        if stream.owner_id:
+            self._directory.hold(stream.owner_id, -1)
+        if instance_id:
+            self._directory.hold(instance_id, 1)
+        stream.owner_id, stream.owner_address = instance_id, address
+        stream.owner_incarnation = self._directory.incarnation(instance_id)
+        stream.settle()
+
+    def _leave(self, stream: Stream) -> None:
+        self._own(stream, "", "")
+        stream.epoch = next_generation(stream.epoch)
+
+    def _continue(self, stream: Stream, now: float) -> list[Effect]:
+        """Its owner died or forgot it: go on elsewhere, after the tokens delivered."""
+        self.stats.continued += 1
+        stream.must_continue = True
+        if stream.troubled_at is None:
+            stream.troubled_at = now
+        stream.exclude = (stream.owner_id,)
+        self._leave(stream)
+        if len(stream.tokens) >= stream.call.sampling.max_tokens:  # only the word that it ended was lost
+            self.stats.finished += 1
+            self._forget(stream)
+            request_id, known = stream.call.request_id, len(stream.tokens)
+            return [Deliver(request_id, known, (), (), FinishReason.LENGTH)]
+        return self._ask_place(stream, now)
+
+    def _fenced(self, message: Fenced, now: float) -> list[Effect]:
+        self._directory.forget_process(message.instance_id, message.incarnation)
+        dead = [
+            stream
+            for stream in self._streams.values()
+            if stream.owner_id == message.instance_id
+            and stream.owner_incarnation in ("", message.incarnation)
+        ]
+        return [effect for stream in dead for effect in self._continue(stream, now)]
+
+    def _cluster_status(self, status: ClusterStatus, now: float) -> list[Effect]:
+        self._directory.update(status)
+        listed = {entry.instance_id: entry for entry in status.instances}
+        effects: list[Effect] = []
+        for stream in list(self._streams.values()):
+            entry = listed.get(stream.owner_id)
+            if entry is None:
+                continue  # a manager that has just restarted lists nobody: no proof of death
+            replaced = stream.owner_incarnation not in ("", entry.incarnation)
+            if replaced or entry.state is InstanceState.DOWN:
+                effects += self._continue(stream, now)
+            else:
+                stream.owner_incarnation, stream.owner_address = entry.incarnation, entry.address
+        return effects
+
+    # Silence.
+    def _probe_now(self, stream: Stream, now: float) -> list[Effect]:
+        stream.asked, stream.probed_at = True, now
+        self._set(stream, Phase.STREAMING, now + self._requick_s)
+        probe = Probe(self._address, ((stream.call.request_id, len(stream.tokens)),))
+        return [Send(stream.owner_address, probe)] if stream.owner_address else []
+
+    def _silent(self, stream: Stream, probes: dict[str, list[tuple[str, int]]], now: float) -> list[Effect]:
+        if stream.asked:
+            if self._directory.answered_at(stream.owner_id) >= stream.probed_at:  # and did not say unknown
+                stream.settle()
+            else:
+                stream.unanswered += 1
+        if stream.unanswered >= UNANSWERED_MAX and self._directory.freest((stream.owner_id,)) is not None:
+            last_word = self._stop(stream.call.request_id, stream.epoch, stream.owner_id, now)
+            return last_word + self._continue(stream, now)
+        stream.asked, stream.probed_at = True, now
+        self._set(stream, Phase.STREAMING, now + self._config.silent_probe_s)
+        if stream.owner_address:
+            probes.setdefault(stream.owner_address, []).append((stream.call.request_id, len(stream.tokens)))
+        return []
+
+    def _probe_reply(self, reply: ProbeReply, now: float) -> list[Effect]:
+        self._directory.answered(reply.instance_id, now)
+        effects: list[Effect] = []
+        for request_id in reply.unknown:
+            stream = self._streams.get(request_id)
+            if stream is None or stream.owner_id != reply.instance_id or not stream.asked:
+                continue
+            stream.asked = False
+            stream.unknown += 1
+            if stream.invalid_reason:
+                effects += self._fail(stream, FailKind.INVALID, stream.invalid_reason, 0.0)
+            elif stream.unknown >= UNKNOWN_MAX:
+                effects += self._continue(stream, now)
+            else:
+                self._set(stream, Phase.STREAMING, now + self._requick_s)
+        return effects
+
+    # Bookkeeping.
+    def _set(self, stream: Stream, phase: Phase, deadline: float) -> None:
+        stream.phase, stream.deadline = phase, deadline
+        self._alarms.arm(stream)
+
+    def _fail(self, stream: Stream, kind: FailKind, reason: str, retry_after_s: float) -> list[Effect]:
+        self.stats.failed += 1
+        self._forget(stream)
+        return [Fail(stream.call.request_id, kind, reason, retry_after_s)]
+
+    def _forget(self, stream: Stream) -> None:
+        if stream.owner_id:
+            self._directory.hold(stream.owner_id, -1)
+            stream.owner_id = ""
+        self._alarms.disarm(stream)
+        del self._streams[stream.call.request_id]
