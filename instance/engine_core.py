@@ -1,0 +1,358 @@
+"""The engine without the model: every decision of one instance about its requests, as plain code.
+
+``schedule`` says what the next step computes, an executor computes it, ``apply`` takes in what was sampled
+and returns what came of it. Nothing here reads a clock, computes or waits, so the engine thread and the
+simulator drive the same class. Implements the Engine protocol (engine.py), which says when its methods may be
+called.
+
+Invariants: a request is held in one place only (local_scheduler.py); a token is reported once, when it is
+sampled; a stop or end token is reported like any other and ends the request with STOP.
+"""
+
+from collections.abc import Sequence
+
+from llumnix.core.config import EngineConfig, SchedulerConfig
+from llumnix.core.errors import InvariantError
+from llumnix.core.messages.control import MoveCandidate, RequestRow
+from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec, TokenDelta
+from llumnix.core.views import SelectionPolicy
+from llumnix.instance.block_manager import BlockManager
+from llumnix.instance.engine import EngineLoad, MovableState, StepResult, SubmitRefusal
+from llumnix.instance.executor import SampledToken, StepPlan
+from llumnix.instance.finished_outputs import FinishedOutputs
+from llumnix.instance.local_scheduler import LocalScheduler
+from llumnix.instance.model_limits import ModelLimits
+from llumnix.instance.request import Request
+from llumnix.policies.selection import Cheapest
+
+CANDIDATES_MAX = 4
+WAITING_CANDIDATES_MAX = 2
+STEP_MEAN_WEIGHT = 0.1
+
+
+class EngineCore:
+    """See the module. ``selection`` says which requests a load report offers to move; by default the
+    cheapest."""
+
+    def __init__(
+        self, limits: ModelLimits, config: EngineConfig, selection: SelectionPolicy | None = None
+    ) -> None:
+        self._limits = limits
+        self._waiting_max = config.waiting_max
+        self._selection = selection or Cheapest(SchedulerConfig())
+        self._blocks = BlockManager(limits.capacity_blocks)
+        self._scheduler = LocalScheduler(
+            self._blocks,
+            block_size=limits.block_size,
+            step_tokens_max=config.step_tokens_max,
+            batch_max=config.batch_max,
+        )
+        self._requests: dict[str, Request] = {}
+        self._finished = FinishedOutputs()
+        self._preempted: list[str] = []
+        self._step_s = 0.0
+        self._tokens_total = 0
+        self._preemptions_total = 0
+        self._finished_total = 0
+
+    @property
+    def block_size(self) -> int:
+        return self._limits.block_size
+
+    @property
+    def max_model_len(self) -> int:
+        return self._limits.max_model_len
+
+    # Steps.
+
+    def schedule(self, now: float) -> StepPlan:
+        """Decide the next step. The plan must be applied before anything else is asked of the engine."""
+        chunks, preempted = self._scheduler.plan()
+        self._preempted.extend(preempted)
+        self._preemptions_total += len(preempted)
+        return StepPlan(tuple(chunks))
+
+    def apply(
+        self, plan: StepPlan, sampled: Sequence[SampledToken], now: float, duration_s: float
+    ) -> StepResult:
+        """Take in what a plan's sampling chunks produced, in its order. Raises InvariantError on another
+        number."""
+        deltas: dict[str, list[TokenDelta]] = {}
+        finished: list[str] = []
+        results = iter(sampled)
+        computed = taken = 0
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.computed_tokens += chunk.count
+            computed += chunk.count
+            if not chunk.samples:
+                continue
+            result = next(results, None)
+            if result is None:
+                raise InvariantError(f"the executor returned {taken} tokens, too few for the plan")
+            taken += 1
+            request.tokens.append(result.token)
+            reason = self._finish_reason(request, result.token)
+            delta = _delta(request, result, reason)
+            address_deltas = deltas.get(request.frontend_address)
+            if address_deltas is None:
+                deltas[request.frontend_address] = [delta]
+            else:
+                address_deltas.append(delta)
+            if reason is None:
+                self._scheduler.prefill_done(request)
+            else:
+                finished.append(request.request_id)
+                self._finish(request, reason)
+        if taken != len(sampled):
+            raise InvariantError(
+                f"the executor returned {len(sampled)} tokens where {taken} were to be sampled"
+            )
+        self._tokens_total += taken
+        if computed:
+            weight = STEP_MEAN_WEIGHT if self._step_s else 1.0
+            self._step_s += weight * (duration_s - self._step_s)
+        preempted, self._preempted = tuple(self._preempted), []
+        return StepResult(deltas, tuple(finished), preempted, computed, duration_s)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        sampling, generated = request.sampling, request.output_len
+        if generated >= sampling.min_tokens and (
+            token in sampling.stop_token_ids
+            or (token in self._limits.eos_token_ids and not sampling.ignore_eos)
+        ):
+            return FinishReason.STOP
+        if generated >= sampling.max_tokens or len(request.tokens) >= self._limits.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._forget(request)
+        self._finished.add(request, reason)
+        self._finished_total += 1
+
+    # Requests in and out.
+
+    def submit(self, spec: RequestSpec, now: float) -> SubmitRefusal | None:
+        refusal = self._refusal(spec) or self._queue_refusal(spec)
+        if refusal is None:
+            self._scheduler.enqueue(self._take(spec, now))
+        return refusal
+
+    def abort(self, request_id: str, epoch: int) -> bool:
+        ended = self._finished.get(request_id)
+        if ended is not None and ended.epoch <= epoch:
+            self._finished.drop(request_id)
+        request = self._requests.get(request_id)
+        if request is None or request.epoch > epoch:
+            return False
+        self._forget(request)
+        return True
+
+    def holds(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def _take(self, spec: RequestSpec, now: float) -> Request:
+        """Enter an accepted request into the table, in place of an older self."""
+        older = self._requests.get(spec.request_id)
+        if older is not None:
+            self._forget(older)
+        self._finished.drop(spec.request_id)
+        request = Request.from_spec(spec, now)
+        self._requests[request.request_id] = request
+        return request
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._scheduler.drop(request)
+
+    def _queue_refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
+        waiting = len(self._scheduler.waiting) - (spec.request_id in self._scheduler.waiting)
+        if waiting < self._waiting_max:
+            return None
+        return SubmitRefusal(RejectCode.QUEUE_FULL, f"{waiting} requests are waiting here already")
+
+    def _refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
+        """Why a request cannot be run here at all, ever or in this epoch."""
+        reason = self._limits.fault(spec)
+        held, ended = self._requests.get(spec.request_id), self._finished.get(spec.request_id)
+        if held is not None and held.epoch >= spec.epoch:
+            reason = f"request is held here at epoch {held.epoch}, not below {spec.epoch}"
+        elif ended is not None and ended.epoch >= spec.epoch:
+            reason = f"request has finished here at epoch {ended.epoch}, not below {spec.epoch}"
+        return None if reason is None else SubmitRefusal(RejectCode.INVALID, reason)
+
+    # What is going on.
+
+    def load(self) -> EngineLoad:
+        scheduler = self._scheduler
+        head = scheduler.waiting.head()
+        return EngineLoad(
+            capacity_blocks=self._blocks.capacity,
+            used_blocks=self._blocks.owned_blocks,
+            reserved_blocks=self._blocks.reserved_blocks,
+            head_blocks=0 if head is None else scheduler.waiting.blocks_of(head),
+            waiting_blocks=scheduler.waiting.blocks,
+            running=scheduler.running,
+            waiting=len(scheduler.waiting),
+            execution_priorities=tuple(sorted(scheduler.priorities.items())),
+            candidates=self._candidates(),
+            step_s=self._step_s,
+            tokens_total=self._tokens_total,
+            preemptions_total=self._preemptions_total,
+            finished_total=self._finished_total,
+        )
+
+    def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
+        scheduler = self._scheduler
+        held = [*scheduler.running_requests(), *scheduler.taken_out.values(), *scheduler.waiting]
+        return tuple(_row(request, instance_id, now) for request in held)
+
+    def output_since(self, request_id: str, index: int) -> TokenDelta | None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            tokens = tuple(request.tokens[request.prompt_len + index :])
+            return TokenDelta(request_id, request.epoch, index, tokens)
+        ended = self._finished.get(request_id)
+        if ended is None:
+            return None
+        return TokenDelta(request_id, ended.epoch, index, tuple(ended.tokens[index:]), ended.reason)
+
+    def check(self) -> None:
+        """Raise InvariantError unless every block is accounted for and every request is in one place."""
+        self._blocks.check()
+        scheduler = self._scheduler
+        held = [*scheduler.running_requests(), *scheduler.taken_out.values(), *scheduler.waiting]
+        if sorted(request.request_id for request in held) != sorted(self._requests):
+            raise InvariantError("a request is in no place or in two")
+        if sum(len(request.blocks) for request in held) != self._blocks.owned_blocks:
+            raise InvariantError("blocks are owned by requests that are not held")
+
+    def _candidates(self) -> tuple[MoveCandidate, ...]:
+        rows = [_candidate(request) for request in self._scheduler.running_requests()]
+        rows.extend(map(_candidate, self._scheduler.waiting.first(WAITING_CANDIDATES_MAX)))
+        return self._selection.select(rows, CANDIDATES_MAX)
+
+    # A migration's source.
+
+    def movable(self, request_id: str) -> MovableState | None:
+        request = self._requests.get(request_id)
+        if request is None or request_id in self._scheduler.taken_out:
+            return None
+        return self._movable_state(request)
+
+    def spec_of(self, request_id: str, now: float) -> RequestSpec:
+        return self._held(request_id).to_spec(now)
+
+    def take_out(self, request_id: str) -> MovableState:
+        request = self._held(request_id)
+        if request_id in self._scheduler.taken_out:
+            raise InvariantError(f"request {request_id} is taken out already")
+        self._scheduler.take_out(request)
+        return self._movable_state(request)
+
+    def put_back(self, request_id: str, epoch: int) -> None:
+        """One that was aborted or replaced meanwhile stays so."""
+        request = self._scheduler.taken_out.get(request_id)
+        if request is not None:
+            request.epoch = epoch
+            self._scheduler.put_back(request)
+
+    def release(self, request_id: str) -> None:
+        """One that was aborted or replaced meanwhile stays so."""
+        request = self._scheduler.taken_out.get(request_id)
+        if request is not None:
+            self._forget(request)
+
+    def _held(self, request_id: str) -> Request:
+        request = self._requests.get(request_id)
+        if request is None:
+            raise InvariantError(f"request {request_id} is not held here")
+        return request
+
+    def _movable_state(self, request: Request) -> MovableState:
+        filled = -(-request.computed_tokens // self.block_size)
+        return MovableState(
+            waiting=not request.blocks,
+            blocks=tuple(request.blocks[:filled]),
+            full_blocks=request.computed_tokens // self.block_size,
+            computed_tokens=request.computed_tokens,
+            known_tokens=len(request.tokens),
+            kv_version=request.kv_version,
+        )
+
+    # A migration's target.
+
+    def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
+        """A new reservation also needs a batch slot, and leaves running requests room to grow."""
+        if blocks > 0 and self._blocks.reserved(migration_id) == 0:
+            room = self._blocks.free_blocks - self._scheduler.spare_blocks()
+            if blocks > room or not self._scheduler.has_slot():
+                return None
+        return self._blocks.reserve(migration_id, blocks)
+
+    def cancel_reservation(self, migration_id: str) -> None:
+        self._blocks.cancel(migration_id)
+
+    def adopt(
+        self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float
+    ) -> SubmitRefusal | None:
+        """Blocks beyond those that the known tokens fill are freed."""
+        refusal = self._refusal(spec)
+        if refusal is not None:
+            return refusal
+        if computed_tokens == 0:
+            refusal = self._queue_refusal(spec)
+            if refusal is None:
+                self._blocks.cancel(migration_id)
+                self._scheduler.enqueue(self._take(spec, now))
+            return refusal
+        room = self._blocks.reserved(migration_id) * self.block_size
+        known = len(spec.prompt_tokens) + len(spec.output_tokens)
+        if not 0 < computed_tokens < known or computed_tokens > room:
+            reason = f"KV of {computed_tokens} of {known} tokens cannot lie in room for {room}"
+            return SubmitRefusal(RejectCode.INVALID, reason)
+        request = self._take(spec, now)
+        request.computed_tokens = computed_tokens
+        self._blocks.adopt(migration_id, request.request_id)
+        self._blocks.trim(request.request_id, self._scheduler.waiting.blocks_of(request))
+        request.blocks = self._blocks.table(request.request_id)
+        self._scheduler.adopt(request)
+        return None
+
+
+def _delta(request: Request, result: SampledToken, reason: FinishReason | None) -> TokenDelta:
+    return TokenDelta(
+        request.request_id,
+        request.epoch,
+        request.output_len - 1,
+        (result.token,),
+        reason,
+        () if result.logprob is None else (result.logprob,),
+    )
+
+
+def _candidate(request: Request) -> MoveCandidate:
+    return MoveCandidate(
+        request.request_id, len(request.blocks), request.execution_priority, not request.blocks
+    )
+
+
+def _row(request: Request, instance_id: str, now: float) -> RequestRow:
+    return RequestRow(
+        request_id=request.request_id,
+        instance_id=instance_id,
+        status=request.status,
+        tenant=request.tenant,
+        scheduling_priority=request.scheduling_priority,
+        execution_priority=request.execution_priority,
+        prompt_tokens=request.prompt_len,
+        output_tokens=request.output_len,
+        max_tokens=request.sampling.max_tokens,
+        blocks=len(request.blocks),
+        preemptions=request.preemptions,
+        age_s=max(0.0, now - request.arrived_at),
+    )

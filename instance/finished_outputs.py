@@ -1,0 +1,52 @@
+"""The outputs of lately finished requests, kept a while for frontends that missed the last delta.
+
+Bounded by count and by tokens; the oldest go first. Called by the engine core.
+"""
+
+from array import array
+from dataclasses import dataclass
+
+from llumnix.core.messages.serving import FinishReason
+from llumnix.instance.request import Request
+
+REQUESTS_MAX = 1024
+TOKENS_MAX = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedOutput:
+    """What a request had generated, in which epoch, and why it ended."""
+
+    epoch: int
+    tokens: "array[int]"
+    reason: FinishReason
+
+
+class FinishedOutputs:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, FinishedOutput] = {}
+        self._tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def add(self, request: Request, reason: FinishReason) -> None:
+        """Remember a request that has just ended."""
+        self.drop(request.request_id)
+        tokens = array("q", request.tokens[request.prompt_len :])
+        self._outputs[request.request_id] = FinishedOutput(request.epoch, tokens, reason)
+        self._tokens += len(tokens)
+        while len(self._outputs) > REQUESTS_MAX or self._tokens > TOKENS_MAX:
+            self.drop(next(iter(self._outputs)))
+
+    def get(self, request_id: str) -> FinishedOutput | None:
+        """The output of a request that is still remembered."""
+        return self._outputs.get(request_id)
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request; an unknown one is fine."""
+        output = self._outputs.pop(request_id, None)
+        if output is not None:
+            self._tokens -= len(output.tokens)

@@ -1,0 +1,204 @@
+"""Which requests of one instance compute in the next step, and which gives way when KV blocks run out.
+
+A request held here is in exactly one place: waiting (no KV), prefilling or decoding (together: running), or
+taken out by a migration (its KV, if any, stays where it is). Called by the engine core, between steps only.
+
+- A step has a token budget. Every decode is in every step; what is left goes to prefill chunks, oldest
+  admission first, then to newly admitted requests, so a long prompt never stalls a decode.
+- The head of the queue is admitted once the KV of all its tokens fits and room for the others to grow is
+  left. It gets all those blocks at once, so no prefill can block halfway. Nothing overtakes a head that does
+  not fit.
+- When a running request needs a block and none is free, the running request of lowest execution priority,
+  then of latest arrival, is preempted; that may be the one that asks. So the first in that order is never
+  preempted for another, always advances, and everything ends. A preempted request waits again at its old
+  arrival.
+- Batch slots are counted for reservations and taken-out requests too: whatever returns or arrives has its
+  place.
+"""
+
+from collections.abc import Iterator
+
+from llumnix.core.messages.control import RequestStatus
+from llumnix.instance.block_manager import BlockManager
+from llumnix.instance.executor import Chunk
+from llumnix.instance.request import Request
+from llumnix.instance.waiting_queue import WaitingQueue
+
+WATERMARK_SHARE = 0.01
+
+
+class LocalScheduler:
+    """See the module. ``priorities`` counts the running requests of each execution priority."""
+
+    def __init__(
+        self, blocks: BlockManager, *, block_size: int, step_tokens_max: int, batch_max: int
+    ) -> None:
+        self.waiting = WaitingQueue(block_size)
+        self.prefilling: dict[str, Request] = {}
+        self.decoding: dict[str, Request] = {}
+        self.taken_out: dict[str, Request] = {}
+        self.priorities: dict[int, int] = {}
+        self._blocks = blocks
+        self._block_size = block_size
+        self._step_tokens_max = step_tokens_max
+        # Every decode must fit the budget, and one prefilling request among them must find a token left.
+        self._batch_max = min(batch_max, step_tokens_max)
+        self._watermark = max(1, int(blocks.capacity * WATERMARK_SHARE))
+        self._kv_versions = 0
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self.prefilling) + len(self.decoding)
+
+    def running_requests(self) -> Iterator[Request]:
+        """Every request in the batch, decodes first."""
+        yield from self.decoding.values()
+        yield from self.prefilling.values()
+
+    def enqueue(self, request: Request) -> None:
+        """Add a request without KV to the queue."""
+        request.status = RequestStatus.WAITING
+        request.kv_version = self._next_kv_version()
+        self.waiting.push(request)
+
+    def join(self, request: Request) -> None:
+        """Add a request whose KV is here to the batch."""
+        request.status = RequestStatus.RUNNING
+        (self.decoding if request.prefilled else self.prefilling)[request.request_id] = request
+        count = self.priorities.get(request.execution_priority, 0)
+        self.priorities[request.execution_priority] = count + 1
+
+    def adopt(self, request: Request) -> None:
+        """Add a request that came with its KV."""
+        request.kv_version = self._next_kv_version()
+        self.join(request)
+
+    def prefill_done(self, request: Request) -> None:
+        """Its first token after a prefill was sampled: from the next step on it decodes."""
+        if self.prefilling.pop(request.request_id, None) is not None:
+            self.decoding[request.request_id] = request
+
+    def drop(self, request: Request) -> None:
+        """Forget a request wherever it is, and free its blocks."""
+        if self.taken_out.pop(request.request_id, None) is None:
+            self._leave(request)
+        self._free(request)
+
+    def take_out(self, request: Request) -> None:
+        """Set a waiting or running request aside; its blocks stay."""
+        self._leave(request)
+        request.status = RequestStatus.MIGRATING
+        self.taken_out[request.request_id] = request
+
+    def put_back(self, request: Request) -> None:
+        """Return a request that was set aside to where it was."""
+        del self.taken_out[request.request_id]
+        if request.blocks:
+            self.join(request)
+        else:
+            request.status = RequestStatus.WAITING
+            self.waiting.push(request)
+
+    def has_work(self) -> bool:
+        """Whether the next step would compute something."""
+        head = self.waiting.head()
+        return self.running > 0 or (head is not None and self._admissible(head))
+
+    def has_slot(self) -> bool:
+        """Whether the batch has a place for one more, admitted or arriving."""
+        aside = sum(1 for request in self.taken_out.values() if request.blocks)
+        return self.running + aside + self._blocks.reservations < self._batch_max
+
+    def spare_blocks(self) -> int:
+        """Blocks that newcomers leave free for running requests to grow into."""
+        return self._watermark if self.running else 0
+
+    def plan(self) -> tuple[list[Chunk], list[str]]:
+        """The next step's chunks, decodes first, and the requests preempted for it."""
+        preempted = self._grow()
+        chunks = [Chunk(request, request.computed_tokens, 1, True) for request in self.decoding.values()]
+        budget = self._step_tokens_max - len(chunks)
+        for request in self.prefilling.values():
+            if budget == 0:
+                break
+            budget -= self._prefill(request, budget, chunks)
+        while budget > 0 and not preempted:
+            head = self.waiting.head()
+            if head is None or not self._admissible(head):
+                break
+            self.waiting.remove(head)
+            self._blocks.grow(head.request_id, self.waiting.blocks_of(head))
+            head.blocks = self._blocks.table(head.request_id)
+            self.join(head)
+            budget -= self._prefill(head, budget, chunks)
+        return chunks, preempted
+
+    def _prefill(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
+        missing = len(request.tokens) - request.computed_tokens
+        count = min(budget, missing)
+        chunks.append(Chunk(request, request.computed_tokens, count, count == missing))
+        return count
+
+    def _admissible(self, request: Request) -> bool:
+        spare = self.spare_blocks()
+        if spare and request.preemptions:
+            # It would be the first to be preempted again: let each running request have a block first.
+            spare = max(spare, self.running)
+        return self.has_slot() and self.waiting.blocks_of(request) + spare <= self._blocks.free_blocks
+
+    def _grow(self) -> list[str]:
+        """Give every running request the blocks that its known tokens need, preempting where none are
+        left."""
+        size = self._block_size
+        short = [
+            request for request in self.running_requests() if len(request.tokens) > len(request.blocks) * size
+        ]
+        preempted: list[str] = []
+        for request in short:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # was itself preempted for one before it
+            missing = self.waiting.blocks_of(request) - len(request.blocks)
+            while not self._blocks.grow(request.request_id, missing):
+                victim = max(self.running_requests(), key=_preemption_rank)
+                self._preempt(victim)
+                preempted.append(victim.request_id)
+                if victim is request:
+                    break
+        return preempted
+
+    def _preempt(self, request: Request) -> None:
+        """Give up a running request's KV, to be computed again later."""
+        self._leave(request)
+        self._free(request)
+        request.computed_tokens = 0
+        request.preemptions += 1
+        self.enqueue(request)
+
+    def _free(self, request: Request) -> None:
+        self._blocks.free(request.request_id)
+        request.blocks = []
+
+    def _leave(self, request: Request) -> None:
+        """Remove a request from the queue or the batch."""
+        if request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+            return
+        if self.decoding.pop(request.request_id, None) is None:
+            del self.prefilling[request.request_id]
+        count = self.priorities[request.execution_priority] - 1
+        if count:
+            self.priorities[request.execution_priority] = count
+        else:
+            del self.priorities[request.execution_priority]
+
+    def _next_kv_version(self) -> int:
+        # Never the same twice on an instance, so a request that left and came back is told from its former
+        # self.
+        self._kv_versions += 1
+        return self._kv_versions
+
+
+def _preemption_rank(request: Request) -> tuple[int, float, str]:
+    """The highest goes first."""
+    return -request.execution_priority, request.arrived_at, request.request_id
