@@ -1,0 +1,217 @@
+"""Chooses the next token of each request from the model's scores.
+
+The order is fixed: raw log probabilities are noted first (what ``logprobs`` reports is the model's own
+distribution, before everything else), then forbidden tokens and penalties, then temperature, then min-p,
+top-k and top-p, each over what the one before left; then the draw.
+
+**Randomness is a function of (seed, position) only**, so a request that moved, was preempted or is continued
+after a crash gets the tokens it would have got, in any batch and on any device. And the draw must not turn on
+rounding: scores differ in their last bits between batches. Both follow from the Gumbel-max trick (the highest
+of score + Gumbel noise is a draw from the softmax, and small changes of scores rarely change the winner) with
+noise from a counter-based hash. Hashing a whole vocabulary per token would cost more than the rest of the
+step, so the draw has two levels, exactly equal in distribution: first a group of neighbouring tokens by the
+groups' log-sum-exp, then a token within it.
+
+Ending a request at end tokens, stop tokens or lengths is the engine core's job. Called by executors.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from llumnix.core.messages.serving import TokenLogprob
+from llumnix.core.sampling import LOGPROBS_OFF, SamplingParams
+from llumnix.instance.executor import SampledToken
+from llumnix.instance.request import Request
+
+GROUP: Final = (
+    256  # tokens per group of the two-level draw; part of what a seed means, so never to be changed
+)
+CANDIDATES: Final = 1024  # likeliest tokens looked at for top-p before all of them are sorted
+MINUS_INF: Final = float("-inf")
+MASK64: Final = (1 << 64) - 1
+
+# splitmix64 (Steele, Lea and Flood 2014)
+GOLDEN: Final = 0x9E3779B97F4A7C15
+MIX_1: Final = 0xBF58476D1CE4E5B9
+MIX_2: Final = 0x94D049BB133111EB
+GROUP_STREAM: Final = 0x5851F42D4C957F2D  # keeps the groups' noise apart from the tokens'
+
+
+class Sampler:
+    """Stateless between calls. ``eos_token_ids`` are needed to keep them back until ``min_tokens``."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos = tuple(sorted(eos_token_ids))
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+        """One token per row of ``logits``, float32 ``[requests, vocab]``, which may be overwritten. The token
+        takes position ``len(request.tokens)``."""
+        if not requests:
+            return []
+        params = [request.sampling for request in requests]
+        reported = [row for row, param in enumerate(params) if param.logprobs != LOGPROBS_OFF]
+        raw = torch.log_softmax(logits[reported], dim=-1) if reported else None
+        self._forbid(logits, requests)
+        _penalize(logits, requests)
+        random = [row for row, param in enumerate(params) if param.temperature > 0.0]
+        if len(random) == len(params):
+            chosen = _draw(_shape(logits, params), requests)
+        else:
+            chosen = logits.argmax(dim=-1)
+            if random:
+                drawing = [requests[row] for row in random]
+                chosen[random] = _draw(_shape(logits[random], [params[row] for row in random]), drawing)
+        results = [SampledToken(token) for token in chosen.tolist()]
+        if raw is not None:
+            for row, logprob in zip(reported, _report(raw, chosen[reported], [params[r] for r in reported])):
+                results[row] = SampledToken(results[row].token, logprob)
+        return results
+
+    def _forbid(self, logits: Tensor, requests: Sequence[Request]) -> None:
+        """Nothing that would end a request may come before its ``min_tokens``."""
+        rows: list[int] = []
+        tokens: list[int] = []
+        for row, request in enumerate(requests):
+            params = request.sampling
+            if request.output_len < params.min_tokens:
+                ending = params.stop_token_ids if params.ignore_eos else (*self._eos, *params.stop_token_ids)
+                known = [token for token in ending if 0 <= token < logits.shape[1]]
+                rows += [row] * len(known)
+                tokens += known
+        if rows:
+            logits[rows, tokens] = MINUS_INF
+
+
+def _penalize(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Repetition penalty over prompt and output (Keskar et al. 2019), presence and frequency over the
+    output."""
+    repeated, counted = [], []
+    for row, request in enumerate(requests):
+        params = request.sampling
+        if params.repetition_penalty != 1.0:
+            repeated.append((row, request.tokens))
+        if params.presence_penalty or params.frequency_penalty:
+            counted.append((row, request.tokens[request.prompt_len :]))
+    if not repeated and not counted:
+        return
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(request.sampling, name) for request in requests], device=logits.device)
+
+    if repeated:
+        rows, tokens, _ = _occurrences(repeated, logits)
+        penalty, scores = column("repetition_penalty")[rows], logits[rows, tokens]
+        logits[rows, tokens] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if counted:
+        rows, tokens, counts = _occurrences(counted, logits)
+        logits[rows, tokens] -= column("presence_penalty")[rows] + column("frequency_penalty")[rows] * counts
+
+
+def _occurrences(histories: list[tuple[int, list[int]]], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct (row, token) pairs of some rows' histories, and how often each occurs."""
+    vocab = logits.shape[1]
+    keys = torch.cat([torch.tensor(tokens, dtype=torch.int64) + row * vocab for row, tokens in histories])
+    distinct, counts = torch.unique(keys.to(logits.device), return_counts=True)
+    return distinct // vocab, distinct % vocab, counts
+
+
+def _shape(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Temperature, then the truncations, each only on the rows that want it. Tokens cut off become -inf."""
+    device = logits.device
+    logits = logits / torch.tensor([param.temperature for param in params], device=device)[:, None]
+    rows = [row for row, param in enumerate(params) if param.min_p > 0.0]
+    if rows:
+        share = torch.tensor([params[row].min_p for row in rows], device=device)[:, None]
+        wanted = logits[rows]
+        least = wanted.amax(dim=-1, keepdim=True) + share.log()
+        logits[rows] = wanted.masked_fill(wanted < least, MINUS_INF)
+    rows = [row for row, param in enumerate(params) if 0 < param.top_k < logits.shape[1]]
+    if rows:
+        wanted = logits[rows]
+        counts = [params[row].top_k for row in rows]
+        best = wanted.topk(max(counts), dim=-1).values
+        least = best.gather(1, torch.tensor(counts, device=device)[:, None] - 1)
+        logits[rows] = wanted.masked_fill(wanted < least, MINUS_INF)
+    rows = [row for row, param in enumerate(params) if param.top_p < 1.0]
+    if rows:
+        share = torch.tensor([params[row].top_p for row in rows], device=device)[:, None]
+        wanted = logits[rows]
+        logits[rows] = wanted.masked_fill(wanted < _nucleus_least(wanted, share), MINUS_INF)
+    return logits
+
+
+def _nucleus_least(logits: Tensor, share: Tensor) -> Tensor:
+    """Lowest score ``[rows, 1]`` inside the nucleus: the fewest likeliest tokens that hold ``share``
+    (Holtzman et al. 2020). The first token is always in."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    for count in (min(CANDIDATES, logits.shape[1]), logits.shape[1]):
+        best = logits.topk(count, dim=-1).values
+        held = (best - total).exp().cumsum(dim=-1)
+        if count == logits.shape[1] or bool((held[:, -1:] >= share).all()):
+            break
+    inside = (held < share).sum(dim=-1, keepdim=True).clamp(max=count - 1)
+    return best.gather(1, inside)
+
+
+def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """A draw from each row's softmax, int64 ``[rows]``. See the module."""
+    rows, vocab = logits.shape
+    groups = -(-vocab // GROUP)
+    grouped = torch.nn.functional.pad(logits, (0, groups * GROUP - vocab), value=MINUS_INF)
+    grouped = grouped.view(rows, groups, GROUP)
+    keys = [_key(request.sampling.seed, len(request.tokens)) for request in requests]
+    group_noise = _gumbel([key ^ GROUP_STREAM for key in keys], torch.arange(groups, device=logits.device))
+    group = (grouped.logsumexp(dim=-1) + group_noise).argmax(dim=-1)
+    members = group[:, None] * GROUP + torch.arange(GROUP, device=logits.device)
+    within = grouped[torch.arange(rows, device=logits.device), group] + _gumbel(keys, members)
+    return group * GROUP + within.argmax(dim=-1)
+
+
+def _gumbel(keys: list[int], counters: Tensor) -> Tensor:
+    """Gumbel noise, float64 ``[rows, counters]``, from each row's key and the counters, int64 ``[counters]``
+    or ``[rows, counters]``."""
+    key = torch.tensor([_signed(key) for key in keys], device=counters.device)[:, None]
+    mixed = _mix(key + (counters + 1) * _signed(GOLDEN))
+    uniform = (_shift_right(mixed, 11).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log()
+
+
+def _key(seed: int, position: int) -> int:
+    """One 64-bit key per (seed, position)."""
+    mixed = (seed + GOLDEN) & MASK64
+    for salt in (position, 0):
+        mixed = ((mixed ^ (mixed >> 30)) * MIX_1) & MASK64
+        mixed = ((mixed ^ (mixed >> 27)) * MIX_2) & MASK64
+        mixed = ((mixed ^ (mixed >> 31)) + (salt + 1) * GOLDEN) & MASK64
+    return mixed
+
+
+def _mix(value: Tensor) -> Tensor:
+    """splitmix64's finalizer on int64, whose products wrap around."""
+    value = (value ^ _shift_right(value, 30)) * _signed(MIX_1)
+    value = (value ^ _shift_right(value, 27)) * _signed(MIX_2)
+    return value ^ _shift_right(value, 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with these 64 bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _report(raw: Tensor, chosen: Tensor, params: Sequence[SamplingParams]) -> list[TokenLogprob]:
+    """Log probabilities of the chosen tokens and of each row's likeliest ones."""
+    most = min(max(param.logprobs for param in params), raw.shape[1])
+    best = raw.topk(most, dim=-1)
+    own = raw.gather(1, chosen[:, None])[:, 0].tolist()
+    return [
+        TokenLogprob(logprob, tuple(zip(tokens[: param.logprobs], values[: param.logprobs])))
+        for logprob, tokens, values, param in zip(own, best.indices.tolist(), best.values.tolist(), params)
+    ]
