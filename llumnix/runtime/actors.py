@@ -8,7 +8,7 @@ manager finds the instances that are already there.
 
 import os
 import socket
-import threading
+import time
 import uuid
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ NAMESPACE = "llumnix"
 MANAGER_NAME = "manager"
 INSTANCE_PREFIX = "instance:"
 STOP_TIMEOUT_S = 20.0
+WATCH_S = 20.0
 
 
 def actor_name(instance_id: str) -> str:
@@ -85,10 +86,10 @@ class InstanceActor:
         return self._process
 
     def watch(self, incarnation: str) -> ProcessName:
-        """Return at once if this process is another than ``incarnation``; otherwise never, so that the call fails
-        in the very moment the process dies."""
+        """Say which process this is: at once if it is another than ``incarnation``, else after a long wait, so that
+        the call fails when the process dies. Bounded, since a caller that died leaves its call behind here."""
         if incarnation == self._process.incarnation:
-            threading.Event().wait()
+            time.sleep(WATCH_S)
         return self._process
 
     def stop(self) -> None:

@@ -1,0 +1,158 @@
+"""`llumnix.connect()`: a Python handle on a running cluster, for programs on any node of its Ray cluster.
+
+Orders go to the manager's actor; text is generated through a frontend of the handle's own, so tokens come straight
+from the instances.
+"""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from llumnix.api.backend import ModelInfo, StreamCall
+from llumnix.api.detokenizer import TextStream
+from llumnix.api.tokenizer import TextTokenizer, load_tokenizer
+from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.config import ClusterConfig, Config
+from llumnix.core.errors import ConfigurationError
+from llumnix.core.messages.control import RequestRow
+from llumnix.core.messages.serving import FinishReason
+from llumnix.core.sampling import SEED_MAX, SamplingParams
+from llumnix.runtime.actors import on_this_host
+from llumnix.runtime.frontend import Frontend
+from llumnix.runtime.launch import find_manager, start_ray
+from llumnix.runtime.manager_actor import ClusterDescription
+from llumnix.runtime.model_info import model_info
+from llumnix.runtime.ray_admin import RayAdmin
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The next piece of a text: new tokens, the text they complete, and, at the end, why it ended."""
+
+    request_id: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+async def connect(ray_address: str = "auto") -> "Cluster":
+    """Connect to the Llumnix cluster of a Ray cluster: "auto" finds the one on this machine. Raises
+    ConfigurationError if there is none."""
+    await asyncio.to_thread(start_ray, Config(cluster=ClusterConfig(ray_address=ray_address)))
+    manager = find_manager()
+    if manager is None:
+        raise ConfigurationError(f"the Ray cluster at {ray_address!r} runs no Llumnix; start one with: llumnix serve")
+    description: ClusterDescription = await manager.describe.remote()
+    engine, frontend = description.config.engine, description.config.frontend
+    model = await asyncio.to_thread(
+        model_info, engine, frontend.served_model_name, description.max_model_len
+    )
+    tokenizer = await asyncio.to_thread(load_tokenizer, model.tokenizer_folder)
+    return Cluster(description, RayAdmin(manager), model, tokenizer)
+
+
+class Cluster:
+    """A running cluster. Use it as ``async with await llumnix.connect() as cluster``, in one event loop.
+
+    Orders that cannot be carried out are answered with a Refusal, which says why, and change nothing. ManagerAway is
+    raised while the manager restarts; generating goes on meanwhile.
+    """
+
+    def __init__(
+        self, description: ClusterDescription, admin: RayAdmin, model: ModelInfo, tokenizer: TextTokenizer
+    ) -> None:
+        self.model = model
+        self._admin = admin
+        self._tokenizer = tokenizer
+        self._frontend = Frontend(
+            on_this_host(description.config),
+            frontend_id=f"connect-{uuid.uuid4().hex[:8]}",
+            manager_address=description.manager_address,
+        )
+
+    async def __aenter__(self) -> "Cluster":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what this handle still generates, and leave. The cluster runs on."""
+        await self._frontend.close()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        priority: int = 0,
+        tenant: str = "",
+        request_id: str = "",
+        **sampling: Any,
+    ) -> AsyncIterator[Generated]:
+        """Continue a text or a list of token ids, piece by piece. ``sampling`` takes the other fields of
+        SamplingParams (temperature, top_p, seed, …). Leaving the loop early stops the request. Raises
+        ConfigurationError for settings out of range, StreamFailed if the cluster cannot take the request."""
+        tokens = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
+            raise ConfigurationError(
+                f"prompt of {len(tokens)} tokens and max_tokens {max_tokens} must make 2 to "
+                f"{self.model.max_model_len} tokens"
+            )
+        sampling.setdefault("seed", secrets.randbelow(SEED_MAX))
+        name = request_id or f"gen-{uuid.uuid4().hex}"
+        stream = self._frontend.open(
+            StreamCall(
+                request_id=name,
+                prompt_tokens=tokens,
+                sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+                scheduling_priority=priority,
+                execution_priority=priority,
+                tenant=tenant,
+            )
+        )
+        text = TextStream(self._tokenizer.table)
+        try:
+            async for chunk in stream:
+                ended = chunk.finish_reason is not None
+                yield Generated(name, text.push(chunk.tokens, ended).text, chunk.tokens, chunk.finish_reason)
+        finally:
+            await stream.cancel()
+
+    async def status(self) -> ClusterSummary:
+        """The cluster in one record."""
+        return await self._admin.status()
+
+    async def instances(self) -> tuple[InstanceRow, ...]:
+        """Every instance, by id."""
+        return await self._admin.instances()
+
+    async def requests(self) -> tuple[RequestRow, ...]:
+        """Every request of every instance."""
+        return await self._admin.requests()
+
+    async def migrate(self, request_id: str, to: str) -> MigrationResult | Refusal:
+        """Move a request to the instance ``to``; answered when the migration has ended."""
+        return await self._admin.migrate(request_id, to)
+
+    async def drain(self, instance_id: str) -> InstanceRow | Refusal:
+        """Place nothing new on an instance and move away what it holds. Answered at once; watch ``instances``."""
+        return await self._admin.drain(instance_id)
+
+    async def resume(self, instance_id: str) -> InstanceRow | Refusal:
+        """Let a draining instance serve again."""
+        return await self._admin.resume(instance_id)
+
+    async def scale(self, instances: int) -> ClusterSummary | Refusal:
+        """Have this many instances. Answered when they serve, or when the surplus ones are empty and stopped."""
+        return await self._admin.scale(instances)
+
+    async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
+        """What happened since the event numbered ``after``, oldest first."""
+        return await self._admin.events(after, limit)

@@ -1,0 +1,146 @@
+"""A frontend at run time: the stream table behind a bus, and the token streams that consumers iterate over.
+
+Everything happens in one event loop. Used by the HTTP server and by `llumnix.connect()`, each in its own process
+with its own bus address, so tokens go straight from the instances to whoever asked for them.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from llumnix.api.backend import FailKind, StreamCall, StreamFailed, TokenChunk
+from llumnix.api.streams import Deliver, Fail, StreamTable
+from llumnix.core.config import Config
+from llumnix.core.effects import Send
+from llumnix.core.errors import InvariantError
+from llumnix.core.messages.control import FrontendHello
+from llumnix.runtime.bus import Bus
+
+HELLO_INTERVAL_S = 1.0
+TICK_MAX_S = 0.25
+
+
+class Frontend:
+    """Opens streams until `close`. Must be made and used in one event loop."""
+
+    def __init__(self, config: Config, *, frontend_id: str, manager_address: str) -> None:
+        self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=self._lost)
+        self._manager_address = manager_address
+        self._hello = FrontendHello(frontend_id, self._bus.address)
+        self.table = StreamTable(frontend_id, self._bus.address, manager_address, config.frontend)
+        self._streams: dict[str, BusStream] = {}
+        self._ticker = asyncio.create_task(self._tick(), name="frontend-tick")
+
+    @property
+    def address(self) -> str:
+        """Where this frontend takes messages."""
+        return self._bus.address
+
+    def open(self, call: StreamCall) -> "BusStream":
+        """Begin a sequence; see Backend.open."""
+        stream = self._streams[call.request_id] = BusStream(self, call.request_id)
+        self._perform(self.table.open(call, time.monotonic()))
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a sequence wherever it is."""
+        if self._streams.pop(request_id, None) is not None:
+            self._perform(self.table.abort(request_id, time.monotonic()))
+
+    async def close(self) -> None:
+        """Cancel what still runs, so that instances free it, and leave."""
+        for request_id in list(self._streams):
+            self.cancel(request_id)
+        self._ticker.cancel()
+        await asyncio.gather(self._ticker, return_exceptions=True)
+        self._bus.close()
+
+    def _handle(self, message: object) -> None:
+        self._perform(self.table.handle(message, time.monotonic()))
+
+    def _lost(self, address: str) -> None:
+        if address != self._manager_address:
+            self._perform(self.table.peer_lost(address, time.monotonic()))
+
+    async def _tick(self) -> None:
+        hello_at = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= hello_at:
+                self._bus.send(self._manager_address, self._hello)
+                hello_at = now + HELLO_INTERVAL_S
+            self._perform(self.table.tick(now))
+            deadline = self.table.next_deadline()
+            wait_s = TICK_MAX_S if deadline is None else min(TICK_MAX_S, deadline - now)
+            await asyncio.sleep(max(0.005, wait_s))
+
+    def _perform(self, effects: Sequence[object]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._bus.send(effect.address, effect.message)
+            elif isinstance(effect, Deliver):
+                self._deliver(effect)
+            elif isinstance(effect, Fail):
+                stream = self._streams.pop(effect.request_id, None)
+                if stream is not None:
+                    stream.fail(StreamFailed(effect.kind, effect.reason, effect.retry_after_s))
+            else:
+                raise InvariantError(f"a frontend cannot carry out {effect!r}")
+
+    def _deliver(self, effect: Deliver) -> None:
+        stream = self._streams.get(effect.request_id)
+        if stream is None:
+            return
+        stream.push(TokenChunk(effect.first_index, effect.tokens, effect.logprobs, effect.finish_reason))
+        if effect.finish_reason is not None:
+            del self._streams[effect.request_id]
+
+
+class BusStream:
+    """The TokenStream of one sequence. Chunks the consumer has not taken yet wait here and are handed over as one:
+    at most the sequence's own length, however slow the consumer is."""
+
+    def __init__(self, frontend: Frontend, request_id: str) -> None:
+        self._frontend = frontend
+        self.request_id = request_id
+        self._waiting: list[TokenChunk] = []
+        self._failure: StreamFailed | None = None
+        self._arrived = asyncio.Event()
+
+    def push(self, chunk: TokenChunk) -> None:
+        """Add the next tokens; they must follow those pushed before."""
+        self._waiting.append(chunk)
+        self._arrived.set()
+
+    def fail(self, failure: StreamFailed) -> None:
+        """End the stream with an error, after what was pushed before."""
+        self._failure = failure
+        self._arrived.set()
+
+    async def cancel(self) -> None:
+        """See TokenStream."""
+        self._frontend.cancel(self.request_id)
+        self.fail(StreamFailed(FailKind.INVALID, "the stream was cancelled"))
+
+    async def __aiter__(self) -> AsyncIterator[TokenChunk]:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            chunks, self._waiting = self._waiting, []
+            if chunks:
+                last = chunks[-1]
+                yield last if len(chunks) == 1 else joined(chunks)
+                if last.finish_reason is not None:
+                    return
+            if self._failure is not None:
+                raise self._failure
+
+
+def joined(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """Consecutive chunks of one stream as one."""
+    return TokenChunk(
+        first_index=chunks[0].first_index,
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        finish_reason=chunks[-1].finish_reason,
+    )

@@ -1,0 +1,26 @@
+"""What a frontend must know of the model: its name, its tokenizer's folder, its limits. Reads no weights."""
+
+from llumnix.api.backend import ModelInfo
+from llumnix.core.config import EngineConfig
+from llumnix.instance.model_loader import read_model_folder, resolve_model
+from llumnix.instance.simulated_executor import EOS_TOKEN, MAX_MODEL_LEN_DEFAULT, VOCAB_SIZE
+
+SIMULATED_NAME = "simulated"
+
+
+def served_name(config: EngineConfig, served_model_name: str) -> str:
+    """The name under which the API offers the model."""
+    return served_model_name or (SIMULATED_NAME if config.kind == "simulated" else config.model)
+
+
+def model_info(config: EngineConfig, served_model_name: str = "", longest: int = 0) -> ModelInfo:
+    """The model of a configuration, fetched or converted first if need be. ``longest`` is the longest prompt + output
+    the instances take (their KV may hold less than the model could); 0 if none is known yet. Raises
+    ConfigurationError in one line."""
+    name = served_name(config, served_model_name)
+    if config.kind == "simulated":
+        limit = longest or config.max_model_len or MAX_MODEL_LEN_DEFAULT
+        return ModelInfo(name, limit, "", (EOS_TOKEN,), VOCAB_SIZE)
+    folder = read_model_folder(resolve_model(config.model))
+    limit = longest or config.max_model_len or folder.config.max_len
+    return ModelInfo(name, limit, str(folder.path), tuple(sorted(folder.eos_token_ids)), folder.config.vocab_size)
