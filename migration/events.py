@@ -64,9 +64,9 @@ class StartRead:
 
 @dataclass(frozen=True, slots=True)
 class CloseReader:
-    """Nothing reads from ``endpoint`` any more, or its process has ended: close what was opened for it."""
+    """Nothing reads from this pool any more, or its process has ended: close what was opened for it."""
 
-    endpoint: KvEndpoint
+    pool_name: str
 
 
 Effect = Send | StartRead | CloseReader

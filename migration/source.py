@@ -108,7 +108,7 @@ class SourceMigration:
         self._moved_blocks = 0
         self._known_tokens = 0
         self._step_s = 0.0
-        self._abort_wanted = False
+        self._abort_epoch = -1
 
     @property
     def ended(self) -> bool:
@@ -119,6 +119,11 @@ class SourceMigration:
     def undecided(self) -> bool:
         """Whether a commit is on its way: the request is in no batch here, and may be in one elsewhere."""
         return self.state in UNDECIDED
+
+    @property
+    def moved(self) -> Moved:
+        """What the request's frontend is told once the target has it."""
+        return Moved(self.order.request_id, next_hop(self.spec.epoch), self.order.target_id)
 
     def begin(self, now: float, step_s: float) -> list[Send]:
         """Ask the target for room. The request must be movable and have two more hops in its epoch."""
@@ -277,10 +282,9 @@ class SourceMigration:
             raise ProtocolError(f"Committed at epoch {event.epoch}, expected {epoch}: {self.story()}")
         self._engine.release(self.order.request_id)
         effects = []
-        if self._abort_wanted:
-            effects.append(self._send(Abort(self.order.request_id, epoch)))
-        moved = Moved(self.order.request_id, epoch, self.order.target_id)
-        effects.append(Send(self.spec.frontend_address, moved))
+        if self._abort_epoch >= epoch:
+            effects.append(self._send(Abort(self.order.request_id, self._abort_epoch)))
+        effects.append(Send(self.spec.frontend_address, self.moved))
         return [*effects, *self._end(S.COMMITTED, self.order.reason, now)]
 
     def _denied(self, event: Denied, now: float) -> list[Send]:
@@ -298,8 +302,7 @@ class SourceMigration:
 
     def _continue_at(self, epoch: int) -> None:
         self._engine.put_back(self.order.request_id, epoch)
-        if self._abort_wanted:
-            self._engine.abort(self.order.request_id, epoch)
+        self._engine.abort(self.order.request_id, self._abort_epoch)
 
     def _ask(self, event: object, now: float) -> list[Send]:
         self.state = SourceState.COMMIT_UNKNOWN
@@ -307,8 +310,9 @@ class SourceMigration:
         return [self._send(QueryCommit(self.order.migration_id, self._me.address))]
 
     def _remember_abort(self, event: ClientAbort, now: float) -> list[Send]:
-        """Neither side may drop it alone while the commit is open; whoever gets it will."""
-        self._abort_wanted = self._abort_wanted or event.epoch >= self.spec.epoch
+        """Neither side may drop it alone while the commit is open; whoever gets it will, if the abort covers
+        its epoch. One that only tells a stale owner to stop does not, and must not stop the new one."""
+        self._abort_epoch = max(self._abort_epoch, event.epoch)
         return []
 
     def _superseded_late(self, event: object, now: float) -> list[Send]:

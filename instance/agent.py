@@ -1,0 +1,265 @@
+"""The agent: the one object that speaks for an instance. It answers frontends, the manager and the peers that
+requests move to and from, and drives the instance's engine only between steps.
+
+Whoever runs it (the engine thread of runtime/instance_server.py, a benchmark, the simulator) loops: hand
+over what came in (``handle``, ``read_ended``), ``tick``, ask ``hold_until``, then run a step and report
+it (``after_step``). Messages are handed over before ``tick``, so that a long step does not turn an answer
+that has come into a timeout. Effects are carried out in order.
+
+Invariants: a peer's mistake changes nothing (it is counted and kept in ``faults``); every map is bounded.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llumnix.core.config import MigrationConfig
+from llumnix.core.effects import Send
+from llumnix.core.errors import ProtocolError, TransportError
+from llumnix.core.messages.control import (
+    Fenced,
+    HelloWanted,
+    InstanceHello,
+    ListRequests,
+    MigrateOrder,
+    RequestList,
+    RequestStatus,
+    SetDraining,
+)
+from llumnix.core.messages.migration import (
+    AbortMigration,
+    Commit,
+    CommitSoon,
+    Committed,
+    CopyStage,
+    Denied,
+    QueryCommit,
+    Refused,
+    Reserve,
+    Reserved,
+    StageCopied,
+)
+from llumnix.core.messages.serving import (
+    Abort,
+    Probe,
+    ProbeReply,
+    RejectCode,
+    Rejected,
+    RequestSpec,
+    Submit,
+    TokenBatch,
+    TokenDelta,
+)
+from llumnix.instance.agent_incoming import IncomingMigrations
+from llumnix.instance.agent_memory import Latest
+from llumnix.instance.agent_outgoing import OutgoingMigrations
+from llumnix.instance.agent_reports import LoadReporter
+from llumnix.instance.engine import Engine, StepResult
+from llumnix.migration.events import CloseReader, Effect, StartRead
+from llumnix.migration.transports.base import ReadStats
+
+__all__ = ["Agent", "CloseReader", "Effect", "StartRead"]
+
+SUBMITTED_MAX = 8192
+FAULTS_MAX = 32
+STEPS_REMEMBERED = 8
+
+
+class Agent:
+    """See the module. Nothing here waits, and time is an argument."""
+
+    def __init__(
+        self,
+        identity: InstanceHello,
+        engine: Engine,
+        migration: MigrationConfig,
+        report_interval_s: float,
+        manager_address: str,
+    ) -> None:
+        self._me = identity
+        self._engine = engine
+        self._manager_address = manager_address
+        self._draining = False
+        self._reports = LoadReporter(identity, engine, report_interval_s, manager_address)
+        self._outgoing = OutgoingMigrations(identity, engine, migration, manager_address)
+        self._incoming = IncomingMigrations(identity, engine, migration)
+        self._submitted: Latest[tuple[str, int], None] = Latest(SUBMITTED_MAX)
+        self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._step_s = 0.0
+        self.fault_count = 0
+        self.faults: deque[str] = deque(maxlen=FAULTS_MAX)
+        """What peers got wrong lately, for logs."""
+        self._handlers: dict[type, Callable[[Any, float], Sequence[Effect]]] = {
+            Submit: self._submit,
+            Abort: self._abort,
+            Probe: self._probe,
+            HelloWanted: self._hello,
+            MigrateOrder: lambda order, now: self._outgoing.order(order, self._step_s, now),
+            SetDraining: self._set_draining,
+            Fenced: self._fenced,
+            ListRequests: self._list_requests,
+            Reserve: lambda message, now: self._incoming.reserve(message, self._draining, now),
+        }
+        for kind in (CopyStage, CommitSoon, Commit, QueryCommit, AbortMigration):
+            self._handlers[kind] = self._incoming.follow
+        for answer in (Reserved, Refused, StageCopied, Committed, Denied):
+            self._handlers[answer] = self._outgoing.answer
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def start(self, now: float) -> list[Effect]:
+        """Introduce the instance to the manager."""
+        return self._hello(None, now)
+
+    def handle(self, message: object, now: float, arrived_at: float | None = None) -> list[Effect]:
+        """Take one message. ``arrived_at`` is when it reached this process, if it had to wait for a
+        step's end."""
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            self._fault(f"no instance takes {type(message).__name__}")
+            return []
+        when = arrived_at if isinstance(message, CommitSoon) and arrived_at is not None else now
+        try:
+            effects = list(handler(message, when))
+        except ProtocolError as error:
+            self._fault(str(error))
+            return []
+        self._reports.changed()
+        return [*effects, *self._note_adopted(now)]
+
+    def read_ended(
+        self, migration_id: str, stage: int, outcome: ReadStats | TransportError, now: float
+    ) -> list[Effect]:
+        """A read that StartRead asked for has returned; nothing writes to its blocks any more."""
+        effects = self._incoming.read_ended(migration_id, stage, outcome, now)
+        self._reports.changed()
+        return [*effects, *self._note_adopted(now)]
+
+    def after_step(self, result: StepResult, now: float) -> list[Effect]:
+        """A step is done: its tokens go out first, then what it means for migrations, then a report if
+        due."""
+        if result.tokens:
+            self._steps.append(result.duration_s)
+            self._step_s = sorted(self._steps)[len(self._steps) // 2]
+            self._reports.changed()
+        effects: list[Effect] = [
+            Send(address, TokenBatch(self._me.instance_id, tuple(deltas)))
+            for address, deltas in result.deltas.items()
+        ]
+        effects += self._outgoing.step_ended(self._step_s, now)
+        return [*effects, *self._report_if_due(now)]
+
+    def tick(self, now: float) -> list[Effect]:
+        """Act on every deadline that has passed."""
+        return [*self._outgoing.tick(now), *self._incoming.tick(now), *self._report_if_due(now)]
+
+    def next_deadline(self) -> float | None:
+        """When ``tick`` has something to do at the latest."""
+        deadlines = (self._outgoing.next_deadline(), self._incoming.next_deadline())
+        return min([self._reports.next_deadline(), *(d for d in deadlines if d is not None)])
+
+    def hold_until(self, now: float) -> float | None:
+        """Ask right before a step. A time: do not start it yet, take what comes in until then and ask
+        again, since a request is about to join. None: go ahead. An idle engine has nothing to hold."""
+        return self._incoming.hold_until(self._step_s, now)
+
+    def check(self) -> None:
+        """Raise InvariantError unless the agent's books agree with each other and with the engine."""
+        self._outgoing.check()
+        self._incoming.check()
+
+    # Frontends.
+
+    def _submit(self, message: Submit, now: float) -> list[Effect]:
+        spec = message.spec
+        if (spec.request_id, spec.epoch) in self._submitted:
+            return []  # the network said it twice
+        if self._draining:
+            return [self._rejected(spec, RejectCode.DRAINING, "the instance is being drained")]
+        refusal = self._engine.submit(spec, now)
+        if refusal is not None:
+            return [self._rejected(spec, refusal.code, refusal.reason)]
+        self._submitted.remember((spec.request_id, spec.epoch), None)
+        self._reports.accepted(spec.request_id)
+        return list(self._outgoing.arrived(spec.request_id, now))
+
+    def _rejected(self, spec: RequestSpec, code: RejectCode, reason: str) -> Send:
+        answer = Rejected(self._me.instance_id, spec.request_id, spec.epoch, code, reason)
+        return Send(spec.frontend_address, answer)
+
+    def _abort(self, message: Abort, now: float) -> list[Effect]:
+        effects = self._outgoing.client_abort(message.request_id, message.epoch, now)
+        if effects is None:
+            self._engine.abort(message.request_id, message.epoch)
+            return []
+        return list(effects)
+
+    def _probe(self, message: Probe, now: float) -> list[Effect]:
+        """Missing tokens go out after the reply. One that left lately is not unknown: its frontend may
+        have missed where it went."""
+        unknown: list[str] = []
+        deltas: list[TokenDelta] = []
+        moved: list[Effect] = []
+        for request_id, index in message.requests:
+            delta = self._engine.output_since(request_id, max(0, index))
+            departed = self._outgoing.departed(request_id)
+            if departed is not None and (delta is None or departed.epoch > delta.epoch):
+                moved.append(Send(message.frontend_address, departed))
+            elif delta is None:
+                unknown.append(request_id)
+            elif delta.tokens or delta.finish_reason is not None:
+                deltas.append(delta)
+        reply = ProbeReply(self._me.instance_id, tuple(unknown))
+        effects: list[Effect] = [*moved, Send(message.frontend_address, reply)]
+        if deltas:
+            effects.append(Send(message.frontend_address, TokenBatch(self._me.instance_id, tuple(deltas))))
+        return effects
+
+    # The manager.
+
+    def _hello(self, message: HelloWanted | None, now: float) -> list[Effect]:
+        return [Send(self._manager_address, self._me), self._report(now)]
+
+    def _set_draining(self, message: SetDraining, now: float) -> list[Effect]:
+        self._draining = message.draining
+        return [self._report(now)]
+
+    def _fenced(self, message: Fenced, now: float) -> list[Effect]:
+        effects: list[Effect] = [*self._outgoing.fenced(message.instance_id, message.incarnation, now)]
+        return [*effects, *self._incoming.fenced(message.incarnation, now)]
+
+    def _list_requests(self, message: ListRequests, now: float) -> list[Effect]:
+        rows = self._engine.rows(self._me.instance_id, now)
+        rows = tuple(
+            replace(row, status=RequestStatus.MIGRATING) if self._outgoing.moving(row.request_id) else row
+            for row in rows
+        )
+        return [Send(message.reply_address, RequestList(message.query_id, self._me.instance_id, rows))]
+
+    def _report_if_due(self, now: float) -> list[Effect]:
+        return [self._report(now)] if self._reports.due(now) else []
+
+    def _report(self, now: float) -> Send:
+        return self._reports.report(
+            now,
+            migrating_in=len(self._incoming),
+            migrating_out=len(self._outgoing),
+            draining=self._draining,
+        )
+
+    # Bookkeeping.
+
+    def _note_adopted(self, now: float) -> list[Effect]:
+        """Requests that have just joined are no longer departed, and count as taken."""
+        effects: list[Effect] = []
+        for request_id in self._incoming.take_adopted():
+            self._reports.accepted(request_id)
+            effects += self._outgoing.arrived(request_id, now)
+        return effects
+
+    def _fault(self, text: str) -> None:
+        self.fault_count += 1
+        self.faults.append(text)

@@ -1,0 +1,73 @@
+"""When an instance reports its load to the manager, and what it says.
+
+Reports go out when something changed, at most every ``interval_s``, and every HEARTBEAT_S in any case, so
+that silence means trouble. Each carries a sequence number one above the last. Used by the agent
+(agent.py) alone.
+"""
+
+from llumnix.core.effects import Send
+from llumnix.core.messages.control import InstanceHello, LoadReport
+from llumnix.instance.engine import Engine
+
+HEARTBEAT_S = 1.0
+
+
+class LoadReporter:
+    """Keeps the pace of reports. ``changed`` marks that the next one has something to say."""
+
+    def __init__(self, me: InstanceHello, engine: Engine, interval_s: float, manager_address: str) -> None:
+        self._me = me
+        self._engine = engine
+        self._interval_s = interval_s
+        self._manager_address = manager_address
+        self._sequence = 0
+        self._last_at = float("-inf")
+        self._changed = True
+        self._accepted: list[str] = []
+
+    def changed(self) -> None:
+        """The load is no longer what was last reported."""
+        self._changed = True
+
+    def accepted(self, request_id: str) -> None:
+        """A request was taken; the next report names it."""
+        self._accepted.append(request_id)
+        self._changed = True
+
+    def next_deadline(self) -> float:
+        return self._last_at + (self._interval_s if self._changed else HEARTBEAT_S)
+
+    def due(self, now: float) -> bool:
+        """Whether a report should go out now."""
+        return now >= self.next_deadline()
+
+    def report(self, now: float, *, migrating_in: int, migrating_out: int, draining: bool) -> Send:
+        """The report, due or not."""
+        load = self._engine.load()
+        self._sequence += 1
+        self._last_at, self._changed = now, False
+        accepted, self._accepted = tuple(self._accepted), []
+        report = LoadReport(
+            instance_id=self._me.instance_id,
+            incarnation=self._me.incarnation,
+            sequence=self._sequence,
+            capacity_blocks=load.capacity_blocks,
+            used_blocks=load.used_blocks,
+            reserved_blocks=load.reserved_blocks,
+            head_blocks=load.head_blocks,
+            waiting_blocks=load.waiting_blocks,
+            running=load.running,
+            waiting=load.waiting,
+            migrating_in=migrating_in,
+            migrating_out=migrating_out,
+            draining=draining,
+            execution_priorities=load.execution_priorities,
+            candidates=load.candidates,
+            accepted=accepted,
+            step_s=load.step_s,
+            tokens_total=load.tokens_total,
+            preemptions_total=load.preemptions_total,
+            finished_total=load.finished_total,
+            address=self._me.address,
+        )
+        return Send(self._manager_address, report)
