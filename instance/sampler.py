@@ -29,6 +29,7 @@ from llumnix.instance.request import Request
 GROUP: Final = (
     256  # tokens per group of the two-level draw; part of what a seed means, so never to be changed
 )
+GREEDY_BELOW: Final = 1e-5  # a lower temperature overflows float32 and means greedy anyway
 CANDIDATES: Final = 1024  # likeliest tokens looked at for top-p before all of them are sorted
 MINUS_INF: Final = float("-inf")
 MASK64: Final = (1 << 64) - 1
@@ -56,7 +57,7 @@ class Sampler:
         raw = torch.log_softmax(logits[reported], dim=-1) if reported else None
         self._forbid(logits, requests)
         _penalize(logits, requests)
-        random = [row for row, param in enumerate(params) if param.temperature > 0.0]
+        random = [row for row, param in enumerate(params) if param.temperature >= GREEDY_BELOW]
         if len(random) == len(params):
             chosen = _draw(_shape(logits, params), requests)
         else:
@@ -181,16 +182,19 @@ def _gumbel(keys: list[int], counters: Tensor) -> Tensor:
 
 def _key(seed: int, position: int) -> int:
     """One 64-bit key per (seed, position)."""
-    mixed = (seed + GOLDEN) & MASK64
-    for salt in (position, 0):
-        mixed = ((mixed ^ (mixed >> 30)) * MIX_1) & MASK64
-        mixed = ((mixed ^ (mixed >> 27)) * MIX_2) & MASK64
-        mixed = ((mixed ^ (mixed >> 31)) + (salt + 1) * GOLDEN) & MASK64
-    return mixed
+    return _mix_int(_mix_int(seed + GOLDEN) + (position + 1) * GOLDEN)
+
+
+def _mix_int(value: int) -> int:
+    """splitmix64's finalizer on a Python integer's low 64 bits."""
+    value &= MASK64
+    value = ((value ^ (value >> 30)) * MIX_1) & MASK64
+    value = ((value ^ (value >> 27)) * MIX_2) & MASK64
+    return value ^ (value >> 31)
 
 
 def _mix(value: Tensor) -> Tensor:
-    """splitmix64's finalizer on int64, whose products wrap around."""
+    """The same on int64, whose products wrap around."""
     value = (value ^ _shift_right(value, 30)) * _signed(MIX_1)
     value = (value ^ _shift_right(value, 27)) * _signed(MIX_2)
     return value ^ _shift_right(value, 31)
