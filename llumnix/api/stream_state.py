@@ -7,6 +7,7 @@ from the effects, which whoever drives the table carries out.
     STREAMING  ``owner_id``     no news for long: probe the owner
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
@@ -14,6 +15,7 @@ from math import inf
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import Place
 from llumnix.core.messages.serving import FinishReason, RequestSpec, TokenLogprob
 
@@ -134,3 +136,24 @@ class StreamStats:
     trimmed_tokens: int = 0
     gaps: int = 0
     tokens: int = 0
+
+
+def check_streams(streams: Mapping[str, Stream], held: Mapping[str, int], stats: StreamStats) -> None:
+    """Raise InvariantError unless each stream is in a state its phase allows, has an alarm, and is counted
+    once."""
+    counted: dict[str, int] = {}
+    for request_id, stream in streams.items():
+        streaming = stream.phase is Phase.STREAMING
+        if streaming != bool(stream.owner_id):
+            raise InvariantError(f"{request_id} is {stream.phase} with owner {stream.owner_id!r}")
+        if stream.alarm == inf or (not streaming and stream.alarm > stream.deadline):
+            raise InvariantError(f"{request_id} has no alarm for its deadline")
+        if len(stream.tokens) > stream.call.sampling.max_tokens:
+            raise InvariantError(f"{request_id} has more tokens than it asked for")
+        if streaming:
+            counted[stream.owner_id] = counted.get(stream.owner_id, 0) + 1
+    if counted != held:
+        raise InvariantError(f"streams per instance: counted {counted}, kept {held}")
+    closed = stats.finished + stats.aborted
+    if closed + len(streams) > stats.opened:
+        raise InvariantError(f"{stats.opened} opened, but {closed} closed and {len(streams)} open")

@@ -15,12 +15,20 @@ from typing import Any
 from llumnix.api.alarms import Alarms
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.directory import InstanceDirectory
-from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, StreamStats
+from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, StreamStats, check_streams
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import HOP_BITS, next_generation
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import ClusterStatus, Fenced, InstanceState, NotPlaced, Placed
+from llumnix.core.messages.control import (
+    ClusterStatus,
+    Fenced,
+    FrontendHello,
+    HelloWanted,
+    InstanceState,
+    NotPlaced,
+    Placed,
+)
 from llumnix.core.messages.serving import (
     Abort,
     FinishReason,
@@ -33,6 +41,8 @@ from llumnix.core.messages.serving import (
     TokenBatch,
     TokenDelta,
 )
+
+__all__ = ["Deliver", "Effect", "Fail", "StreamTable"]
 
 CONTINUE_MAX_S = 300.0  # a request whose owner died is tried this long before its client sees an error
 PLACE_TRIES_MAX = 3  # unanswered questions for a place before a fresh request is refused
@@ -67,6 +77,7 @@ class StreamTable:
             ProbeReply: self._probe_reply,
             ClusterStatus: self._cluster_status,
             Fenced: self._fenced,
+            HelloWanted: self._hello_wanted,
         }
 
     def __len__(self) -> int:
@@ -131,24 +142,7 @@ class StreamTable:
 
     def check(self) -> None:
         """Raise InvariantError unless every promise about the table's own state holds."""
-        held: dict[str, int] = {}
-        for request_id, stream in self._streams.items():
-            streaming = stream.phase is Phase.STREAMING
-            if streaming != bool(stream.owner_id):
-                raise InvariantError(f"{request_id} is {stream.phase} with owner {stream.owner_id!r}")
-            if not stream.alarm < inf or (not streaming and stream.alarm > stream.deadline):
-                raise InvariantError(f"{request_id} has no alarm for its deadline")
-            if len(stream.tokens) > stream.call.sampling.max_tokens:
-                raise InvariantError(f"{request_id} has more tokens than it asked for")
-            if streaming:
-                held[stream.owner_id] = held.get(stream.owner_id, 0) + 1
-        if held != self._directory.held or len(self._streams) > self._config.requests_max:
-            raise InvariantError(f"streams per instance: counted {held}, kept {self._directory.held}")
-        closed = self.stats.finished + self.stats.aborted
-        if closed + len(self._streams) > self.stats.opened:
-            raise InvariantError(
-                f"{self.stats.opened} opened, but {closed} closed and {len(self._streams)} open"
-            )
+        check_streams(self._streams, self._directory.held, self.stats)
 
     # Placing.
     def _ask_place(self, stream: Stream, now: float) -> list[Effect]:
@@ -183,8 +177,7 @@ class StreamTable:
         if now - stream.troubled_at > CONTINUE_MAX_S:
             return self._fail(stream, FailKind.LOST, f"could not be continued: {reason}", retry_after_s)
         stream.exclude = ()
-        delay_s = min(max(retry_after_s, RETRY_MIN_S * 2 ** min(stream.tries, RETRY_DOUBLINGS)), RETRY_MAX_S)
-        self._set(stream, Phase.BACKOFF, now + delay_s)
+        self._set(stream, Phase.BACKOFF, now + min(max(retry_after_s, _retry_s(stream)), RETRY_MAX_S))
         return []
 
     def _place_alone(self, stream: Stream, now: float) -> list[Effect]:
@@ -210,19 +203,11 @@ class StreamTable:
             return self._fail(stream, FailKind.OVERLOADED, message.reason, FULL_RETRY_AFTER_S)
         stream.exclude = (*stream.exclude, message.instance_id)
         self._leave(stream)
-        if stream.must_continue:
-            return (
-                self._nowhere(stream, message.reason, 0.0, now)
-                if stream.tries > 1
-                else self._ask_place(stream, now)
-            )
         if stream.tries == 1:
             return self._ask_place(stream, now)
-        self._set(
-            stream,
-            Phase.BACKOFF,
-            now + min(RETRY_MIN_S * 2 ** min(stream.tries, RETRY_DOUBLINGS), RETRY_MAX_S),
-        )
+        if stream.must_continue:
+            return self._nowhere(stream, message.reason, 0.0, now)
+        self._set(stream, Phase.BACKOFF, now + _retry_s(stream))
         return []
 
     # Tokens.
@@ -349,6 +334,9 @@ class StreamTable:
                 stream.owner_incarnation, stream.owner_address = entry.incarnation, entry.address
         return effects
 
+    def _hello_wanted(self, message: HelloWanted, now: float) -> list[Effect]:
+        return [Send(self.manager_address, FrontendHello(self.frontend_id, self._address))]
+
     # Silence.
     def _probe_now(self, stream: Stream, now: float) -> list[Effect]:
         stream.asked, stream.probed_at = True, now
@@ -404,3 +392,7 @@ class StreamTable:
             stream.owner_id = ""
         self._alarms.disarm(stream)
         del self._streams[stream.call.request_id]
+
+
+def _retry_s(stream: Stream) -> float:
+    return min(RETRY_MIN_S * 2.0 ** min(stream.tries, RETRY_DOUBLINGS), RETRY_MAX_S)

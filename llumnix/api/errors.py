@@ -1,0 +1,90 @@
+"""Every refusal a client can get, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
+
+Routes raise ApiError; the app turns it, and every error of the framework's, into that JSON.
+"""
+
+import json
+from math import ceil
+
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from llumnix.api.backend import FailKind, StreamFailed
+
+
+class ApiError(Exception):
+    """A refusal with its HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """The error as JSON."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        """The error as an HTTP response, with Retry-After where coming back later helps."""
+        headers = {"retry-after": str(max(1, ceil(self.retry_after_s)))} if self.status in (429, 503) else {}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """The client asked for something wrong: 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def stream_error(failure: StreamFailed) -> ApiError:
+    """A stream's failure as the client is to see it."""
+    if failure.kind is FailKind.INVALID:
+        return refused(failure.reason)
+    if failure.kind is FailKind.TOO_MANY:
+        return ApiError(
+            429,
+            failure.reason,
+            kind="rate_limit_error",
+            code="too_many_requests",
+            retry_after_s=failure.retry_after_s,
+        )
+    return ApiError(
+        503,
+        failure.reason,
+        kind="service_unavailable_error",
+        code="overloaded" if failure.kind is FailKind.OVERLOADED else "lost",
+        retry_after_s=failure.retry_after_s,
+    )
+
+
+def validation_error(error: ValidationError) -> ApiError:
+    """The first thing wrong with a body, naming the parameter."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return refused(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
+    where = [part for part in first["loc"] if isinstance(part, int) or not _names_a_type(part)]
+    param = (
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
+    )
+    text = first["msg"].removeprefix("Value error, ")
+    return refused(f"{param}: {text}" if param else text, param, "invalid_value")
+
+
+def _names_a_type(part: str) -> bool:
+    """Pydantic puts the branch of a union it tried into the path; a client knows no branches."""
+    return part in ("str", "int") or "[" in part or part.startswith(("TextPart", "function-"))
