@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from llumnix.kernels.cpu.kernels import CpuKernels
+from llumnix.kernels.cpu.library import load_library
 from llumnix.kernels.interface import Kernels, Linear
 from llumnix.kernels.reference import ReferenceKernels
 
@@ -16,7 +18,8 @@ from llumnix.kernels.reference import ReferenceKernels
 @cache
 def kernels_for(device_type: str) -> Kernels:
     """The best implementation for ``"cpu"`` or ``"cuda"``, chosen once per process."""
-    return ReferenceKernels()
+    library = load_library() if device_type == "cpu" else None
+    return ReferenceKernels() if library is None else CpuKernels(library)
 
 
 def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

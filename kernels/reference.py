@@ -79,7 +79,7 @@ class ReferenceKernels:
         residual += self.linear(x, prepared)
 
     def linear_silu_mul(self, x: Tensor, prepared: Linear) -> Tensor:
-        gate, up = self.linear(x, prepared).split(prepared.out_features, dim=-1)
+        gate, up = self.linear(x, prepared).chunk(2, dim=-1)
         return functional.silu(gate) * up
 
     def embedding(self, ids: Tensor, prepared: Linear) -> Tensor:

@@ -1,0 +1,224 @@
+"""The C kernels behind the Kernels interface. Chosen by ``ops`` on a CPU when the library could be built.
+
+Activations are float32; weights and KV keep their format and are widened in registers. A row's result never
+depends on the other rows, on the number of threads, or on whether it was decoded or prefilled: see linear.c
+and attention.c. The C code runs without the interpreter's lock and with as many threads as torch is set to
+use.
+"""
+
+import ctypes
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llumnix.kernels.cpu.library import AttentionShape
+from llumnix.kernels.interface import Linear
+from llumnix.kernels.reference import ReferenceKernels
+
+PANEL = 16
+LANES = 8
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Finish(IntEnum):
+    """What becomes of a product; mirrors ``enum finish`` of linear.c."""
+
+    WRITE = 0
+    ADD = 1
+    SILU_MUL = 2
+
+
+class CpuKernels:
+    """See Kernels for the contracts."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._linear = library.llumnix_linear
+        self._packed_rows = library.llumnix_packed_rows
+        self._attention = library.llumnix_attention
+        self._rms_norm = library.llumnix_rms_norm
+        self._rope = library.llumnix_rope
+        self._write_kv = library.llumnix_write_kv
+        self._gather = library.llumnix_gather_blocks
+        self._scatter = library.llumnix_scatter_blocks
+        self._reference = ReferenceKernels()
+
+    def write_kv(self, pool: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        kv_heads, block_size, head_dim = pool.shape[3:]
+        for which, rows in enumerate((_heads(keys), _heads(values))):
+            self._write_kv(
+                pool.data_ptr() + (layer * pool.stride(1) + which * pool.stride(2)) * pool.element_size(),
+                rows.data_ptr(),
+                slots.data_ptr(),
+                rows.shape[0],
+                rows.stride(0),
+                pool.stride(0),
+                kv_heads,
+                block_size,
+                head_dim,
+                FORMATS[pool.dtype],
+            )
+
+    def decode_attention(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        layer: int,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        if not _fits(pool):
+            return self._reference.decode_attention(query, pool, layer, block_tables, context_lens, scale)
+        return self._attend(query, pool, layer, block_tables, context_lens, -1, scale)
+
+    def prefill_attention(
+        self, query: Tensor, pool: Tensor, layer: int, block_table: Tensor, start: int, scale: float
+    ) -> Tensor:
+        if not _fits(pool):
+            return self._reference.prefill_attention(query, pool, layer, block_table, start, scale)
+        return self._attend(query, pool, layer, block_table, None, start, scale)
+
+    def _attend(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        layer: int,
+        tables: Tensor,
+        context_lens: Tensor | None,
+        start: int,
+        scale: float,
+    ) -> Tensor:
+        query = _heads(query)
+        tokens, heads, head_dim = query.shape
+        out = torch.empty(tokens, heads, head_dim)
+        shape = AttentionShape(pool.stride(0), pool.shape[3], pool.shape[4], head_dim, heads, query.stride(0))
+        failed = self._attention(
+            out.data_ptr(),
+            query.data_ptr(),
+            pool.data_ptr() + layer * pool.stride(1) * pool.element_size(),
+            ctypes.byref(shape),
+            tables.data_ptr(),
+            tables.stride(0),
+            None if context_lens is None else context_lens.data_ptr(),
+            tokens,
+            start,
+            scale,
+            FORMATS[pool.dtype],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for attention scores")
+        return out
+
+    def gather_blocks(self, pool_bytes: Tensor, ids: Tensor, staging: Tensor) -> None:
+        self._gather(staging.data_ptr(), pool_bytes.data_ptr(), ids.data_ptr(), len(ids), pool_bytes.shape[1])
+
+    def scatter_blocks(self, staging: Tensor, ids: Tensor, pool_bytes: Tensor) -> None:
+        self._scatter(
+            pool_bytes.data_ptr(), staging.data_ptr(), ids.data_ptr(), len(ids), pool_bytes.shape[1]
+        )
+
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        wide_bias = None if bias is None else bias.float().contiguous()
+        return Linear(_packed(weight), wide_bias, weight.shape[1], weight.shape[0])
+
+    def prepare_gated(self, gate: Tensor, up: Tensor) -> Linear:
+        both = torch.stack([_packed(gate), _packed(up)], dim=1).contiguous()
+        return Linear(both, None, gate.shape[1], gate.shape[0], gated=True)
+
+    def linear(self, x: Tensor, prepared: Linear) -> Tensor:
+        y = torch.empty(x.shape[0], prepared.out_features)
+        self._multiply(y, x, prepared, Finish.WRITE)
+        return y
+
+    def linear_add(self, x: Tensor, prepared: Linear, residual: Tensor) -> None:
+        self._multiply(residual, x, prepared, Finish.ADD)
+
+    def linear_silu_mul(self, x: Tensor, prepared: Linear) -> Tensor:
+        y = torch.empty(x.shape[0], prepared.out_features)
+        self._multiply(y, x, prepared, Finish.SILU_MUL)
+        return y
+
+    def _multiply(self, y: Tensor, x: Tensor, prepared: Linear, finish: Finish) -> None:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        self._linear(
+            y.data_ptr(),
+            x.data_ptr(),
+            prepared.data.data_ptr(),
+            None if prepared.bias is None else prepared.bias.data_ptr(),
+            x.shape[0],
+            prepared.in_features,
+            prepared.out_features,
+            x.stride(0),
+            finish,
+            FORMATS[prepared.data.dtype],
+            torch.get_num_threads(),
+        )
+
+    def embedding(self, ids: Tensor, prepared: Linear) -> Tensor:
+        out = torch.empty(len(ids), prepared.in_features)
+        data = prepared.data
+        self._packed_rows(
+            out.data_ptr(),
+            data.data_ptr(),
+            ids.data_ptr(),
+            len(ids),
+            prepared.in_features,
+            FORMATS[data.dtype],
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape)
+        heads = 1 if x.dim() == 2 else x.shape[1]
+        self._rms_norm(
+            out.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            x.shape[0],
+            heads,
+            x.shape[-1],
+            x.stride(0),
+            x.stride(1),
+            eps,
+            FORMATS[weight.dtype],
+        )
+        return out
+
+    def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+        for rows in (query, key):
+            self._rope(
+                rows.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                positions.data_ptr(),
+                rows.shape[0],
+                rows.shape[1],
+                rows.shape[2],
+                rows.stride(0),
+            )
+
+
+def _fits(pool: Tensor) -> bool:
+    """Whether attention.c handles this pool's shape; other shapes, in tests mostly, are left to torch."""
+    block_size, head_dim = pool.shape[4:]
+    return head_dim % LANES == 0 and block_size & (block_size - 1) == 0
+
+
+def _heads(rows: Tensor) -> Tensor:
+    """``[tokens, heads, head_dim]`` with its heads side by side, as the C code expects; usually as it is."""
+    return rows if rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] else rows.contiguous()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """``[out, in]`` to panels ``[out / 16, in, 16]``, zeros beyond the last output; see linear.c for the
+    order."""
+    padded = functional.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+    panels = padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2)
+    if weight.dtype == torch.bfloat16:
+        halves = panels.reshape(-1, weight.shape[1], 2, LANES).transpose(2, 3)
+        return halves.reshape(panels.shape)
+    return panels.contiguous()

@@ -1,0 +1,115 @@
+"""Builds the C kernels once per machine and loads them.
+
+The library lives in the user's cache folder under a name derived from the sources, the compiler and the
+processor, so a changed source, another compiler or a home folder shared between machines never loads a wrong
+one. It is compiled beside its final place and renamed, so that several processes may build at once. Without a
+compiler, or if it fails, there is no library and the caller uses the torch reference.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+SOURCES = ("vector.h", "attention.c", "elementwise.c", "linear.c")
+BASE_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
+# Tried in this order: a compiler may lack OpenMP, or not know the processor it runs on.
+FLAG_SETS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())
+COMPILE_TIMEOUT_S = 120.0
+
+log = logging.getLogger(__name__)
+
+_POINTER, _INT, _SIZE, _LONG, _FLOAT = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_size_t,
+    ctypes.c_int64,
+    ctypes.c_float,
+)
+
+
+class AttentionShape(ctypes.Structure):
+    """Mirrors ``struct shape`` of attention.c; strides in items."""
+
+    _fields_ = [
+        (name, _LONG)
+        for name in ("blocks_stride", "kv_heads", "block_size", "head_dim", "heads", "query_stride")
+    ]
+
+
+SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 4 + [_INT] * 3, None),
+    "llumnix_packed_rows": ([_POINTER] * 3 + [_SIZE] * 2 + [_INT], None),
+    "llumnix_attention": (
+        [_POINTER] * 5 + [_LONG, _POINTER, _LONG, _LONG, _FLOAT, _INT, _INT],
+        _INT,
+    ),
+    "llumnix_rms_norm": ([_POINTER] * 3 + [_LONG] * 5 + [_FLOAT, _INT], None),
+    "llumnix_rope": ([_POINTER] * 4 + [_LONG] * 4, None),
+    "llumnix_write_kv": ([_POINTER] * 3 + [_LONG] * 6 + [_INT], None),
+    "llumnix_gather_blocks": ([_POINTER] * 3 + [_LONG] * 2, None),
+    "llumnix_scatter_blocks": ([_POINTER] * 3 + [_LONG] * 2, None),
+}
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernels, built first if need be. None: no compiler, or it failed; the log says why."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        log.warning("no C compiler found: the CPU kernels run in plain torch, several times slower")
+        return None
+    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
+    if not path.exists() and not _build(compiler, path):
+        return None
+    library = ctypes.CDLL(str(path))
+    for name, (arguments, result) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "llumnix"
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    cpu_info = Path("/proc/cpuinfo")
+    features: list[str] = []
+    if cpu_info.exists():
+        described = ("flags", "Features", "model name", "CPU part")
+        features = sorted({line for line in cpu_info.read_text().splitlines() if line.startswith(described)})
+    parts = [version, platform.machine().encode(), *(line.encode() for line in features)]
+    parts.append(repr((BASE_FLAGS, FLAG_SETS)).encode())
+    parts.extend((Path(__file__).parent / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _build(compiler: str, path: Path) -> bool:
+    sources = [str(Path(__file__).parent / name) for name in SOURCES if name.endswith(".c")]
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    message = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for flags in FLAG_SETS:
+            command = [compiler, *BASE_FLAGS, *flags, *sources, "-o", str(partial)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+            )
+            if done.returncode == 0:
+                partial.replace(path)
+                return True
+            message = done.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        message = str(error)
+    log.warning(
+        "the CPU kernels could not be compiled and run in plain torch, much slower: %s", message[-500:]
+    )
+    return False

@@ -1,0 +1,168 @@
+/* y = x W^T for weights that stay in their storage format and are widened in registers.
+ *
+ * Weights are packed in panels of 16 outputs, [panel][in][16], so that one pass over a panel streams through memory
+ * once. Every output is one chain of multiply-adds over the inputs in order, whatever the number of rows and threads:
+ * a row's result does not depend, to the last bit, on which rows it is computed with. */
+#include "vector.h"
+
+#define PANEL 16
+#define ROWS_MAX 6
+#define ROW_BLOCK_BYTES (192 << 10)
+#define AHEAD_BYTES 2048
+
+enum finish { WRITE = 0, ADD = 1, SILU_MUL = 2 };
+
+struct tile {
+    float at[ROWS_MAX][PANEL];
+};
+
+/* Sixteen bfloat16 lie with output i and i + 8 in one 32-bit word: two cheap operations widen them all. */
+INLINE void load_panel(const void *panel, size_t k, vec *low, vec *high, enum format format) {
+    const char *from = (const char *)panel + k * PANEL * item_bytes(format);
+    if (format == BFLOAT16) {
+        uvec both;
+        memcpy(&both, from, sizeof both);
+        *low = (vec)(both << 16);
+        *high = (vec)(both & 0xffff0000u);
+    } else {
+        *low = load_as(from, format);
+        *high = load_as(from + LANES * item_bytes(format), format);
+    }
+}
+
+/* `rows` rows of x times `panels` panels; both are constants wherever this is inlined. */
+INLINE void multiply(struct tile *tiles, const float *x, size_t x_stride, const char *weights, size_t in,
+                     const int rows, const int panels, enum format format) {
+    const size_t panel_bytes = in * PANEL * item_bytes(format);
+    vec low[4][ROWS_MAX], high[4][ROWS_MAX];
+    for (int p = 0; p < panels; p++)
+        for (int r = 0; r < rows; r++) low[p][r] = high[p][r] = (vec){};
+    for (size_t k = 0; k < in; k++) {
+        if (rows >= 4) __builtin_prefetch(weights + k * PANEL * item_bytes(format) + AHEAD_BYTES);
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) {
+            vec weight_low, weight_high;
+            load_panel(weights + p * panel_bytes, k, &weight_low, &weight_high, format);
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; r++) {
+                low[p][r] += weight_low * x[r * x_stride + k];
+                high[p][r] += weight_high * x[r * x_stride + k];
+            }
+        }
+    }
+    for (int p = 0; p < panels; p++)
+        for (int r = 0; r < rows; r++) {
+            store(&tiles[p].at[r][0], low[p][r]);
+            store(&tiles[p].at[r][LANES], high[p][r]);
+        }
+}
+
+/* One or two rows need several panels at once to keep the multiply-add units busy. */
+INLINE int panels_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+INLINE void multiply_rows(struct tile *tiles, const float *x, size_t x_stride, const char *weights, size_t in, int rows,
+                          int panels, enum format format) {
+    switch (rows * 8 + panels) {
+    case 1 * 8 + 4: multiply(tiles, x, x_stride, weights, in, 1, 4, format); break;
+    case 1 * 8 + 2: multiply(tiles, x, x_stride, weights, in, 1, 2, format); break;
+    case 1 * 8 + 1: multiply(tiles, x, x_stride, weights, in, 1, 1, format); break;
+    case 2 * 8 + 2: multiply(tiles, x, x_stride, weights, in, 2, 2, format); break;
+    case 2 * 8 + 1: multiply(tiles, x, x_stride, weights, in, 2, 1, format); break;
+    case 3 * 8 + 1: multiply(tiles, x, x_stride, weights, in, 3, 1, format); break;
+    case 4 * 8 + 1: multiply(tiles, x, x_stride, weights, in, 4, 1, format); break;
+    case 5 * 8 + 1: multiply(tiles, x, x_stride, weights, in, 5, 1, format); break;
+    default: multiply(tiles, x, x_stride, weights, in, 6, 1, format); break;
+    }
+}
+
+struct job {
+    float *y;
+    const float *x;
+    const char *weights;
+    const float *bias;
+    size_t rows, in, out, x_stride;
+    enum finish finish;
+};
+
+/* Put one tile where it belongs. `tiles[1]` is the up projection where the gate is tiles[0]. */
+INLINE void finish_tile(const struct job *job, const struct tile *tiles, size_t row, int rows, size_t column) {
+    size_t width = job->out - column < PANEL ? job->out - column : PANEL;
+    for (int r = 0; r < rows; r++) {
+        float values[PANEL];
+        memcpy(values, tiles[0].at[r], sizeof values);
+        if (job->bias) for (size_t c = 0; c < width; c++) values[c] += job->bias[column + c];
+        if (job->finish == SILU_MUL)
+            for (int c = 0; c < PANEL; c += LANES) {
+                vec gate = load(values + c), up = load(&tiles[1].at[r][c]);
+                store(values + c, gate / (1.0f + exponential(-gate)) * up);
+            }
+        float *to = job->y + (row + r) * job->out + column;
+        if (job->finish == ADD) for (size_t c = 0; c < width; c++) to[c] += values[c];
+        else memcpy(to, values, width * sizeof(float));
+    }
+}
+
+/* Rows in even groups of at most ROWS_MAX; eight are 6 + 2, measured faster than 4 + 4. */
+INLINE int rows_at(size_t left) {
+    if (left == 8) return ROWS_MAX;
+    size_t groups = (left + ROWS_MAX - 1) / ROWS_MAX;
+    return (int)((left + groups - 1) / groups);
+}
+
+/* Outputs of panels first … last for the rows from `row` on. */
+INLINE void run_panels(const struct job *job, size_t first, size_t last, size_t row, size_t rows, enum format format) {
+    const int parts = job->finish == SILU_MUL ? 2 : 1, stride = rows == 1 ? 4 : 2;
+    const size_t panel_bytes = job->in * PANEL * item_bytes(format);
+    struct tile tiles[4];
+    for (size_t panel = first * parts; panel < last * parts; panel += stride) {
+        int here = last * parts - panel < (size_t)stride ? (int)(last * parts - panel) : stride;
+        int count;
+        for (size_t done = 0; done < rows; done += count) {
+            count = rows_at(rows - done);
+            const float *x = job->x + (row + done) * job->x_stride;
+            int together;
+            for (int p = 0; p < here; p += together) {
+                together = panels_for(count);
+                while (together > here - p) together /= 2;
+                multiply_rows(tiles + p, x, job->x_stride, job->weights + (panel + p) * panel_bytes, job->in, count,
+                              together, format);
+            }
+            for (int p = 0; p < here; p += parts) finish_tile(job, tiles + p, row + done, count, (panel + p) / parts * PANEL);
+        }
+    }
+}
+
+INLINE void run_rows(const struct job *job, size_t first, size_t last, enum format format) {
+    /* Many rows are taken in blocks that stay in the second-level cache while all panels pass by. */
+    size_t block = ROW_BLOCK_BYTES / (job->in * sizeof(float)) / ROWS_MAX * ROWS_MAX;
+    if (block < ROWS_MAX) block = ROWS_MAX;
+    for (size_t row = 0; row < job->rows; row += block) {
+        size_t rows = job->rows - row < block ? job->rows - row : block;
+        run_panels(job, first, last, row, rows, format);
+    }
+}
+
+void llumnix_linear(float *y, const float *x, const char *weights, const float *bias, size_t rows, size_t in,
+                    size_t out, size_t x_stride, int finish, int format, int threads) {
+    const struct job job = {y, x, weights, bias, rows, in, out, x_stride, (enum finish)finish};
+    const size_t panels = (out + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int part = 0; part < threads; part++) {
+        size_t first = panels * part / threads, last = panels * (part + 1) / threads;
+        switch (format) {
+        case BFLOAT16: run_rows(&job, first, last, BFLOAT16); break;
+        case FLOAT16: run_rows(&job, first, last, FLOAT16); break;
+        default: run_rows(&job, first, last, FLOAT32); break;
+        }
+    }
+}
+
+/* Rows of a packed weight, widened: the embedding of a model that shares it with its output projection. */
+void llumnix_packed_rows(float *to, const char *weights, const int64_t *ids, size_t count, size_t in, int format) {
+    for (size_t i = 0; i < count; i++) {
+        size_t column = (size_t)ids[i] % PANEL, panel = (size_t)ids[i] / PANEL;
+        if (format == BFLOAT16) column = column % LANES * 2 + column / LANES;
+        const char *from = weights + panel * in * PANEL * item_bytes((enum format)format);
+        for (size_t k = 0; k < in; k++) to[i * in + k] = load_one(from, k * PANEL + column, (enum format)format);
+    }
+}
