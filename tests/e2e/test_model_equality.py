@@ -1,20 +1,35 @@
-"""The torch executor against transformers: the same greedy tokens in float32, whatever the batch and the chunks.
+"""The torch executor against transformers: the same greedy tokens in float32, whatever the batch and the
+chunks.
 
-Each architecture is a tiny random model saved by transformers itself, so reading its files is tested on the way.
+Each architecture is a tiny random model saved by transformers itself, so reading its files is tested on the
+way.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from llumnix.core.config import EngineConfig
+from llumnix.core.messages.serving import RequestSpec
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.executor import Chunk, StepPlan
+from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.model_loader import resolve_model
 from llumnix.instance.request import Request
 from llumnix.instance.torch_executor import TorchExecutor
@@ -23,7 +38,7 @@ BLOCK_SIZE = 4
 NEW_TOKENS = 12
 PROMPT_LENS = (1, 3, 4, 5, 17, 40)
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -36,7 +51,7 @@ TINY = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
-LLAMA3_ROPE = {
+LLAMA3_ROPE: Any = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 4.0,
@@ -44,14 +59,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-MODELS = {
-    "llama-tied": LlamaConfig(**TINY, tie_word_embeddings=True),
-    "llama-llama3-rope": LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE),
-    "llama-linear-rope-bias": LlamaConfig(**TINY, rope_parameters=LINEAR_ROPE, attention_bias=True),
-    "mistral-head-dim": MistralConfig(**TINY, head_dim=16, sliding_window=None),
-    "qwen2": Qwen2Config(**TINY, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**TINY, head_dim=16),
+LINEAR_ROPE: Any = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# Model class and configuration; transformers has no types for them.
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**TINY, tie_word_embeddings=True)),
+    "llama-llama3-rope": (LlamaForCausalLM, LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE)),
+    "llama-linear-rope-bias": (
+        LlamaForCausalLM,
+        LlamaConfig(**TINY, rope_parameters=LINEAR_ROPE, attention_bias=True),
+    ),
+    "mistral-head-dim": (MistralForCausalLM, MistralConfig(**TINY, head_dim=16, sliding_window=None)),
+    "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config(**TINY, tie_word_embeddings=True)),
+    "qwen3-sharded": (Qwen3ForCausalLM, Qwen3Config(**TINY, head_dim=16)),
 }
 
 
@@ -60,27 +79,33 @@ class Pair:
     """One model twice: in transformers and in our executor."""
 
     reference: Any
+    config: EngineConfig
     executor: TorchExecutor
+    known: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def expected(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS) -> list[int]:
-        """Greedy continuation by transformers."""
+        """Greedy continuation by transformers, up to its first end token."""
+        if tuple(prompt) in self.known:
+            return self.known[tuple(prompt)]
         ids = torch.tensor([prompt])
         out = self.reference.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
         )
-        return [int(token) for token in out[0, len(prompt) :]]
+        self.known[tuple(prompt)] = out[0, len(prompt) :].tolist()
+        return self.known[tuple(prompt)]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    config = MODELS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(7)
-    reference = type(AutoModelForCausalLM.from_config(config))(config).eval()
+    model_class, config = MODELS[request.param]
+    reference = model_class(config).eval()
     _randomize_vectors(reference)
-    reference.save_pretrained(folder, max_shard_size="60KB" if request.param == "qwen3" else "1GB")
-    executor = TorchExecutor(engine_config(folder), "equality")
-    yield Pair(reference, executor)
+    reference.save_pretrained(folder, max_shard_size="60KB" if "sharded" in request.param else "1GB")
+    settings = engine_config(str(folder))
+    executor = TorchExecutor(settings, "equality")
+    yield Pair(reference, settings, executor)
     executor.close()
 
 
@@ -92,17 +117,8 @@ def _randomize_vectors(model: Any) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
-def engine_config(folder: Path, **settings: Any) -> EngineConfig:
-    return EngineConfig(
-        **{
-            "model": str(folder),
-            "device": "cpu",
-            "dtype": "float32",
-            "block_size": BLOCK_SIZE,
-            "kv_blocks": 100,
-        }
-        | settings
-    )
+def engine_config(model: str) -> EngineConfig:
+    return EngineConfig(model=model, device="cpu", dtype="float32", block_size=BLOCK_SIZE, kv_blocks=100)
 
 
 def prompt_of(length: int, vocab: int = 160) -> list[int]:
@@ -160,3 +176,69 @@ def test_batched_and_chunked(pair: Pair, chunk_max: int) -> None:
     assert driver.run([driver.add(prompt) for prompt in prompts], chunk_max) == [
         pair.expected(prompt) for prompt in prompts
     ]
+
+
+def run_engine(
+    executor: TorchExecutor, config: EngineConfig, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Greedy outputs of all prompts at once through the engine core, and how often one was preempted."""
+    engine = InProcessEngine(executor, config)
+    ticks = count()
+    sampling = SamplingParams(max_tokens=new_tokens, seed=0, temperature=0.0)
+    for number, prompt in enumerate(prompts):
+        assert engine.submit(RequestSpec(f"r{number}", 1, "f", tuple(prompt), (), sampling), 0.0) is None
+    outputs: dict[str, list[int]] = {f"r{number}": [] for number in range(len(prompts))}
+    preemptions = 0
+    while engine.has_work():
+        result = engine.step(lambda: float(next(ticks)))
+        preemptions += len(result.preempted)
+        for delta in result.deltas.get("f", []):
+            assert delta.first_index == len(outputs[delta.request_id])
+            outputs[delta.request_id] += delta.tokens
+    return list(outputs.values()), preemptions
+
+
+def test_engine_with_preemption(pair: Pair) -> None:
+    """Through the engine core, with chunks of a few tokens and a pool too small for all requests at once."""
+    prompts = [prompt_of(length) for length in PROMPT_LENS]
+    config = replace(pair.config, kv_blocks=16, max_model_len=60, step_tokens_max=9)
+    executor = TorchExecutor(config, "equality-small")
+    outputs, preemptions = run_engine(executor, config, prompts, NEW_TOKENS)
+    executor.close()
+    assert outputs == [pair.expected(prompt) for prompt in prompts]
+    assert preemptions > 0
+
+
+SMOLLM2_NEW_TOKENS = 8
+SMOLLM2_PROMPT_LENS = (1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 47, 64, 80, 100, 129, 170, 255)
+TEXT = """A lighthouse keeper wrote a letter every evening. The ships never answered, but in spring a parcel
+came with a compass, three oranges and a map of an island that was on no chart. What would you have done? He
+packed his coat, left the lamp burning, and rowed out before dawn. By noon the wind had turned, the oars
+were heavy, and he began to count: 1, 2, 3, 5, 8, 13. "If the map is right," he said, "then land must show
+in the north-east within two hours." def distance(speed, hours): return speed * hours. The capital of Peru
+is Lima; water boils at 100 degrees. He slept."""
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[tuple[Pair, list[list[int]]]]:
+    """SmolLM2 in both, and 20 prompts of different lengths out of one text."""
+    folder = resolve_model("smollm2")
+    config = replace(engine_config("smollm2"), block_size=16, kv_blocks=40, step_tokens_max=80)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    executor = TorchExecutor(config, "equality-smollm2")
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    prompts = [(ids[number:] + ids)[:length] for number, length in enumerate(SMOLLM2_PROMPT_LENS)]
+    yield Pair(reference, config, executor), prompts
+    executor.close()
+
+
+def test_smollm2(smollm2: tuple[Pair, list[list[int]]]) -> None:
+    """20 prompts batched, in chunks, with preemption, through the engine core; a few of them alone."""
+    pair, prompts = smollm2
+    expected = [pair.expected(prompt, SMOLLM2_NEW_TOKENS) for prompt in prompts]
+    outputs, preemptions = run_engine(pair.executor, pair.config, prompts, SMOLLM2_NEW_TOKENS)
+    assert outputs == expected
+    assert preemptions > 0
+    for number in (0, 8, 16):
+        outputs, _ = run_engine(pair.executor, pair.config, [prompts[number]], SMOLLM2_NEW_TOKENS)
+        assert outputs == [expected[number]]
