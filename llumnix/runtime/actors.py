@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
-from llumnix.runtime.instance_factory import make_instance_server
+from llumnix.runtime.instance_factory import InstanceIdentity, make_instance
 from llumnix.runtime.loop_thread import LoopThread
 
 NAMESPACE = "llumnix"
@@ -70,16 +70,11 @@ class InstanceActor:
     def __init__(self, config: Config, instance_id: str, manager_address: str) -> None:
         self._process = ProcessName(incarnation=uuid.uuid4().hex[:12], pid=os.getpid())
         self._loop = LoopThread("instance-io")
-        self._server = self._loop.run(
-            make_instance_server(
-                on_this_host(config),
-                instance_id=instance_id,
-                incarnation=self._process.incarnation,
-                manager_address=manager_address,
-                on_failure=lambda error: os._exit(1),
-            )
+        identity = InstanceIdentity(instance_id, self._process.incarnation, manager_address)
+        self._instance = self._loop.run(
+            make_instance(on_this_host(config), identity, on_failure=lambda error: os._exit(1))
         )
-        self._server.start()
+        self._instance.server.start()
 
     def process(self) -> ProcessName:
         """Answered once the constructor is through: the instance serves."""
@@ -94,4 +89,4 @@ class InstanceActor:
 
     def stop(self) -> None:
         """Leave the bus in order. The actor is killed right after."""
-        self._loop.run(self._server.close(), STOP_TIMEOUT_S)
+        self._loop.run(self._instance.close(), STOP_TIMEOUT_S)

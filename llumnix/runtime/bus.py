@@ -4,7 +4,8 @@ One `Bus` per process. It takes messages on one ZeroMQ PULL socket and sends on 
 the thread of its event loop; nothing here ever blocks. Delivery is in order per peer while the connection lasts.
 A full queue or a broken connection loses messages: the cores are built for that. A broken connection also drops
 what was still queued for the peer, and is reported once to ``on_lost``, which is how a killed process is noticed
-within milliseconds. Bytes that are no message are dropped and counted.
+within milliseconds. Bytes that are no message, and messages nobody here takes (ProtocolError), are dropped and
+counted.
 """
 
 import asyncio
@@ -131,10 +132,8 @@ class Bus:
             except zmq.Again:
                 return
             try:
-                message = decode(data)
+                self._on_message(decode(data))
             except ProtocolError as error:
                 self.dropped += 1
-                log.warning("dropped %d bytes that are no message: %s", len(data), error)
-                continue
-            self._on_message(message)
+                log.warning("dropped a message of %d bytes: %s", len(data), error)
         self._loop.call_soon(self._receive)

@@ -36,6 +36,11 @@ class Frontend:
         """Where this frontend takes messages."""
         return self._bus.address
 
+    @property
+    def ready(self) -> bool:
+        """Whether some instance takes requests, as far as is known here."""
+        return self.table.ready
+
     def open(self, call: StreamCall) -> "BusStream":
         """Begin a sequence; see Backend.open."""
         stream = self._streams[call.request_id] = BusStream(self, call.request_id)
@@ -70,8 +75,7 @@ class Frontend:
                 self._bus.send(self._manager_address, self._hello)
                 hello_at = now + HELLO_INTERVAL_S
             self._perform(self.table.tick(now))
-            deadline = self.table.next_deadline()
-            wait_s = TICK_MAX_S if deadline is None else min(TICK_MAX_S, deadline - now)
+            wait_s = min(TICK_MAX_S, self.table.next_deadline() - now)
             await asyncio.sleep(max(0.005, wait_s))
 
     def _perform(self, effects: Sequence[object]) -> None:

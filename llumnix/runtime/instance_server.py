@@ -30,6 +30,7 @@ INBOX_MAX = 100_000
 IDLE_WAIT_S = 0.5  # a bound only: messages and deadlines end the wait
 READERS_MAX = 64
 READ_TIMEOUT_S = 30.0
+FINAL_READ_WAIT_S = 1.0  # a bound only: the read itself ends the wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class InstanceServer:
         self._readers_lock = threading.Lock()
         self._copiers = ThreadPoolExecutor(config.migration.incoming_max, thread_name_prefix="kv-copy")
         self._final_reads: set[tuple[str, int]] = set()
-        self._inbox: queue.Queue[object] = queue.Queue(INBOX_MAX)
+        self._inbox: queue.Queue[tuple[object, float]] = queue.Queue(INBOX_MAX)
         self._stopping = threading.Event()
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -87,7 +88,7 @@ class InstanceServer:
 
     def _post(self, message: object) -> None:
         try:
-            self._inbox.put_nowait(message)
+            self._inbox.put_nowait((message, time.monotonic()))
         except queue.Full:
             log.warning("inbox full, dropped a %s", type(message).__name__)
 
@@ -104,39 +105,45 @@ class InstanceServer:
         try:
             self._perform(self._agent.start(time.monotonic()))
             while not self._stopping.is_set():
-                self._take_inbox()
+                self._take_inbox(0.0 if self._engine.has_work() else self._idle_s())
                 self._perform(self._agent.tick(time.monotonic()))
-                if self._engine.has_work():
+                self._hold_for_arrivals()
+                if self._engine.has_work() and not self._stopping.is_set():
                     result = self._engine.step(time.monotonic)
                     self._perform(self._agent.after_step(result, time.monotonic()))
         except Exception as error:  # the supervisor's one place: log, and fail the whole instance
             log.exception("the engine thread failed")
             self._on_failure(error)
 
-    def _take_inbox(self) -> None:
-        """Handle what has come in. Waits only if the engine is idle, or for the last blocks of a request that is
-        to join the next step."""
-        wait_s = 0.0 if self._engine.has_work() and not self._final_reads else self._idle_s()
+    def _hold_for_arrivals(self) -> None:
+        """Do not begin a step while the last blocks of a request that is to join it are being read, nor while the
+        agent expects one at any moment."""
+        while not self._stopping.is_set():
+            now = time.monotonic()
+            until = now + FINAL_READ_WAIT_S if self._final_reads else self._agent.hold_until(now)
+            if until is None or not self._take_inbox(until - now):
+                return
+
+    def _take_inbox(self, wait_s: float) -> bool:
+        """Handle all that has come in, waiting at most ``wait_s`` for the first of it. False: nothing came."""
+        came = False
         while not self._stopping.is_set():
             try:
-                item = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+                item, arrived_at = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
             except queue.Empty:
-                return
+                break
+            came, wait_s = True, 0.0
+            now = time.monotonic()
             if isinstance(item, ReadEnded):
                 self._final_reads.discard((item.migration_id, item.stage))
-                effects = self._agent.read_ended(
-                    item.migration_id, item.stage, item.outcome, time.monotonic()
-                )
+                self._perform(self._agent.read_ended(item.migration_id, item.stage, item.outcome, now))
             elif item is not None:
-                effects = self._agent.handle(item, time.monotonic())
-            else:
-                return
-            self._perform(effects)
-            wait_s = self._idle_s() if self._final_reads else 0.0
+                self._perform(self._agent.handle(item, now, arrived_at))
+        return came
 
     def _idle_s(self) -> float:
         deadline = self._agent.next_deadline()
-        return IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - time.monotonic()))
+        return IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.001, deadline - time.monotonic()))
 
     def _perform(self, effects: Sequence[object]) -> None:
         sends = [effect for effect in effects if isinstance(effect, Send)]
@@ -163,7 +170,7 @@ class InstanceServer:
             outcome = error
         except (LlumnixError, OSError, ValueError) as error:
             outcome = TransportError(f"reading KV from {order.endpoint.pool_name} failed: {error}")
-        self._inbox.put(ReadEnded(order.migration_id, order.stage, outcome))
+        self._inbox.put((ReadEnded(order.migration_id, order.stage, outcome), time.monotonic()))
 
     def _reader(self, endpoint: KvEndpoint) -> BlockReader:
         with self._readers_lock:

@@ -9,30 +9,36 @@ import contextlib
 import logging
 import os
 import signal
+import socket
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from llumnix.api.server import ApiServer
+from llumnix.api.app import create_app
+from llumnix.api.backend import Admin, ModelInfo, StreamCall
+from llumnix.api.server import make_server, open_socket
 from llumnix.core.admin import Refusal
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.runtime.actors import MANAGER_NAME, NAMESPACE, STOP_TIMEOUT_S, free_port, on_this_host
-from llumnix.runtime.frontend import Frontend, RayAdmin, model_info
-from llumnix.runtime.manager_actor import ManagerActor, last_line
+from llumnix.runtime.frontend import BusStream, Frontend
+from llumnix.runtime.manager_actor import ClusterDescription, ManagerActor, last_line
+from llumnix.runtime.model_info import model_info
+from llumnix.runtime.ray_admin import RayAdmin
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningCluster:
-    """A cluster that serves: its manager's actor and where the manager's bus listens."""
+    """A cluster whose instances all serve."""
 
     manager: "ActorHandle[ManagerActor]"
-    manager_address: str
 
 
 @contextlib.contextmanager
@@ -58,12 +64,11 @@ def running_cluster(config: Config) -> Iterator[RunningCluster]:
         ).remote(config, free_port(host))
         try:
             outcome = ray.get(manager.scale.remote(config.cluster.instances))
-            address = ray.get(manager.describe.remote()).manager_address
         except RayActorError as error:
             raise ConfigurationError(f"the manager did not start: {last_line(error)}") from error
         if isinstance(outcome, Refusal):
             raise ConfigurationError(outcome.reason)
-        yield RunningCluster(manager, address)
+        yield RunningCluster(manager)
     finally:
         if manager is not None:
             stop_cluster(manager)
@@ -106,11 +111,67 @@ def stop_cluster(manager: "ActorHandle[ManagerActor]") -> None:
         log.warning("the manager was gone before it could be stopped: %s", last_line(error))
 
 
+class ClusterBackend:
+    """The Backend of the HTTP layer: a frontend on the bus, and the manager's actor."""
+
+    def __init__(self, frontend: Frontend, admin: RayAdmin, model: ModelInfo) -> None:
+        self._frontend = frontend
+        self.admin: Admin = admin
+        self.model = model
+
+    @property
+    def ready(self) -> bool:
+        """See Backend."""
+        return self._frontend.ready
+
+    def open(self, call: StreamCall) -> BusStream:
+        """See Backend."""
+        return self._frontend.open(call)
+
+
 def serve(config: Config) -> int:
-    """Run until SIGINT or SIGTERM. Returns the process's exit status. Raises ConfigurationError before anything is
-    left running."""
-    model = model_info(config)
-    server = ApiServer(config.frontend, model)
-    with stop_on_signals(), running_cluster(config) as cluster:
-        asyncio.run(serve_http(config, cluster, server))
+    """Run until SIGINT or SIGTERM. Returns the process's exit status. Raises ConfigurationError, in one line, with
+    nothing left running, if the cluster cannot be started as configured."""
+    listener = open_socket(config.frontend)
+    model_info(config.engine)  # finds, fetches or refuses the model before anything is started
+    try:
+        with terminated_as_interrupt(), running_cluster(config) as cluster:
+            asyncio.run(serve_http(config, cluster, listener))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        listener.close()
     return 0
+
+
+async def serve_http(config: Config, cluster: RunningCluster, listener: socket.socket) -> None:
+    """Answer HTTP until interrupted."""
+    description: ClusterDescription = await cluster.manager.describe.remote()
+    model = model_info(config.engine, config.frontend.served_model_name, description.max_model_len)
+    frontend = Frontend(
+        on_this_host(config),
+        frontend_id=f"http-{uuid.uuid4().hex[:8]}",
+        manager_address=description.manager_address,
+    )
+    try:
+        app = create_app(ClusterBackend(frontend, RayAdmin(cluster.manager), model), config.frontend)
+        server = make_server(app)
+        host, port = listener.getsockname()[:2]
+        print(f"{model.name} on {config.cluster.instances} instances: http://{host}:{port}/v1", flush=True)
+        await server.serve(sockets=[listener])
+    finally:
+        await frontend.close()
+
+
+@contextlib.contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C does, so that everything started is stopped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -34,12 +34,12 @@ class ManagerServer:
         on_hello: Callable[[InstanceHello], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        self.core = GlobalScheduler(config.scheduler, incarnation)
         self.events = EventLog()
         self._queries: dict[str, asyncio.Future[object]] = {}
         self._on_hello = on_hello
         self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=on_lost, port=port)
         self.address = self._bus.address
+        self.core = GlobalScheduler(config.scheduler, incarnation, self.address, time.monotonic())
         self._ticker = asyncio.create_task(self._tick(), name="manager-tick")
 
     async def close(self) -> None:
@@ -99,8 +99,7 @@ class ManagerServer:
         while True:
             now = time.monotonic()
             self._perform(self.core.tick(now))
-            deadline = self.core.next_deadline()
-            wait_s = TICK_MAX_S if deadline is None else min(TICK_MAX_S, deadline - now)
+            wait_s = min(TICK_MAX_S, self.core.next_deadline() - now)
             await asyncio.sleep(max(0.005, wait_s))
 
     async def _answer(self, query_id: str, effects: Sequence[object]) -> object:
