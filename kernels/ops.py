@@ -6,7 +6,6 @@ On a GPU that is Triton, on a CPU the C library if a compiler is there, else the
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from llumnix.kernels.cpu.kernels import CpuKernels
@@ -18,13 +17,12 @@ from llumnix.kernels.reference import ReferenceKernels
 @cache
 def kernels_for(device_type: str) -> Kernels:
     """The best implementation for ``"cpu"`` or ``"cuda"``, chosen once per process."""
-    library = load_library() if device_type == "cpu" else None
+    if device_type == "cuda":
+        from llumnix.kernels.gpu.kernels import TritonKernels  # a CPU needs no Triton
+
+        return TritonKernels()
+    library = load_library()
     return ReferenceKernels() if library is None else CpuKernels(library)
-
-
-def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Format of activations for weights of ``dtype``: a CPU computes in float32 whatever it stores."""
-    return torch.float32 if device.type == "cpu" else dtype
 
 
 def write_kv(pool: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""The kernels for GPUs: Triton programs and their Python side."""
