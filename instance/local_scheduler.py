@@ -111,8 +111,9 @@ class LocalScheduler:
         return self.running + aside + self._blocks.reservations < self._batch_max
 
     def spare_blocks(self) -> int:
-        """Blocks that newcomers leave free for running requests to grow into."""
-        return self._watermark if self.running else 0
+        """Blocks that newcomers, admitted or arriving, leave free: one for each running request to grow into,
+        so that a newcomer does not have to give way again within its first block."""
+        return max(self._watermark, self.running) if self.running else 0
 
     def plan(self) -> tuple[list[Chunk], list[str]]:
         """The next step's chunks, decodes first, and the requests preempted for it."""
@@ -141,11 +142,8 @@ class LocalScheduler:
         return count
 
     def _admissible(self, request: Request) -> bool:
-        spare = self.spare_blocks()
-        if spare and request.preemptions:
-            # It would be the first to be preempted again: let each running request have a block first.
-            spare = max(spare, self.running)
-        return self.has_slot() and self.waiting.blocks_of(request) + spare <= self._blocks.free_blocks
+        room = self._blocks.free_blocks - self.spare_blocks()
+        return self.waiting.blocks_of(request) <= room and self.has_slot()
 
     def _grow(self) -> list[str]:
         """Give every running request the blocks that its known tokens need, preempting where none are
