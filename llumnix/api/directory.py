@@ -55,6 +55,11 @@ class InstanceDirectory:
         entry = self._statuses.get(instance_id)
         return entry.incarnation if entry else ""
 
+    @property
+    def any_serving(self) -> bool:
+        """Whether some instance took requests when last heard of."""
+        return any(entry.state is InstanceState.SERVING for entry in self._statuses.values())
+
     def forget_process(self, instance_id: str, incarnation: str) -> None:
         """The process has ended: nothing is placed there until a status names its successor."""
         if self.incarnation(instance_id) == incarnation:

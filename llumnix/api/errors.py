@@ -73,16 +73,30 @@ def stream_error(failure: StreamFailed) -> ApiError:
 
 
 def validation_error(error: ValidationError) -> ApiError:
-    """The first thing wrong with a body, naming the parameter."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
-        return refused(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
-    where = [part for part in first["loc"] if isinstance(part, int) or not _names_a_type(part)]
+    """What is wrong with a body, naming the parameter. Of a value that may be of several types, each type's
+    objection is reported; the one that got furthest is what the client meant."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    alike = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    worst = max(alike, key=lambda problem: _progress(problem["type"], problem["loc"]))
+    if worst["type"] == "json_invalid":
+        text = worst["msg"].removeprefix("Invalid JSON: ")
+        return refused(f"the body is not valid JSON: {text}", code="invalid_json")
+    where = [part for part in worst["loc"] if isinstance(part, int) or not _names_a_type(part)]
     param = (
         "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
     )
-    text = first["msg"].removeprefix("Value error, ")
+    text = worst["msg"].removeprefix("Value error, ")
     return refused(f"{param}: {text}" if param else text, param, "invalid_value")
+
+
+def _progress(kind: str, where: tuple[int | str, ...]) -> tuple[bool, int, int]:
+    """How far checking got before it failed: past the type at all, how deep, how far along."""
+    last = where[-1] if where else 0
+    return (
+        kind not in ("string_type", "list_type", "int_type"),
+        len(where),
+        last if isinstance(last, int) else 0,
+    )
 
 
 def _names_a_type(part: str) -> bool:

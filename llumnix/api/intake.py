@@ -114,8 +114,9 @@ class Intake:
         return room
 
     def _too_long(self, prompt: str, wanted: int, param: str) -> ApiError:
-        limit = self._model.max_model_len
-        text = f"the model's context is {limit} tokens, but the prompt has {prompt} and {wanted} are wanted"
+        text = f"the model's context is {self._model.max_model_len} tokens, but the prompt has {prompt}"
+        if wanted:
+            text += f" and {wanted} are to be generated"
         return refused(text, param, "context_length_exceeded")
 
     def _choices(

@@ -19,7 +19,7 @@ from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, Strea
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import HOP_BITS, next_generation
-from llumnix.core.errors import InvariantError
+from llumnix.core.errors import InvariantError, ProtocolError
 from llumnix.core.messages.control import (
     ClusterStatus,
     Fenced,
@@ -86,6 +86,11 @@ class StreamTable:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._streams
 
+    @property
+    def ready(self) -> bool:
+        """Whether some instance takes requests, as far as is known here."""
+        return self._directory.any_serving
+
     def open(self, call: StreamCall, now: float) -> list[Effect]:
         """Begin a request: ask the manager for a place. A full table fails it at once."""
         if call.request_id in self._streams:
@@ -99,10 +104,10 @@ class StreamTable:
         return self._ask_place(stream, now)
 
     def handle(self, message: object, now: float) -> list[Effect]:
-        """Take one message of an instance or the manager. Those meant for others raise InvariantError."""
+        """Take one message of an instance or the manager. Those meant for others raise ProtocolError."""
         handler = self._handlers.get(type(message))
         if handler is None:
-            raise InvariantError(f"no frontend takes {type(message).__name__}")
+            raise ProtocolError(f"no frontend takes {type(message).__name__}")
         return handler(message, now)
 
     def abort(self, request_id: str, now: float) -> list[Effect]:

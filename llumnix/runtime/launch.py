@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from llumnix.api.app import create_app
 from llumnix.api.backend import Admin, ModelInfo, StreamCall
-from llumnix.api.server import make_server, open_socket
+from llumnix.api.server import ApiServer
 from llumnix.core.admin import Refusal
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
@@ -132,20 +130,22 @@ class ClusterBackend:
 def serve(config: Config) -> int:
     """Run until SIGINT or SIGTERM. Returns the process's exit status. Raises ConfigurationError, in one line, with
     nothing left running, if the cluster cannot be started as configured."""
-    listener = open_socket(config.frontend)
-    model_info(config.engine)  # finds, fetches or refuses the model before anything is started
+    server = ApiServer(config.frontend, model_info(config.engine, config.frontend.served_model_name))
     try:
         with terminated_as_interrupt(), running_cluster(config) as cluster:
-            asyncio.run(serve_http(config, cluster, listener))
+            asyncio.run(serve_http(config, cluster, server))
     except KeyboardInterrupt:
         pass
     finally:
-        listener.close()
+        server.close()
     return 0
 
 
-async def serve_http(config: Config, cluster: RunningCluster, listener: socket.socket) -> None:
-    """Answer HTTP until interrupted."""
+async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer) -> None:
+    """Answer HTTP until a signal says to stop."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
     description: ClusterDescription = await cluster.manager.describe.remote()
     model = model_info(config.engine, config.frontend.served_model_name, description.max_model_len)
     frontend = Frontend(
@@ -154,11 +154,8 @@ async def serve_http(config: Config, cluster: RunningCluster, listener: socket.s
         manager_address=description.manager_address,
     )
     try:
-        app = create_app(ClusterBackend(frontend, RayAdmin(cluster.manager), model), config.frontend)
-        server = make_server(app)
-        host, port = listener.getsockname()[:2]
-        print(f"{model.name} on {config.cluster.instances} instances: http://{host}:{port}/v1", flush=True)
-        await server.serve(sockets=[listener])
+        print(f"{model.name} on {config.cluster.instances} instances: {server.url}/v1", flush=True)
+        await server.serve(ClusterBackend(frontend, RayAdmin(cluster.manager), model))
     finally:
         await frontend.close()
 
