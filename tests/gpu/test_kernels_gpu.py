@@ -1,4 +1,5 @@
-"""The kernel contract on a real GPU: Triton's kernels compiled, through the same dispatch as the models use."""
+"""The kernel contract on a real GPU: Triton's kernels compiled, through the same dispatch as the models
+use."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The torch reference against textbook results that need no kernel, and the dispatch that picks implementations."""
+"""The torch reference against textbook results that need no kernel, and the dispatch that picks
+implementations."""
 
 import pytest
 import torch
