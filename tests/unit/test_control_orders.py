@@ -1,0 +1,142 @@
+"""Administrators' orders: listing requests, and moving one of them, with every refusal."""
+
+from control_driving import MANAGER, ToyCluster
+
+from llumnix.core.admin import MigrationResult, Refusal
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.effects import Send
+from llumnix.core.messages.control import ListRequests, MigrationOutcome, RequestList
+
+QUIET = SchedulerConfig(pairing_policy="none")
+
+
+def cluster_with_requests() -> ToyCluster:
+    cluster = ToyCluster(QUIET, a=100, b=100)
+    cluster.instances["a"].running = {"r1": 10, "r2": 20}
+    cluster.instances["b"].waiting = {"r3": 5}
+    cluster.report()
+    return cluster
+
+
+def migrate(cluster: ToyCluster, request_id: str, target_id: str) -> object:
+    """Order it and return the answer, None if there is none yet."""
+    query_id, effects = cluster.core.ask_migrate(request_id, target_id, cluster.now)
+    cluster.do(effects)
+    return cluster.answers.get(query_id)
+
+
+def reason(answer: object) -> str:
+    assert isinstance(answer, Refusal)
+    return answer.reason
+
+
+def test_all_requests_are_listed_by_instance() -> None:
+    cluster = cluster_with_requests()
+    query_id, effects = cluster.core.ask_requests(cluster.now)
+    assert all(isinstance(one, Send) and one.message == ListRequests(query_id, MANAGER) for one in effects)
+    cluster.do(effects)
+    rows = cluster.answers[query_id]
+    assert isinstance(rows, tuple)
+    assert [(row.request_id, row.instance_id) for row in rows] == [("r1", "a"), ("r2", "a"), ("r3", "b")]
+
+
+def test_a_list_waits_for_the_slow_only_so_long() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_requests(cluster.now)
+    cluster.do(effects)
+    rows = cluster.instances["b"].rows()
+    cluster.do(cluster.core.handle(RequestList(query_id, "b", rows), cluster.now))
+    for _ in range(9):
+        assert query_id not in cluster.answers or cluster.now >= 102
+        cluster.step()
+    assert cluster.answers[query_id] == rows
+    late = RequestList(query_id, "a", cluster.instances["a"].rows())
+    assert cluster.core.handle(late, cluster.now) == []
+
+
+def test_a_list_does_not_wait_for_the_dead() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_requests(cluster.now)
+    cluster.do(effects)
+    cluster.do(cluster.core.handle(RequestList(query_id, "b", ()), cluster.now))
+    cluster.do(cluster.core.instance_ended("a", "a", cluster.now))
+    assert cluster.answers[query_id] == ()
+
+
+def test_an_empty_cluster_has_no_requests() -> None:
+    cluster = ToyCluster(QUIET)
+    query_id, effects = cluster.core.ask_requests(cluster.now)
+    cluster.do(effects)
+    assert cluster.answers[query_id] == ()
+
+
+def test_a_request_is_found_moved_and_its_result_told() -> None:
+    cluster = cluster_with_requests()
+    result = migrate(cluster, "r1", "b")
+    assert isinstance(result, MigrationResult)
+    assert (result.source_id, result.target_id, result.outcome) == ("a", "b", MigrationOutcome.COMMITTED)
+    assert "r1" in cluster.instances["b"].running
+    assert cluster.events("migration_ordered")[0].fields["blocks"] == 10
+
+
+def test_a_waiting_request_moves_too() -> None:
+    cluster = cluster_with_requests()
+    assert isinstance(migrate(cluster, "r3", "a"), MigrationResult)
+    assert "r3" in cluster.instances["a"].waiting
+
+
+def test_a_migration_that_fails_is_answered_with_its_reason() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_migrate("r1", "b", cluster.now)
+    cluster.do(effects)
+    cluster.do(cluster.core.handle(RequestList(query_id, "a", cluster.instances["a"].rows()), cluster.now))
+    assert "already" in reason(migrate(cluster, "r1", "b"))
+    cluster.end_migration(cluster.orders[0], MigrationOutcome.REFUSED, "a")
+    result = cluster.answers[query_id]
+    assert isinstance(result, MigrationResult)
+    assert (result.outcome, result.reason) == (MigrationOutcome.REFUSED, "no room")
+
+
+def test_a_source_that_dies_ends_its_order() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_migrate("r1", "b", cluster.now)
+    cluster.do(effects)
+    cluster.do(cluster.core.handle(RequestList(query_id, "a", cluster.instances["a"].rows()), cluster.now))
+    cluster.do(cluster.core.instance_ended("a", "a", cluster.now))
+    result = cluster.answers[query_id]
+    assert isinstance(result, MigrationResult)
+    assert result.outcome is MigrationOutcome.ABORTED
+
+
+def test_orders_that_cannot_be_are_refused_in_plain_words() -> None:
+    cluster = cluster_with_requests()
+    assert reason(migrate(cluster, "nobody", "b")) == "no instance holds a request nobody"
+    assert reason(migrate(cluster, "r1", "x")) == "there is no instance x"
+    assert reason(migrate(cluster, "r1", "a")) == "r1 cannot move: it is already on a"
+    cluster.do(cluster.core.set_draining("b", True, cluster.now))  # type: ignore[arg-type]
+    assert reason(migrate(cluster, "r1", "b")) == "b is draining"
+    cluster.do(cluster.core.instance_ended("b", "a", cluster.now))
+    assert reason(migrate(cluster, "r1", "b")) == "b is down"
+    assert len(cluster.events("order_refused")) == 5
+    assert cluster.orders == []
+
+
+def test_a_request_can_leave_a_draining_instance() -> None:
+    cluster = cluster_with_requests()
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    assert isinstance(migrate(cluster, "r1", "b"), MigrationResult)
+
+
+def test_a_request_not_found_in_time_names_who_did_not_answer() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_migrate("r9", "b", cluster.now)
+    cluster.do(effects)
+    cluster.do(cluster.core.handle(RequestList(query_id, "b", ()), cluster.now))
+    for _ in range(9):
+        cluster.step()
+    assert reason(cluster.answers[query_id]) == "no instance holds a request r9; no answer from a"

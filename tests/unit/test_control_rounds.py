@@ -1,0 +1,191 @@
+"""Rescheduling through the whole scheduler: balance, rest, draining, failures, and what is remembered of
+them."""
+
+from itertools import pairwise
+
+from control_driving import ToyCluster, hello
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import MigrateOrder, MigrationEnded, MigrationOutcome, Placed
+
+MARKS = SchedulerConfig(low_freeness=4.0, high_freeness=8.0)
+
+
+def crowded() -> ToyCluster:
+    """One full instance, one empty one."""
+    cluster = ToyCluster(MARKS, a=100, b=100)
+    cluster.instances["a"].running = {f"r{number}": 12 for number in range(8)}
+    return cluster
+
+
+def test_load_moves_from_the_full_to_the_empty_instance_and_then_rests() -> None:
+    cluster = crowded()
+    assert cluster.step()
+    for _ in range(100):
+        cluster.step()
+    held = {name: len(instance.running) for name, instance in cluster.instances.items()}
+    assert sum(held.values()) == 8
+    assert held["b"] >= 2
+    assert len(cluster.orders) == held["b"]
+    assert len({order.migration_id for order in cluster.orders}) == len(cluster.orders)
+    assert all(order.migration_id.startswith("m1-") for order in cluster.orders)
+
+
+def test_what_moves_is_told_with_its_figures() -> None:
+    cluster = crowded()
+    cluster.step()
+    ordered, ended = cluster.events("migration_ordered")[0], cluster.events("migration_ended")[0]
+    assert ordered.fields["request"] == ended.fields["request"]
+    assert ended.fields["kv_bytes"] == 4096
+    assert ended.fields["outcome"] == "committed"
+    summary = cluster.core.summary(cluster.now)
+    assert (summary.migrations_committed, summary.migrations_failed, summary.migrations_running) == (
+        len(cluster.orders),
+        0,
+        0,
+    )
+
+
+def test_a_running_migration_counts_on_both_sides_before_any_report() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    cluster.step()
+    first = len(cluster.orders)
+    cluster.tick()
+    cluster.tick()
+    assert len(cluster.orders) == first  # the same view plus the ledger: nothing more to do
+    rows = {row.instance_id: row for row in cluster.core.instance_rows(cluster.now)}
+    assert rows["a"].migrating_out == rows["b"].migrating_in == first
+    assert rows["a"].freeness > 0.5  # 4 blocks for 8 requests, as reported, was less
+
+
+def test_a_committed_migration_counts_until_both_sides_have_reported() -> None:
+    cluster = crowded()
+    cluster.step()
+    moved = len(cluster.orders)
+    rows = {row.instance_id: row for row in cluster.core.instance_rows(cluster.now)}
+    expected = (100 - 12 * moved) / moved
+    assert rows["b"].freeness == expected
+    cluster.report("a")
+    cluster.report("b")
+    rows = {row.instance_id: row for row in cluster.core.instance_rows(cluster.now)}
+    assert rows["b"].freeness == expected
+    assert rows["a"].freeness == (100 - 12 * (8 - moved)) / (8 - moved)
+
+
+def test_a_request_that_could_not_move_is_tried_ever_less_often() -> None:
+    cluster = ToyCluster(MARKS, a=100, b=100)
+    cluster.instances["a"].running = {"only": 20, **{f"p{number}": 39 for number in range(2)}}
+    cluster.obey = False
+    times = []
+    for _ in range(400):
+        for order in cluster.step():
+            if order.request_id == "only":
+                times.append(cluster.now)
+            cluster.end_migration(order, MigrationOutcome.ABORTED, "a")
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert len(times) >= 3
+    assert all(later > earlier for earlier, later in pairwise(gaps))
+
+
+def test_a_target_that_refuses_is_left_alone_for_a_moment() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    for order in cluster.step():
+        assert order.target_id == "b"
+        cluster.end_migration(order, MigrationOutcome.REFUSED, "a")
+    cluster.add("c", 90)
+    assert {order.target_id for order in cluster.step()} == {"c"}  # though b is freer
+
+
+def test_draining_empties_an_instance_by_migration_and_says_so() -> None:
+    cluster = ToyCluster(MARKS, a=100, b=1000)
+    cluster.instances["a"].running = {f"r{number}": 2 for number in range(20)}
+    cluster.instances["a"].waiting = {"w": 5}
+    cluster.report()
+    effects = cluster.core.set_draining("a", True, cluster.now)
+    assert isinstance(effects, list)
+    cluster.do(effects)
+    assert cluster.instances["a"].draining
+    for _ in range(20):
+        cluster.step()
+    cluster.report()
+    assert not cluster.instances["a"].running and not cluster.instances["a"].waiting
+    assert len(cluster.instances["b"].running) == 20
+    assert [logged.kind for logged in cluster.logged if logged.kind in ("draining", "drained")] == [
+        "draining",
+        "drained",
+    ]
+    assert isinstance(cluster.place("x"), Placed)
+    assert cluster.place("y").instance_id == "b"  # type: ignore[union-attr]
+
+
+def test_an_order_nobody_answers_does_not_count_for_ever() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    cluster.step()
+    assert cluster.core.summary(cluster.now).migrations_running > 0
+    lost = len(cluster.orders)
+    for _ in range(44):
+        cluster.step()
+    assert len(cluster.events("migration_ended")) >= lost
+    assert "never began" in str(cluster.events("migration_ended")[0].fields["reason"])
+
+
+def test_migrations_end_with_their_source() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    orders = cluster.step()
+    cluster.do(cluster.core.instance_ended("a", "a", cluster.now))
+    assert cluster.core.summary(cluster.now).migrations_running == 0
+    assert cluster.core.instance_rows(cluster.now)[1].migrating_in == 0
+    before = len(cluster.logged)
+    cluster.end_migration(orders[0], MigrationOutcome.REFUSED, "a")
+    assert len(cluster.logged) == before  # a late word changes nothing
+
+
+def test_an_end_told_twice_counts_once() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    (order, *_) = cluster.step()
+    for _ in range(2):
+        cluster.end_migration(order, MigrationOutcome.ABORTED, "a")
+    assert cluster.core.summary(cluster.now).migrations_failed == 1
+
+
+def test_a_word_about_a_former_managers_migration_is_ignored() -> None:
+    cluster = crowded()
+    ended = MigrationEnded("m0-1", "r0", "a", "b", MigrationOutcome.COMMITTED, "", 2, 1, 0.1, 0.01)
+    assert cluster.core.handle(ended, cluster.now) == []
+
+
+def test_instances_with_other_layouts_exchange_nothing() -> None:
+    cluster = ToyCluster(MARKS, a=100)
+    cluster.instances["a"].running = {f"r{number}": 12 for number in range(8)}
+    cluster.do(cluster.core.handle(hello("b", layers=3), cluster.now))
+    cluster.instances["b"] = type(cluster.instances["a"])("b")
+    assert cluster.step() == []
+    assert "layouts" in cluster.events("move_ignored")[0].text
+
+
+requests = st.lists(st.tuples(st.integers(1, 40), st.sampled_from("abcd"), st.integers(0, 1)), max_size=24)
+
+
+@given(requests)
+@settings(max_examples=8, deadline=None)
+def test_a_closed_cluster_comes_to_rest(held: list[tuple[int, str, int]]) -> None:
+    """Nothing arrives and nothing ends, for 1,000 rounds: requests must not go to and fro."""
+    cluster = ToyCluster(MARKS, a=100, b=120, c=140, d=160)
+    for number, (blocks, instance_id, priority) in enumerate(held):
+        cluster.instances[instance_id].waiting[f"r{number}"] = blocks
+        cluster.instances[instance_id].priorities[f"r{number}"] = priority
+    orders: list[list[MigrateOrder]] = []
+    for _ in range(1000):
+        for instance in cluster.instances.values():
+            instance.admit()
+        orders.append(cluster.step())
+    assert not any(orders[200:])
+    total = sum(map(len, orders))
+    assert total <= 3 * len(held)
