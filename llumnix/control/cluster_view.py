@@ -181,7 +181,8 @@ class ClusterView:
     def place(self, record: InstanceRecord, request_id: str, tokens: int, now: float) -> None:
         """A request goes there."""
         blocks = record.blocks(tokens)
-        for displaced in self.placements.add(Placement(request_id, record.hello.instance_id, blocks, now)):
+        displaced = self.placements.add(Placement(request_id, record.hello.instance_id, blocks, now))
+        if displaced is not None:
             self._drop_placement(displaced)
         record.placed_blocks += blocks
         record.placed_requests += 1

@@ -6,7 +6,6 @@ maximum, oldest first. Nothing here needs to outlive the manager. Called by the 
 the sums per instance.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llumnix.core.errors import InvariantError
@@ -34,15 +33,13 @@ class PlacementLedger:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, placement: Placement) -> Iterator[Placement]:
-        """Enter one; yields what it displaced: an older placement of the same request, or the oldest of
-        all."""
-        replaced = self._entries.pop(placement.request_id, None)
+    def add(self, placement: Placement) -> Placement | None:
+        """Enter one; returns what it displaced: an older one of the same request, or the oldest of all."""
+        displaced = self._entries.pop(placement.request_id, None)
         self._entries[placement.request_id] = placement
-        if replaced is not None:
-            yield replaced
-        elif len(self._entries) > PLACEMENTS_MAX:
-            yield self._entries.pop(next(iter(self._entries)))
+        if displaced is None and len(self._entries) > PLACEMENTS_MAX:
+            displaced = self._entries.pop(next(iter(self._entries)))
+        return displaced
 
     def confirm(self, request_id: str, instance_id: str) -> Placement | None:
         """The instance has the request: remove and return the entry, if it is about this instance."""

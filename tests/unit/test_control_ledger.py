@@ -1,0 +1,112 @@
+"""The parts under the scheduler: ledgers, ranking, backoff. Bounds and order."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_views import view
+
+from llumnix.control import ledger
+from llumnix.control.backoff import REST_MAX_S, Backoff
+from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
+from llumnix.control.ranking import Ranking
+from llumnix.core.errors import InvariantError
+
+
+def placement(request_id: str, instance_id: str = "a", at: float = 0.0) -> Placement:
+    return Placement(request_id, instance_id, 2, at)
+
+
+def test_only_the_instance_that_was_meant_can_confirm() -> None:
+    book = PlacementLedger()
+    assert book.add(placement("r")) is None
+    assert book.confirm("r", "b") is None
+    assert book.confirm("r", "a") == placement("r")
+    assert book.confirm("r", "a") is None
+    assert len(book) == 0
+
+
+def test_placements_expire_oldest_first() -> None:
+    book = PlacementLedger()
+    for number in range(5):
+        book.add(placement(f"r{number}", at=float(number)))
+    book.add(placement("r0", at=9.0))
+    assert [one.request_id for one in book.expire(3.0)] == ["r1", "r2"]
+    assert len(book) == 3
+
+
+def test_placements_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PLACEMENTS_MAX", 3)
+    book = PlacementLedger()
+    displaced = [book.add(placement(f"r{number}")) for number in range(5)]
+    assert displaced == [None, None, None, placement("r0"), placement("r1")]
+
+
+def move(number: int, source_id: str = "a", target_id: str = "b") -> MoveEntry:
+    return MoveEntry(f"m{number}", f"r{number}", source_id, target_id, 4, float(number))
+
+
+def test_a_request_moves_once_at_a_time() -> None:
+    book = MoveLedger()
+    book.add(move(1))
+    with pytest.raises(InvariantError):
+        book.add(MoveEntry("m2", "r1", "a", "b", 4, 0.0))
+    assert book.is_moving("r1")
+    assert book.end("m1", 1.0, linger=False) is not None
+    assert book.end("m1", 1.0, linger=False) is None
+    assert not book.is_moving("r1")
+    assert len(book) == 0
+
+
+def test_a_committed_move_lingers_until_both_sides_have_reported() -> None:
+    book = MoveLedger()
+    book.add(move(1))
+    book.end("m1", 1.0, linger=True)
+    assert [one.migration_id for one in book.settle("b")] == ["m1"]
+    assert book.settle("b") == []
+    assert len(book) == 1
+    assert len(book.settle("a")) == 1
+    assert len(book) == 0
+
+
+def test_what_lingers_expires_and_ends_with_its_instances() -> None:
+    book = MoveLedger()
+    for number in (1, 2):
+        book.add(move(number))
+        book.end(f"m{number}", float(number), linger=True)
+    assert [one.migration_id for one in book.expire(2.0)] == ["m1"]
+    book.detach("a")
+    book.detach("b")
+    assert len(book) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 60), st.booleans()), max_size=40))
+def test_the_ranking_equals_a_sort(changes: list[tuple[str, int, bool]]) -> None:
+    ranking, expected = Ranking(), {}
+    for instance_id, used, remove in changes:
+        if remove:
+            ranking.remove(instance_id)
+            expected.pop(instance_id, None)
+        else:
+            expected[instance_id] = view(instance_id, used_blocks=used, running=3)
+            ranking.put(expected[instance_id])
+        ordered = sorted(expected.values(), key=lambda one: (-one.queue_freeness, one.instance_id))
+        assert list(ranking.views) == ordered
+
+
+def test_rests_double_with_each_failure_and_end() -> None:
+    backoff = Backoff(2.0)
+    assert backoff.resting(0.0) == []
+    backoff.succeeded("r", 0.0)
+    assert backoff.resting(1.9) == ["r"]
+    assert backoff.resting(2.0) == []
+    now = 10.0
+    for expected_s in (2.0, 4.0, 8.0, 16.0, 32.0, REST_MAX_S, REST_MAX_S):
+        backoff.failed("r", now)
+        assert backoff.resting(now + expected_s - 0.1) == ["r"]
+        assert backoff.resting(now + expected_s) == []
+        now += expected_s
+    backoff.expire(now + REST_MAX_S + 1)
+    assert len(backoff) == 0
+    backoff.failed("r", now)
+    backoff.forgive("r")
+    assert backoff.resting(now) == []
