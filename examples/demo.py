@@ -2,7 +2,8 @@
 
 Run it with `make demo`. It starts `llumnix serve`, then:
 1. with all requests on one instance and nothing moving, streams a burst of chats: the reference;
-2. streams the same burst again. All of it lands on one instance; then the other one is opened and the scheduler
+2. streams the same burst again. All of it lands on one instance; then the other one is opened and the
+scheduler
    evens the load out, while this script orders further moves, as an operator would;
 3. compares every output with its reference and prints a table and one JSON object.
 """
@@ -238,7 +239,15 @@ async def serving() -> AsyncIterator[str]:
         port = probe.getsockname()[1]
     command = shutil.which("llumnix", path=str(Path(sys.executable).parent)) or "llumnix"
     server = await asyncio.create_subprocess_exec(
-        command, "serve", "--model", "smollm2", "--instances", "2", "--port", str(port), start_new_session=True
+        command,
+        "serve",
+        "--model",
+        "smollm2",
+        "--instances",
+        "2",
+        "--port",
+        str(port),
+        start_new_session=True,
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -261,7 +270,9 @@ async def main() -> int:
     async with serving() as url:
         summary = await play(url)
     print(json.dumps(summary), flush=True)
-    failed = summary["lost"] or summary["duplicated_tokens"] or summary["identical_outputs"] != summary["requests"]
+    failed = (
+        summary["lost"] or summary["duplicated_tokens"] or summary["identical_outputs"] != summary["requests"]
+    )
     return 1 if failed else 0
 
 

@@ -1,7 +1,7 @@
 """The engine protocol: what the agent, the runtime and the simulator need of an engine, whichever it is.
 
-An engine belongs to one thread. The agent calls it between steps only, so nothing here is ever called while a step
-computes. Implementations: EngineCore with an executor (torch or simulated), and the vLLM adapter.
+An engine belongs to one thread. The agent calls it between steps only, so nothing here is ever called while a
+step computes. Implementations: EngineCore with an executor (torch or simulated), and the vLLM adapter.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step produced: deltas by frontend address, requests that finished, requests whose KV was given up.
-    ``tokens`` computed. ``duration_s`` of the step. An empty step has computed 0 tokens."""
+    """What one step produced: deltas by frontend address, requests that finished, requests whose KV was given
+    up. ``tokens`` computed. ``duration_s`` of the step. An empty step has computed 0 tokens."""
 
     deltas: dict[str, list[TokenDelta]]
     finished: tuple[str, ...]
@@ -52,9 +52,9 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class MovableState:
-    """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``blocks`` hold the
-    KV of ``computed_tokens``; the first ``full_blocks`` of them are full and never change while ``kv_version``
-    stays as it is. ``known_tokens`` counts prompt + output."""
+    """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``blocks``
+    hold the KV of ``computed_tokens``; the first ``full_blocks`` of them are full and never change while
+    ``kv_version`` stays as it is. ``known_tokens`` counts prompt + output."""
 
     waiting: bool
     blocks: tuple[int, ...]
@@ -65,8 +65,8 @@ class MovableState:
 
 
 class Engine(Protocol):
-    """See the module. Methods that take ``request_id`` treat an unknown one as an answer (None, False), not an error,
-    except where a method says that the request must be there (InvariantError otherwise)."""
+    """See the module. Methods that take ``request_id`` treat an unknown one as an answer (None, False), not
+    an error, except where a method says that the request must be there (InvariantError otherwise)."""
 
     @property
     def block_size(self) -> int: ...
@@ -75,8 +75,8 @@ class Engine(Protocol):
     def max_model_len(self) -> int: ...
 
     def submit(self, spec: RequestSpec, now: float) -> SubmitRefusal | None:
-        """Queue a request. A spec with a higher epoch replaces one held under the same id; a lower or equal one is
-        refused as INVALID."""
+        """Queue a request. A spec with a higher epoch replaces one held under the same id; a lower or equal
+        one is refused as INVALID."""
         ...
 
     def abort(self, request_id: str, epoch: int) -> bool:
@@ -98,8 +98,8 @@ class Engine(Protocol):
         ...
 
     def output_since(self, request_id: str, index: int) -> TokenDelta | None:
-        """Tokens of a held or lately finished request from output ``index`` on (with its finish reason if it has
-        ended). None: unknown here."""
+        """Tokens of a held or lately finished request from output ``index`` on (with its finish reason if it
+        has ended). None: unknown here."""
         ...
 
     # A migration's source.
@@ -112,8 +112,8 @@ class Engine(Protocol):
         ...
 
     def take_out(self, request_id: str) -> MovableState:
-        """Remove a held request from queue or batch, keeping its blocks: nothing about it changes until it is put
-        back or released. It must be held and not taken out."""
+        """Remove a held request from queue or batch, keeping its blocks: nothing about it changes until it is
+        put back or released. It must be held and not taken out."""
         ...
 
     def put_back(self, request_id: str, epoch: int) -> None:
@@ -126,15 +126,17 @@ class Engine(Protocol):
 
     # A migration's target.
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
-        """Make the reservation hold exactly ``blocks`` blocks in total, new or grown (never shrunk), and return all
-        their ids in order. None: no room, and the reservation is as it was."""
+        """Make the reservation hold exactly ``blocks`` blocks in total, new or grown (never shrunk), and
+        return all their ids in order. None: no room, and the reservation is as it was."""
         ...
 
     def cancel_reservation(self, migration_id: str) -> None:
         """Free a reservation's blocks. Unknown ids are ignored."""
         ...
 
-    def adopt(self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float) -> SubmitRefusal | None:
-        """Turn a reservation whose blocks hold the KV of ``computed_tokens`` into a running request (or, with 0, into
-        a waiting one) that joins the next step. A refusal leaves the reservation as it was."""
+    def adopt(
+        self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float
+    ) -> SubmitRefusal | None:
+        """Turn a reservation whose blocks hold the KV of ``computed_tokens`` into a running request (or, with
+        0, into a waiting one) that joins the next step. A refusal leaves the reservation as it was."""
         ...

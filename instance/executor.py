@@ -1,6 +1,7 @@
 """The contract between the engine core, which decides what a step computes, and what computes it.
 
-A plan is made and carried out within one step of one thread; the executor reads requests and never changes them.
+A plan is made and carried out within one step of one thread; the executor reads requests and never changes
+them.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from llumnix.instance.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute positions ``start … start + count - 1`` of a request (decode: count 1). Its ``blocks`` already cover
-    them. ``samples``: the chunk ends at the last known token, so the next one is to be sampled."""
+    """Compute positions ``start … start + count - 1`` of a request (decode: count 1). Its ``blocks`` already
+    cover them. ``samples``: the chunk ends at the last known token, so the next one is to be sampled."""
 
     request: Request
     start: int

@@ -1,8 +1,8 @@
 """A request on its instance: what was asked, what was generated, which KV it holds.
 
 Owned by the engine core; executors, samplers and the agent read it. Positions count prompt + output together.
-``computed_tokens`` of those have their KV in ``blocks``; a running request that has prefilled always knows exactly
-one token more than it has computed, the one sampled last.
+``computed_tokens`` of those have their KV in ``blocks``; a running request that has prefilled always knows
+exactly one token more than it has computed, the one sampled last.
 """
 
 from dataclasses import dataclass, field

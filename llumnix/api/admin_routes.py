@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse, Response
 
-from llumnix.api.backend import Admin
+from llumnix.api.backend import Backend
 from llumnix.api.errors import ApiError, refused, validation_error
 from llumnix.api.openai_routes import read_body
 from llumnix.core.admin import Refusal
@@ -51,8 +51,9 @@ class ScaleBody(_Order):
 class AdminRoutes:
     """Everything under /admin. One per app."""
 
-    def __init__(self, admin: Admin, token: str) -> None:
-        self._admin = admin
+    def __init__(self, backend: Backend, token: str) -> None:
+        self._admin = backend.admin
+        self._backend = backend
         self._token = token.encode()
         self.router = APIRouter(prefix="/admin", dependencies=[Depends(self.authorize)])
         for path, question in (
@@ -60,6 +61,7 @@ class AdminRoutes:
             ("/instances", self.instances),
             ("/requests", self.requests),
             ("/events", self.events),
+            ("/moves", self.moves),
         ):
             self.router.add_api_route(path, question, methods=["GET"])
         for path, order in (
@@ -99,6 +101,10 @@ class AdminRoutes:
         """Events after ``after``, oldest first, at most ``limit``."""
         after = _number(request, "after", 0, 2**63 - 1)
         return _answer(await self._admin.events(after, _number(request, "limit", 100, EVENTS_MAX)))
+
+    async def moves(self) -> Response:
+        """The latest migrations as this frontend's clients felt them."""
+        return _answer(self._backend.moves)
 
     async def migrate(self, request: Request) -> Response:
         """Move a request; answers when it has moved or not."""

@@ -53,7 +53,7 @@ def create_app(backend: Backend, config: FrontendConfig, tokenizer: TextTokenize
     metrics = ApiMetrics(time.monotonic)
     app = FastAPI(title="Llumnix", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(OpenAiRoutes(backend, tokenizer, metrics, config).router)
-    app.include_router(AdminRoutes(backend.admin, config.admin_token).router)
+    app.include_router(AdminRoutes(backend, config.admin_token).router)
 
     async def health() -> Response:
         """200 once requests can be served."""

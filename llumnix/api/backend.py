@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, MoveSeen, Refusal
 from llumnix.core.errors import LlumnixError
 from llumnix.core.messages.control import RequestRow
 from llumnix.core.messages.serving import FinishReason, TokenLogprob
@@ -119,6 +119,11 @@ class Backend(Protocol):
 
     @property
     def admin(self) -> Admin: ...
+
+    @property
+    def moves(self) -> tuple[MoveSeen, ...]:
+        """The latest migrations as this frontend's clients felt them, oldest first."""
+        ...
 
     def open(self, call: StreamCall) -> TokenStream:
         """Begin a sequence. Never blocks; a refusal surfaces as StreamFailed when the stream is read."""

@@ -13,11 +13,14 @@ from enum import StrEnum
 from math import inf
 
 from llumnix.api.backend import FailKind, StreamCall
+from llumnix.core.admin import MoveSeen
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.epochs import FIRST_EPOCH, HOP_BITS
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import Place
 from llumnix.core.messages.serving import FinishReason, RequestSpec, TokenLogprob
+
+GAP_WEIGHT = 0.2  # of the newest gap in the mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ class Stream:
     ``tokens`` are those given to the client. ``must_continue``: an instance had taken it, so a lack of room
     may no longer be shown to the client. ``troubled_at`` is when it lost its owner, until tokens come again.
     ``asked``: a probe is out whose answer may still say unknown. ``alarm`` is the earliest timer entry that
-    will look at it.
+    will look at it. ``fed_*``: when, by whom and at which epoch tokens came last; ``usual_gap_s``: the recent
+    mean time between them.
     """
 
     call: StreamCall
@@ -80,6 +84,23 @@ class Stream:
     unanswered: int = 0
     unknown: int = 0
     invalid_reason: str = ""
+    fed_at: float = -inf
+    fed_by: str = ""
+    fed_epoch: int = 0
+    usual_gap_s: float = 0.0
+
+    def feed(self, tokens: tuple[int, ...], now: float) -> MoveSeen | None:
+        """Take in tokens of the owner; tells if they are its first after a migration."""
+        self.tokens += tokens
+        gap_s, moved = now - self.fed_at, None
+        if self.fed_epoch == self.epoch:
+            weight = GAP_WEIGHT if self.usual_gap_s else 1.0
+            self.usual_gap_s += weight * (gap_s - self.usual_gap_s)
+        elif self.fed_epoch >> HOP_BITS == self.epoch >> HOP_BITS:
+            call, usual_ms = self.call, self.usual_gap_s * 1e3
+            moved = MoveSeen(call.request_id, self.fed_by, self.owner_id, gap_s * 1e3, usual_ms)
+        self.fed_at, self.fed_by, self.fed_epoch = now, self.owner_id, self.epoch
+        return moved
 
     def spec(self, frontend_address: str, now: float) -> RequestSpec:
         """All an instance needs to start the request, or to go on after the tokens already delivered."""

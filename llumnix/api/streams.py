@@ -7,7 +7,7 @@ order by the caller (the runtime's frontend, or the simulator). Any message may 
 reordered.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -16,6 +16,7 @@ from llumnix.api.alarms import Alarms
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.directory import InstanceDirectory
 from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, StreamStats, check_streams
+from llumnix.core.admin import MoveSeen
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import HOP_BITS, next_generation
@@ -49,6 +50,7 @@ PLACE_TRIES_MAX = 3  # unanswered questions for a place before a fresh request i
 REJECTIONS_MAX = 5  # instances that may refuse a fresh request in a row
 UNKNOWN_MAX = 2  # times an owner must deny a request: once may be a Moved still on its way
 UNANSWERED_MAX = 4  # probes an owner may leave unanswered
+MOVES_MAX = 1024  # migrations remembered as clients felt them
 RETRY_MIN_S, RETRY_MAX_S, RETRY_DOUBLINGS = 0.05, 2.0, 6
 FULL_RETRY_AFTER_S = 1.0
 STOPPED_MIN = 1024  # instances lately told to stop a request that are remembered, at least
@@ -61,6 +63,7 @@ class StreamTable:
         self.frontend_id = frontend_id
         self.manager_address = manager_address
         self.stats = StreamStats()
+        self.moves: deque[MoveSeen] = deque(maxlen=MOVES_MAX)
         self._address = address
         self._config = config
         self._requick_s = config.silent_probe_s / 8
@@ -249,7 +252,7 @@ class StreamTable:
         ends = delta.finish_reason is not None and overlap <= len(delta.tokens)
         if not tokens and not ends:
             return []
-        stream.tokens += tokens
+        self.moves.extend(filter(None, [stream.feed(tokens, now)]))
         self.stats.tokens += len(tokens)
         stream.exclude, stream.tries, stream.troubled_at, stream.must_continue = (), 0, None, True
         if ends:

@@ -63,8 +63,22 @@ class MigrationResult:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveSeen:
+    """One migration as a client felt it: ``gap_ms`` between the last tokens from the source and the first
+    from the target, ``usual_ms`` the request's mean time between tokens until then. Their difference is the
+    downtime."""
+
+    request_id: str
+    source_id: str
+    target_id: str
+    gap_ms: float
+    usual_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened in the cluster. ``sequence`` rises by one; ``at_s`` is seconds since the epoch."""
+    """One thing that happened in the cluster. ``sequence`` rises by one; ``at_s`` is seconds since the
+    epoch."""
 
     sequence: int
     at_s: float

@@ -1,8 +1,8 @@
 """Every setting of a cluster, as one frozen tree. The only place where defaults live.
 
 A component is handed its own leaf and nothing else. Flags and TOML files are derived from this tree
-(core/config_source.py); each field's ``help`` is what ``--help`` prints. Values are checked on construction, so a
-configuration that exists is a valid one.
+(core/config_source.py); each field's ``help`` is what ``--help`` prints. Values are checked on construction,
+so a configuration that exists is a valid one.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,9 @@ class EngineConfig(Leaf):
     kv_gib: float = setting(1.0, "GiB of KV per instance on a CPU; on a GPU see gpu_memory_share")
     gpu_memory_share: float = setting(0.9, "share of a GPU's memory for weights and KV together")
     max_model_len: int = setting(0, "longest prompt + output in tokens; 0 takes the model's own")
-    step_tokens_max: int = setting(512, "most tokens computed in one step (decodes first, then prefill chunks)")
+    step_tokens_max: int = setting(
+        512, "most tokens computed in one step (decodes first, then prefill chunks)"
+    )
     batch_max: int = setting(64, "most requests running at once on one instance")
     waiting_max: int = setting(1024, "most requests waiting at one instance before it refuses more")
     threads: int = setting(0, "compute threads per instance on a CPU; 0 shares the cores evenly")
@@ -57,7 +59,9 @@ class EngineConfig(Leaf):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.need(self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256), "block_size", "a power of two up to 256")
+        self.need(
+            self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256), "block_size", "a power of two up to 256"
+        )
         self.need(self.step_tokens_max >= 1, "step_tokens_max", "at least 1")
         self.need(self.batch_max >= 1, "batch_max", "at least 1")
         self.need(self.waiting_max >= 1, "waiting_max", "at least 1")
@@ -75,7 +79,9 @@ class MigrationConfig(Leaf):
     stages_max: int = setting(8, "copy stages before the request is taken out of its batch regardless")
     outgoing_max: int = setting(4, "migrations out of one instance at a time")
     incoming_max: int = setting(4, "migrations into one instance at a time")
-    answer_timeout_s: float = setting(5.0, "how long the source waits for the target before it gives up or asks")
+    answer_timeout_s: float = setting(
+        5.0, "how long the source waits for the target before it gives up or asks"
+    )
     reservation_s: float = setting(15.0, "how long a target keeps blocks for a silent source")
     bandwidth_mib_s: float = setting(0.0, "most MiB of KV per second read by one instance; 0 is no limit")
     hold_share: float = setting(
@@ -97,18 +103,26 @@ class SchedulerConfig(Leaf):
     """The global scheduler in the manager."""
 
     dispatch_policy: str = setting("freeness", "where new requests go: a policy's name or module:Class")
-    pairing_policy: str = setting("freeness", "which instances exchange requests: a name or module:Class; none is off")
+    pairing_policy: str = setting(
+        "freeness", "which instances exchange requests: a name or module:Class; none is off"
+    )
     selection_policy: str = setting("cheapest", "which request an instance gives away first")
     round_interval_s: float = setting(0.25, "time between rescheduling rounds")
-    low_freeness: float = setting(4.0, "instances below this many free blocks per running request give requests away")
+    low_freeness: float = setting(
+        4.0, "instances below this many free blocks per running request give requests away"
+    )
     high_freeness: float = setting(8.0, "instances above this many free blocks per running request take them")
     rest_s: float = setting(2.0, "how long a request that just moved is left where it is")
     headroom_blocks: int = setting(32, "blocks kept free beside requests of each execution priority above 0")
     moves_per_round_max: int = setting(16, "most migrations begun in one round")
-    moves_per_instance_max: int = setting(4, "most migrations out of or into one instance that rounds keep running")
+    moves_per_instance_max: int = setting(
+        4, "most migrations out of or into one instance that rounds keep running"
+    )
     silent_after_s: float = setting(3.0, "reports overdue by this make an instance SILENT")
     placement_memory_s: float = setting(3.0, "how long a placement no report has confirmed still counts")
-    queue_blocks_factor: float = setting(4.0, "queued demand, in multiples of an instance's KV, at which it is full")
+    queue_blocks_factor: float = setting(
+        4.0, "queued demand, in multiples of an instance's KV, at which it is full"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,10 +135,14 @@ class SchedulerConfig(Leaf):
 class FrontendConfig(Leaf):
     """The HTTP frontend."""
 
-    host: str = setting("127.0.0.1", "address the API listens on; beyond loopback admin calls need admin_token")
+    host: str = setting(
+        "127.0.0.1", "address the API listens on; beyond loopback admin calls need admin_token"
+    )
     port: int = setting(8000, "port of the API; 0 picks a free one")
     admin_token: str = setting("", "bearer token of admin calls")
-    served_model_name: str = setting("", "name under which the API offers the model; empty takes engine.model")
+    served_model_name: str = setting(
+        "", "name under which the API offers the model; empty takes engine.model"
+    )
     requests_max: int = setting(4096, "requests in flight before new ones get 429")
     body_bytes_max: int = setting(16 << 20, "largest accepted request body in bytes")
     choices_max: int = setting(16, "largest n of one call")

@@ -1,5 +1,5 @@
-"""What pure cores return instead of doing it. Cores take an event and the time, change their own state and return
-effects; the runtime or the simulator carries them out, in order."""
+"""What pure cores return instead of doing it. Cores take an event and the time, change their own state and
+return effects; the runtime or the simulator carries them out, in order."""
 
 from dataclasses import dataclass
 

@@ -4,7 +4,8 @@ An epoch is one int, compared as a whole: ``generation << HOP_BITS | hop``.
 
 - The frontend alone makes generations. It starts a request at generation 1 and takes the next one whenever it
   continues the request elsewhere because its owner died or forgot it.
-- Instances alone make hops. A migration's target decodes at hop + 1. A source that resumes after its target was
+- Instances alone make hops. A migration's target decodes at hop + 1. A source that resumes after its target
+  was
   fenced with the commit unanswered takes hop + 2, since the dead target may have decoded at hop + 1.
 
 So no two instances ever decode one request in one epoch, and the frontend needs only one rule: the highest
@@ -22,7 +23,8 @@ def next_generation(epoch: int) -> int:
 
 
 def next_hop(epoch: int, hops: int = 1) -> int:
-    """The epoch ``hops`` moves after ``epoch`` within its generation. Raises OverflowError past HOP_MAX moves."""
+    """The epoch ``hops`` moves after ``epoch`` within its generation. Raises OverflowError past HOP_MAX
+    moves."""
     if (epoch & HOP_MAX) + hops > HOP_MAX:
         raise OverflowError(f"request moved more than {HOP_MAX} times in one generation")
     return epoch + hops

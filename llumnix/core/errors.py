@@ -13,7 +13,8 @@ class ConfigurationError(LlumnixError):
 
 
 class ProtocolError(LlumnixError):
-    """The peer is wrong: an undecodable message, an unknown tag, a field out of range, an illegal transition."""
+    """The peer is wrong: an undecodable message, an unknown tag, a field out of range, an illegal
+    transition."""
 
 
 class InvariantError(LlumnixError):

@@ -18,10 +18,10 @@ STOP_TOKENS_MAX = 64
 class SamplingParams:
     """Sampling settings of one request. Lengths count generated tokens, never the prompt.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``repetition_penalty`` 1 and penalties 0
-    are off. ``logprobs`` is how many alternatives to report per token; LOGPROBS_OFF reports nothing, 0 only the
-    chosen token's. ``stop_token_ids`` end the request and are not suppressed by ``ignore_eos``, which only
-    concerns the model's own end tokens. Stop strings are the frontend's business: it alone sees text.
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``repetition_penalty`` 1 and penalties
+    0 are off. ``logprobs`` is how many alternatives to report per token; LOGPROBS_OFF reports nothing, 0 only
+    the chosen token's. ``stop_token_ids`` end the request and are not suppressed by ``ignore_eos``, which
+    only concerns the model's own end tokens. Stop strings are the frontend's business: it alone sees text.
     """
 
     max_tokens: int

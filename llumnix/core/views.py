@@ -1,8 +1,8 @@
 """Read-only views: all that a policy may look at, and the decisions it returns.
 
 Views are made by the control plane (control/cluster_view.py) from load reports and the in-flight ledger. They
-are frozen: a policy that wants memory keeps its own. Every decision carries scores and a reason, so that it can
-be explained later. Ties break by instance id.
+are frozen: a policy that wants memory keeps its own. Every decision carries scores and a reason, so that it
+can be explained later. Ties break by instance id.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandi
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """One instance as the manager believes it to be now: its last report plus what is in flight to and from it.
+    """One instance as the manager believes it to be now: its last report plus what is in flight to and from
+    it.
 
     ``used_blocks`` includes reservations. ``placed_blocks``/``placed_requests`` are placements no report has
     confirmed yet; ``arriving_blocks`` what running migrations will bring, ``leaving_blocks`` take away.
@@ -48,8 +49,8 @@ class InstanceView:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """All instances, ordered by id, at one moment. ``resting`` are requests that are moving or moved lately and must
-    be left alone, ``closed`` instances that refused a migration lately and must not be targets."""
+    """All instances, ordered by id, at one moment. ``resting`` are requests that are moving or moved lately
+    and must be left alone, ``closed`` instances that refused a migration lately and must not be targets."""
 
     now: float
     instances: tuple[InstanceView, ...]
@@ -90,8 +91,8 @@ class Move:
 
 
 class DispatchPolicy(Protocol):
-    """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in falling
-    order of ``queue_freeness``, then by id."""
+    """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in
+    falling order of ``queue_freeness``, then by id."""
 
     def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision: ...
 

@@ -1,9 +1,9 @@
-"""The Ray actors: the manager (one per cluster) and the instances. Ray starts them, finds them by name, and starts
-them again when their process dies.
+"""The Ray actors: the manager (one per cluster) and the instances. Ray starts them, finds them by name, and
+starts them again when their process dies.
 
-Nothing travels through Ray but orders and answers of administrators; tokens, load and KV take the bus. An actor's
-constructor does all its work, since it is what Ray runs again after a crash. Names are fixed, so that a restarted
-manager finds the instances that are already there.
+Nothing travels through Ray but orders and answers of administrators; tokens, load and KV take the bus. An
+actor's constructor does all its work, since it is what Ray runs again after a crash. Names are fixed, so that
+a restarted manager finds the instances that are already there.
 """
 
 import os
@@ -32,13 +32,14 @@ def actor_name(instance_id: str) -> str:
     return INSTANCE_PREFIX + instance_id
 
 
-def find_instance(instance_id: str) -> "ActorHandle[InstanceActor]":
+def find_instance(instance_id: str) -> ActorHandle:
     """The handle of a living or restarting instance. Raises ValueError if there is none of that name."""
     return ray.get_actor(actor_name(instance_id), namespace=NAMESPACE)
 
 
 def on_this_host(config: Config) -> Config:
-    """The configuration with ``bind_host`` "node" replaced by the address of the Ray node this process is on."""
+    """The configuration with ``bind_host`` "node" replaced by the address of the Ray node this process is
+    on."""
     if config.cluster.bind_host != "node":
         return config
     host = ray.util.get_node_ip_address()
@@ -51,7 +52,9 @@ def free_port(host: str) -> int:
         try:
             probe.bind((host, 0))
         except OSError as error:
-            raise ConfigurationError(f"bind_host {host} is not an address of this machine: {error}") from error
+            raise ConfigurationError(
+                f"bind_host {host} is not an address of this machine: {error}"
+            ) from error
         return int(probe.getsockname()[1])
 
 
@@ -63,7 +66,6 @@ class ProcessName:
     pid: int
 
 
-@ray.remote
 class InstanceActor:
     """One instance. A failing engine thread ends the process, so that Ray starts a clean one."""
 
@@ -81,8 +83,9 @@ class InstanceActor:
         return self._process
 
     def watch(self, incarnation: str) -> ProcessName:
-        """Say which process this is: at once if it is another than ``incarnation``, else after a long wait, so that
-        the call fails when the process dies. Bounded, since a caller that died leaves its call behind here."""
+        """Say which process this is: at once if it is another than ``incarnation``, else after a long wait,
+        so that the call fails when the process dies. Bounded, since a caller that died leaves its call behind
+        here."""
         if incarnation == self._process.incarnation:
             time.sleep(WATCH_S)
         return self._process
@@ -90,3 +93,6 @@ class InstanceActor:
     def stop(self) -> None:
         """Leave the bus in order. The actor is killed right after."""
         self._loop.run(self._instance.close(), STOP_TIMEOUT_S)
+
+
+RemoteInstance = ray.remote(InstanceActor)

@@ -1,11 +1,11 @@
 """The message bus: how processes of a cluster hand each other wire messages, and learn that a peer is gone.
 
-One `Bus` per process. It takes messages on one ZeroMQ PULL socket and sends on one PUSH socket per peer, all in
-the thread of its event loop; nothing here ever blocks. Delivery is in order per peer while the connection lasts.
-A full queue or a broken connection loses messages: the cores are built for that. A broken connection also drops
-what was still queued for the peer, and is reported once to ``on_lost``, which is how a killed process is noticed
-within milliseconds. Bytes that are no message, and messages nobody here takes (ProtocolError), are dropped and
-counted.
+One `Bus` per process. It takes messages on one ZeroMQ PULL socket and sends on one PUSH socket per peer, all
+in the thread of its event loop; nothing here ever blocks. Delivery is in order per peer while the connection
+lasts. A full queue or a broken connection loses messages: the cores are built for that. A broken connection
+also drops what was still queued for the peer, and is reported once to ``on_lost``, which is how a killed
+process is noticed within milliseconds. Bytes that are no message, and messages nobody here takes
+(ProtocolError), are dropped and counted.
 """
 
 import asyncio
@@ -31,7 +31,8 @@ _LOST_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HA
 
 
 class Bus:
-    """Must be made, used and closed in the thread of ``loop``; other threads go through call_soon_threadsafe."""
+    """Must be made, used and closed in the thread of ``loop``; other threads go through
+    call_soon_threadsafe."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """`llumnix.connect()`: a Python handle on a running cluster, for programs on any node of its Ray cluster.
 
-Orders go to the manager's actor; text is generated through a frontend of the handle's own, so tokens come straight
-from the instances.
+Orders go to the manager's actor; text is generated through a frontend of the handle's own, so tokens come
+straight from the instances.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ async def connect(ray_address: str = "auto") -> "Cluster":
     await asyncio.to_thread(start_ray, Config(cluster=ClusterConfig(ray_address=ray_address)))
     manager = find_manager()
     if manager is None:
-        raise ConfigurationError(f"the Ray cluster at {ray_address!r} runs no Llumnix; start one with: llumnix serve")
+        raise ConfigurationError(
+            f"the Ray cluster at {ray_address!r} runs no Llumnix; start one with: llumnix serve"
+        )
     description: ClusterDescription = await manager.describe.remote()
     engine, frontend = description.config.engine, description.config.frontend
-    model = await asyncio.to_thread(
-        model_info, engine, frontend.served_model_name, description.max_model_len
-    )
+    model = await asyncio.to_thread(model_info, engine, frontend.served_model_name, description.max_model_len)
     tokenizer = await asyncio.to_thread(load_tokenizer, model.tokenizer_folder)
     return Cluster(description, RayAdmin(manager), model, tokenizer)
 
@@ -58,8 +58,8 @@ async def connect(ray_address: str = "auto") -> "Cluster":
 class Cluster:
     """A running cluster. Use it as ``async with await llumnix.connect() as cluster``, in one event loop.
 
-    Orders that cannot be carried out are answered with a Refusal, which says why, and change nothing. ManagerAway is
-    raised while the manager restarts; generating goes on meanwhile.
+    Orders that cannot be carried out are answered with a Refusal, which says why, and change nothing.
+    ManagerAway is raised while the manager restarts; generating goes on meanwhile.
     """
 
     def __init__(
@@ -142,7 +142,8 @@ class Cluster:
         return await self._admin.migrate(request_id, to)
 
     async def drain(self, instance_id: str) -> InstanceRow | Refusal:
-        """Place nothing new on an instance and move away what it holds. Answered at once; watch ``instances``."""
+        """Place nothing new on an instance and move away what it holds. Answered at once; watch
+        ``instances``."""
         return await self._admin.drain(instance_id)
 
     async def resume(self, instance_id: str) -> InstanceRow | Refusal:
@@ -150,7 +151,8 @@ class Cluster:
         return await self._admin.resume(instance_id)
 
     async def scale(self, instances: int) -> ClusterSummary | Refusal:
-        """Have this many instances. Answered when they serve, or when the surplus ones are empty and stopped."""
+        """Have this many instances. Answered when they serve, or when the surplus ones are empty and
+        stopped."""
         return await self._admin.scale(instances)
 
     async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:

@@ -1,7 +1,7 @@
 """A frontend at run time: the stream table behind a bus, and the token streams that consumers iterate over.
 
-Everything happens in one event loop. Used by the HTTP server and by `llumnix.connect()`, each in its own process
-with its own bus address, so tokens go straight from the instances to whoever asked for them.
+Everything happens in one event loop. Used by the HTTP server and by `llumnix.connect()`, each in its own
+process with its own bus address, so tokens go straight from the instances to whoever asked for them.
 """
 
 import asyncio
@@ -101,8 +101,8 @@ class Frontend:
 
 
 class BusStream:
-    """The TokenStream of one sequence. Chunks the consumer has not taken yet wait here and are handed over as one:
-    at most the sequence's own length, however slow the consumer is."""
+    """The TokenStream of one sequence. Chunks the consumer has not taken yet wait here and are handed over as
+    one: at most the sequence's own length, however slow the consumer is."""
 
     def __init__(self, frontend: Frontend, request_id: str) -> None:
         self._frontend = frontend

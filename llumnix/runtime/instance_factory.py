@@ -1,5 +1,5 @@
-"""Puts one instance together from its configuration: executor and engine, the ways its KV can be read, agent and
-server. The only place that knows which executor a configuration means."""
+"""Puts one instance together from its configuration: executor and engine, the ways its KV can be read, agent
+and server. The only place that knows which executor a configuration means."""
 
 import asyncio
 import os
@@ -31,7 +31,8 @@ class InstanceIdentity:
 
 
 def build_executor(config: Config, pool_name: str) -> TorchExecutor | RealTimeSimulatedExecutor:
-    """The executor a configuration asks for, its model loaded and its KV pool allocated. Raises ConfigurationError."""
+    """The executor a configuration asks for, its model loaded and its KV pool allocated. Raises
+    ConfigurationError."""
     engine = config.engine
     if engine.kind == "simulated":
         return RealTimeSimulatedExecutor(engine, pool_name)
@@ -97,5 +98,7 @@ async def make_instance(
     config: Config, identity: InstanceIdentity, on_failure: Callable[[BaseException], None]
 ) -> Instance:
     """Load the model off the loop, then put the instance together on it. Raises ConfigurationError."""
-    executor = await asyncio.to_thread(build_executor, config, f"{identity.instance_id}-{identity.incarnation}")
+    executor = await asyncio.to_thread(
+        build_executor, config, f"{identity.instance_id}-{identity.incarnation}"
+    )
     return Instance(config, identity, executor, on_failure)

@@ -1,9 +1,9 @@
 """One instance at run time: an engine and its agent on a thread of their own, beside the bus's event loop.
 
-The engine thread is the only one that touches engine and agent: between two steps it hands the agent what came in
-(messages, finished KV reads), then runs the next step. The event loop carries messages; copy threads read KV. The
-three meet in one bounded inbox and in ``call_soon_threadsafe``. Used by the Ray actor, by benchmarks and by tests
-that need no Ray.
+The engine thread is the only one that touches engine and agent: between two steps it hands the agent what
+came in (messages, finished KV reads), then runs the next step. The event loop carries messages; copy threads
+read KV. The three meet in one bounded inbox and in ``call_soon_threadsafe``. Used by the Ray actor, by
+benchmarks and by tests that need no Ray.
 """
 
 import asyncio
@@ -43,7 +43,8 @@ class ReadEnded:
 
 
 class InstanceServer:
-    """Runs one instance until `close`. ``on_failure`` is called, on the engine thread, when it cannot go on."""
+    """Runs one instance until `close`. ``on_failure`` is called, on the engine thread, when it cannot go
+    on."""
 
     def __init__(
         self,
@@ -116,8 +117,8 @@ class InstanceServer:
             self._on_failure(error)
 
     def _hold_for_arrivals(self) -> None:
-        """Do not begin a step while the last blocks of a request that is to join it are being read, nor while the
-        agent expects one at any moment."""
+        """Do not begin a step while the last blocks of a request that is to join it are being read, nor while
+        the agent expects one at any moment."""
         while not self._stopping.is_set():
             now = time.monotonic()
             until = now + FINAL_READ_WAIT_S if self._final_reads else self._agent.hold_until(now)
@@ -125,7 +126,8 @@ class InstanceServer:
                 return
 
     def _take_inbox(self, wait_s: float) -> bool:
-        """Handle all that has come in, waiting at most ``wait_s`` for the first of it. False: nothing came."""
+        """Handle all that has come in, waiting at most ``wait_s`` for the first of it. False: nothing
+        came."""
         came = False
         while not self._stopping.is_set():
             try:

@@ -1,7 +1,7 @@
 """Starts a whole cluster and serves HTTP until told to stop: what `llumnix serve` runs.
 
-The order matters: what can fail for the user's reasons (settings, model, port) is tried before anything is started,
-and whatever was started is stopped again, on success, error and Ctrl-C alike.
+The order matters: what can fail for the user's reasons (settings, model, port) is tried before anything is
+started, and whatever was started is stopped again, on success, error and Ctrl-C alike.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from ray.exceptions import RayActorError, RayError
 
 from llumnix.api.backend import Admin, ModelInfo, StreamCall
 from llumnix.api.server import ApiServer
-from llumnix.core.admin import Refusal
+from llumnix.core.admin import MoveSeen, Refusal
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.runtime.actors import MANAGER_NAME, NAMESPACE, STOP_TIMEOUT_S, free_port, on_this_host
 from llumnix.runtime.frontend import BusStream, Frontend
-from llumnix.runtime.manager_actor import ClusterDescription, ManagerActor, last_line
+from llumnix.runtime.manager_actor import ClusterDescription, RemoteManager, last_line
 from llumnix.runtime.model_info import model_info
 from llumnix.runtime.ray_admin import RayAdmin
 
@@ -36,20 +36,20 @@ log = logging.getLogger(__name__)
 class RunningCluster:
     """A cluster whose instances all serve."""
 
-    manager: "ActorHandle[ManagerActor]"
+    manager: ActorHandle
 
 
 @contextlib.contextmanager
 def running_cluster(config: Config) -> Iterator[RunningCluster]:
-    """Start (or join) Ray, the manager and the instances; stop them at the end. Raises ConfigurationError with the
-    reason, in one line, if they cannot all serve."""
+    """Start (or join) Ray, the manager and the instances; stop them at the end. Raises ConfigurationError
+    with the reason, in one line, if they cannot all serve."""
     started_ray = start_ray(config)
     manager = None
     try:
         if find_manager() is not None:
             raise ConfigurationError("this Ray cluster already runs Llumnix; stop that one first")
         host = on_this_host(config).cluster.bind_host
-        manager = ManagerActor.options(
+        manager = RemoteManager.options(
             name=MANAGER_NAME,
             namespace=NAMESPACE,
             lifetime="detached",
@@ -92,7 +92,7 @@ def start_ray(config: Config) -> bool:
     return True
 
 
-def find_manager() -> "ActorHandle[ManagerActor] | None":
+def find_manager() -> ActorHandle | None:
     """The manager of the Ray cluster this process is connected to, if it runs one."""
     try:
         return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
@@ -100,7 +100,7 @@ def find_manager() -> "ActorHandle[ManagerActor] | None":
         return None
 
 
-def stop_cluster(manager: "ActorHandle[ManagerActor]") -> None:
+def stop_cluster(manager: ActorHandle) -> None:
     """Stop all instances, then the manager. Does not wait for requests: drain first to keep them."""
     try:
         ray.wait([manager.stop.remote()], timeout=2 * STOP_TIMEOUT_S)
@@ -122,14 +122,19 @@ class ClusterBackend:
         """See Backend."""
         return self._frontend.ready
 
+    @property
+    def moves(self) -> tuple[MoveSeen, ...]:
+        """See Backend."""
+        return tuple(self._frontend.table.moves)
+
     def open(self, call: StreamCall) -> BusStream:
         """See Backend."""
         return self._frontend.open(call)
 
 
 def serve(config: Config) -> int:
-    """Run until SIGINT or SIGTERM. Returns the process's exit status. Raises ConfigurationError, in one line, with
-    nothing left running, if the cluster cannot be started as configured."""
+    """Run until SIGINT or SIGTERM. Returns the process's exit status. Raises ConfigurationError, in one line,
+    with nothing left running, if the cluster cannot be started as configured."""
     server = ApiServer(config.frontend, model_info(config.engine, config.frontend.served_model_name))
     try:
         with terminated_as_interrupt(), running_cluster(config) as cluster:

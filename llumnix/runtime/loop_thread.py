@@ -1,4 +1,5 @@
-"""An event loop on a thread of its own, so that Ray's blocking actor methods can share one asyncio program."""
+"""An event loop on a thread of its own, so that Ray's blocking actor methods can share one asyncio
+program."""
 
 import asyncio
 import threading

@@ -1,8 +1,8 @@
 """The manager's Ray actor: the orders of administrators, and the instances' lives as Ray knows them.
 
-It starts and stops instance actors, and watches each one's process: only Ray and the operating system can say that a
-process has ended for certain, which is what frees a migration whose commit went unanswered. The scheduling itself is
-GlobalScheduler's; this class adds nothing to it.
+It starts and stops instance actors, and watches each one's process: only Ray and the operating system can say
+that a process has ended for certain, which is what frees a migration whose commit went unanswered. The
+scheduling itself is GlobalScheduler's; this class adds nothing to it.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from llumnix.runtime.actors import (
     INSTANCE_PREFIX,
     NAMESPACE,
     STOP_TIMEOUT_S,
-    InstanceActor,
     ProcessName,
+    RemoteInstance,
     actor_name,
     find_instance,
     on_this_host,
@@ -42,17 +42,17 @@ EMPTY_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class ClusterDescription:
-    """What a newcomer needs to join in: the configuration, the manager's bus address, and the longest prompt +
-    output in tokens that every instance takes (0 before any serves)."""
+    """What a newcomer needs to join in: the configuration, the manager's bus address, and the longest prompt
+    + output in tokens that every instance takes (0 before any serves)."""
 
     config: Config
     manager_address: str
     max_model_len: int
 
 
-@ray.remote
 class ManagerActor:
-    """One per cluster, named MANAGER_NAME. After a crash it comes back on the same port and finds its instances."""
+    """One per cluster, named MANAGER_NAME. After a crash it comes back on the same port and finds its
+    instances."""
 
     def __init__(self, config: Config, port: int) -> None:
         self._config = config
@@ -141,7 +141,9 @@ class ManagerActor:
             surplus = len(present) - instances
             if surplus > 0:
                 rows = {row.instance_id: row for row in self._server.instances()}
-                by_load = sorted(present, key=lambda i: (rows[i].running + rows[i].waiting if i in rows else 0, i))
+                by_load = sorted(
+                    present, key=lambda i: (rows[i].running + rows[i].waiting if i in rows else 0, i)
+                )
                 refusals = await asyncio.gather(*(self._retire(i) for i in by_load[:surplus]))
                 for refusal in filter(None, refusals):
                     return refusal
@@ -150,7 +152,7 @@ class ManagerActor:
     async def _start_instance(self, instance_id: str) -> str:
         """Start one and wait until it serves. Returns the reason in one line if it cannot."""
         needs_gpu = self._config.engine.kind == "torch" and self._config.engine.device != "cpu"
-        actor = InstanceActor.options(
+        actor = RemoteInstance.options(
             name=actor_name(instance_id),
             namespace=NAMESPACE,
             lifetime="detached",
@@ -216,8 +218,8 @@ class ManagerActor:
                 self._server.instance_ended(hello.instance_id, hello.incarnation)
 
     async def _watch(self, hello: InstanceHello) -> None:
-        """Wait for the end of one process, then say so. A call that fails because the actor is only unavailable
-        proves nothing: then ask the operating system, or Ray again once it has an answer."""
+        """Wait for the end of one process, then say so. A call that fails because the actor is only
+        unavailable proves nothing: then ask the operating system, or Ray again once it has an answer."""
         ended = False
         while not ended:
             try:
@@ -248,3 +250,6 @@ def last_line(error: Exception) -> str:
     """The reason at the end of a Ray error's traceback, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].split(": ", 1)[-1] if lines else type(error).__name__
+
+
+RemoteManager = ray.remote(ManagerActor)

@@ -1,7 +1,9 @@
-"""The manager at run time: the global scheduler behind a bus, its event log, and the answers administrators wait for.
+"""The manager at run time: the global scheduler behind a bus, its event log, and the answers administrators
+wait for.
 
-Everything happens in one event loop; the scheduler itself is pure. Used by the Ray actor and by tests that need no
-Ray. Nothing here is stored: a new process learns the cluster anew from the instances' and frontends' messages.
+Everything happens in one event loop; the scheduler itself is pure. Used by the Ray actor and by tests that
+need no Ray. Nothing here is stored: a new process learns the cluster anew from the instances' and frontends'
+messages.
 """
 
 import asyncio

@@ -14,8 +14,8 @@ def served_name(config: EngineConfig, served_model_name: str) -> str:
 
 
 def model_info(config: EngineConfig, served_model_name: str = "", longest: int = 0) -> ModelInfo:
-    """The model of a configuration, fetched or converted first if need be. ``longest`` is the longest prompt + output
-    the instances take (their KV may hold less than the model could); 0 if none is known yet. Raises
+    """The model of a configuration, fetched or converted first if need be. ``longest`` is the longest prompt
+    + output the instances take (their KV may hold less than the model could); 0 if none is known yet. Raises
     ConfigurationError in one line."""
     name = served_name(config, served_model_name)
     if config.kind == "simulated":
@@ -23,4 +23,6 @@ def model_info(config: EngineConfig, served_model_name: str = "", longest: int =
         return ModelInfo(name, limit, "", (EOS_TOKEN,), VOCAB_SIZE)
     folder = read_model_folder(resolve_model(config.model))
     limit = longest or config.max_model_len or folder.config.max_len
-    return ModelInfo(name, limit, str(folder.path), tuple(sorted(folder.eos_token_ids)), folder.config.vocab_size)
+    return ModelInfo(
+        name, limit, str(folder.path), tuple(sorted(folder.eos_token_ids)), folder.config.vocab_size
+    )

@@ -1,27 +1,24 @@
-"""Orders and questions to the manager's Ray actor, as the Admin protocol: used by the HTTP admin endpoints and by the
-handle of `llumnix.connect()`."""
+"""Orders and questions to the manager's Ray actor, as the Admin protocol: used by the HTTP admin endpoints
+and by the handle of `llumnix.connect()`."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from llumnix.api.backend import ManagerAway
 from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
 from llumnix.core.messages.control import RequestRow
 
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
-    from llumnix.runtime.manager_actor import ManagerActor
-
 CALL_TIMEOUT_S = 900.0  # scaling down waits for running requests to leave
 
 
 class RayAdmin:
-    """Each method is one call of the actor's method of that name. Raises ManagerAway while it is restarting."""
+    """Each method is one call of the actor's method of that name. Raises ManagerAway while it is
+    restarting."""
 
-    def __init__(self, manager: "ActorHandle[ManagerActor]") -> None:
+    def __init__(self, manager: ActorHandle) -> None:
         self._manager = manager
 
     async def status(self) -> ClusterSummary:

@@ -62,8 +62,8 @@ class KvLayout:
 
 @dataclass(frozen=True, slots=True)
 class InstanceHello:
-    """Instance to manager, at start and whenever asked: who I am. ``incarnation`` differs for every process that
-    ever carried ``instance_id``, so a newer one proves that the older process has ended."""
+    """Instance to manager, at start and whenever asked: who I am. ``incarnation`` differs for every process
+    that ever carried ``instance_id``, so a newer one proves that the older process has ended."""
 
     instance_id: str
     incarnation: str
@@ -88,14 +88,16 @@ class MoveCandidate:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since start.
+    """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since
+    start.
 
-    ``used_blocks`` are owned by running requests, ``reserved_blocks`` held for incoming migrations, the rest of
-    ``capacity_blocks`` is free. ``head_blocks`` is what the prefill of the queue's head needs, ``waiting_blocks``
-    what all waiting requests need. ``execution_priorities`` are (priority, running requests of it), ascending.
-    ``accepted`` are requests taken since the previous report, so that the manager can drop them from its
-    in-flight ledger. ``address`` is where a manager that has restarted can ask for the instance's hello.
-    Reports repeat about every second while nothing changes: silence is how a hung instance is noticed.
+    ``used_blocks`` are owned by running requests, ``reserved_blocks`` held for incoming migrations, the rest
+    of ``capacity_blocks`` is free. ``head_blocks`` is what the prefill of the queue's head needs,
+    ``waiting_blocks`` what all waiting requests need. ``execution_priorities`` are (priority, running
+    requests of it), ascending. ``accepted`` are requests taken since the previous report, so that the manager
+    can drop them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
+    instance's hello. Reports repeat about every second while nothing changes: silence is how a hung instance
+    is noticed.
     """
 
     instance_id: str
@@ -123,7 +125,8 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class HelloWanted:
-    """Manager to instance or frontend it heard from but does not know (it has restarted): introduce yourself."""
+    """Manager to instance or frontend it heard from but does not know (it has restarted): introduce
+    yourself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +162,8 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class NotPlaced:
-    """Manager to frontend: no instance can take the request now; try again after ``retry_after_s``. 0: trying again
-    is no use, the request fits no instance."""
+    """Manager to frontend: no instance can take the request now; try again after ``retry_after_s``. 0: trying
+    again is no use, the request fits no instance."""
 
     request_id: str
     reason: str
@@ -180,7 +183,8 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """Manager to every frontend: at once when an instance comes, goes, drains; otherwise every second or so."""
+    """Manager to every frontend: at once when an instance comes, goes, drains; otherwise every second or
+    so."""
 
     sequence: int
     instances: tuple[InstanceStatus, ...]
@@ -200,8 +204,9 @@ class MigrateOrder:
 
 class MigrationOutcome(StrEnum):
     """COMMITTED: the target owns the request. REFUSED: the target or the source said no, with a reason.
-    ABORTED: begun, then given up because the request ended, was preempted, or a side failed; the request stayed
-    where it was unless its source died. RESUMED: commit unanswered, target fenced, source took it back."""
+    ABORTED: begun, then given up because the request ended, was preempted, or a side failed; the request
+    stayed where it was unless its source died. RESUMED: commit unanswered, target fenced, source took it
+    back."""
 
     COMMITTED = "committed"
     REFUSED = "refused"
@@ -211,8 +216,8 @@ class MigrationOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MigrationEnded:
-    """Source to manager: how an ordered migration ended. ``pause_s`` is how long the request was in no batch at
-    the source, up to the answer to its commit (0 if it never left)."""
+    """Source to manager: how an ordered migration ended. ``pause_s`` is how long the request was in no batch
+    at the source, up to the answer to its commit (0 if it never left)."""
 
     migration_id: str
     request_id: str

@@ -23,8 +23,9 @@ class RefusalCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Source to target: hold ``blocks`` for this request. ``spec`` is the request as of now, so that the commit
-    only adds what was generated since. ``blocks`` 0: the request waits, has no KV, and moves by commit alone."""
+    """Source to target: hold ``blocks`` for this request. ``spec`` is the request as of now, so that the
+    commit only adds what was generated since. ``blocks`` 0: the request waits, has no KV, and moves by commit
+    alone."""
 
     migration_id: str
     source_id: str
@@ -39,7 +40,8 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Target to source: the blocks are held and will be until the reservation goes ``expires_s`` without news."""
+    """Target to source: the blocks are held and will be until the reservation goes ``expires_s`` without
+    news."""
 
     migration_id: str
     expires_s: float
@@ -47,7 +49,8 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Target to source: no, and nothing is held. Also the answer to a CopyStage that needs more room than there is."""
+    """Target to source: no, and nothing is held. Also the answer to a CopyStage that needs more room than
+    there is."""
 
     migration_id: str
     code: RefusalCode
@@ -57,7 +60,8 @@ class Refused:
 @dataclass(frozen=True, slots=True)
 class CopyStage:
     """Source to target: read these blocks of mine, the next ones of the request in order, each full and never
-    to change. ``reserve_blocks`` is how many blocks in total the target should hold once this stage is done."""
+    to change. ``reserve_blocks`` is how many blocks in total the target should hold once this stage is
+    done."""
 
     migration_id: str
     stage: int
@@ -78,8 +82,8 @@ class StageCopied:
 class Commit:
     """Source to target: the request left my batch; read these last blocks, then it is yours at ``epoch``.
 
-    ``computed_tokens`` of prompt + output have their KV in the blocks copied. ``output_tokens`` are those from
-    ``first_index`` on, to be put behind what Reserve's spec already had."""
+    ``computed_tokens`` of prompt + output have their KV in the blocks copied. ``output_tokens`` are those
+    from ``first_index`` on, to be put behind what Reserve's spec already had."""
 
     migration_id: str
     epoch: int
@@ -92,8 +96,9 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class CommitSoon:
-    """Source to target, at the start of the request's last step there: expect its commit in about ``in_s`` seconds.
-    A target that is between steps by then may wait for it a little, so that the request joins at once."""
+    """Source to target, at the start of the request's last step there: expect its commit in about ``in_s``
+    seconds. A target that is between steps by then may wait for it a little, so that the request joins at
+    once."""
 
     migration_id: str
     in_s: float
@@ -117,8 +122,8 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class QueryCommit:
-    """Source to target, after a commit went unanswered: did you take it? The answer is Committed or Denied, and
-    asking makes an undecided target decide (it denies unless it already adopted)."""
+    """Source to target, after a commit went unanswered: did you take it? The answer is Committed or Denied,
+    and asking makes an undecided target decide (it denies unless it already adopted)."""
 
     migration_id: str
     source_address: str
@@ -126,7 +131,8 @@ class QueryCommit:
 
 @dataclass(frozen=True, slots=True)
 class AbortMigration:
-    """Source to target, before any commit: forget it, free what you held. Needs no answer: reservations expire."""
+    """Source to target, before any commit: forget it, free what you held. Needs no answer: reservations
+    expire."""
 
     migration_id: str
     reason: str

@@ -15,7 +15,8 @@ class FinishReason(StrEnum):
 
 
 class RejectCode(StrEnum):
-    """Why an instance will not run a request. Only INVALID is the client's fault; the rest may be retried elsewhere."""
+    """Why an instance will not run a request. Only INVALID is the client's fault; the rest may be retried
+    elsewhere."""
 
     INVALID = "invalid"
     QUEUE_FULL = "queue_full"
@@ -60,7 +61,8 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log probability of one chosen token and of the likeliest alternatives, as (token, logprob), best first."""
+    """Log probability of one chosen token and of the likeliest alternatives, as (token, logprob), best
+    first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -68,8 +70,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """New tokens of one request. ``first_index`` counts from the request's first generated token. ``logprobs``
-    is empty or as long as ``tokens``. The last delta carries ``finish_reason`` (and may carry no token)."""
+    """New tokens of one request. ``first_index`` counts from the request's first generated token.
+    ``logprobs`` is empty or as long as ``tokens``. The last delta carries ``finish_reason`` (and may carry no
+    token)."""
 
     request_id: str
     epoch: int
@@ -100,7 +103,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Old owner to frontend, once a migration is committed: ``instance_id`` owns the request from ``epoch`` on."""
+    """Old owner to frontend, once a migration is committed: ``instance_id`` owns the request from ``epoch``
+    on."""
 
     request_id: str
     epoch: int
@@ -109,7 +113,8 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Frontend to instance: do you hold these requests? Pairs are (request, index of the next token wanted)."""
+    """Frontend to instance: do you hold these requests? Pairs are (request, index of the next token
+    wanted)."""
 
     frontend_address: str
     requests: tuple[tuple[str, int], ...]
@@ -117,8 +122,8 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProbeReply:
-    """Instance to frontend: ``unknown`` are held neither running, waiting nor lately finished. Tokens that the
-    frontend lacked follow in a TokenBatch of their own."""
+    """Instance to frontend: ``unknown`` are held neither running, waiting nor lately finished. Tokens that
+    the frontend lacked follow in a TokenBatch of their own."""
 
     instance_id: str
     unknown: tuple[str, ...]
