@@ -79,6 +79,7 @@ class EngineCore:
         number."""
         deltas: dict[str, list[TokenDelta]] = {}
         finished: list[str] = []
+        prefilling = self._scheduler.prefilling
         results = iter(sampled)
         computed = taken = 0
         for chunk in plan.chunks:
@@ -92,18 +93,18 @@ class EngineCore:
                 raise InvariantError(f"the executor returned {taken} tokens, too few for the plan")
             taken += 1
             request.tokens.append(result.token)
-            reason = self._finish_reason(request, result.token)
-            delta = _delta(request, result, reason)
-            address_deltas = deltas.get(request.frontend_address)
-            if address_deltas is None:
+            generated = len(request.tokens) - request.prompt_len
+            reason = self._finish_reason(request, result.token, generated)
+            delta = _delta(request, result, generated - 1, reason)
+            if request.frontend_address in deltas:
+                deltas[request.frontend_address].append(delta)
+            else:
                 deltas[request.frontend_address] = [delta]
-            else:
-                address_deltas.append(delta)
-            if reason is None:
-                self._scheduler.prefill_done(request)
-            else:
+            if reason is not None:
                 finished.append(request.request_id)
                 self._finish(request, reason)
+            elif request.request_id in prefilling:
+                self._scheduler.prefill_done(request)
         if taken != len(sampled):
             raise InvariantError(
                 f"the executor returned {len(sampled)} tokens where {taken} were to be sampled"
@@ -118,16 +119,15 @@ class EngineCore:
     def has_work(self) -> bool:
         return self._scheduler.has_work()
 
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        sampling, generated = request.sampling, request.output_len
+    def _finish_reason(self, request: Request, token: int, generated: int) -> FinishReason | None:
+        sampling = request.sampling
         if generated >= sampling.min_tokens and (
             token in sampling.stop_token_ids
             or (token in self._limits.eos_token_ids and not sampling.ignore_eos)
         ):
             return FinishReason.STOP
-        if generated >= sampling.max_tokens or len(request.tokens) >= self._limits.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        # The model's length needs no look: nothing was taken whose max_tokens go beyond it.
+        return FinishReason.LENGTH if generated >= sampling.max_tokens else None
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._forget(request)
@@ -324,11 +324,11 @@ class EngineCore:
         return None
 
 
-def _delta(request: Request, result: SampledToken, reason: FinishReason | None) -> TokenDelta:
+def _delta(request: Request, result: SampledToken, index: int, reason: FinishReason | None) -> TokenDelta:
     return TokenDelta(
         request.request_id,
         request.epoch,
-        request.output_len - 1,
+        index,
         (result.token,),
         reason,
         () if result.logprob is None else (result.logprob,),

@@ -76,8 +76,7 @@ class LocalScheduler:
 
     def prefill_done(self, request: Request) -> None:
         """Its first token after a prefill was sampled: from the next step on it decodes."""
-        if self.prefilling.pop(request.request_id, None) is not None:
-            self.decoding[request.request_id] = request
+        self.decoding[request.request_id] = self.prefilling.pop(request.request_id)
 
     def drop(self, request: Request) -> None:
         """Forget a request wherever it is, and free its blocks."""
@@ -124,7 +123,7 @@ class LocalScheduler:
             if budget == 0:
                 break
             budget -= self._prefill(request, budget, chunks)
-        while budget > 0 and not preempted:
+        while budget > 0:
             head = self.waiting.head()
             if head is None or not self._admissible(head):
                 break

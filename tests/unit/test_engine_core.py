@@ -143,6 +143,16 @@ def test_output_since_tells_held_and_finished_requests() -> None:
     assert engine.output_since("r", 0) is None
 
 
+def test_an_older_output_is_forgotten_when_the_request_returns() -> None:
+    engine = small_engine()
+    engine.submit(spec("r"), 0.0)
+    run_out(engine)
+    engine.submit(spec("r", epoch=next_generation(FIRST_EPOCH)), 1.0)
+    engine.take_out("r")
+    engine.release("r")
+    assert engine.output_since("r", 0) is None
+
+
 def test_finished_outputs_are_bounded_by_count_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finished_outputs, "REQUESTS_MAX", 3)
     monkeypatch.setattr(finished_outputs, "TOKENS_MAX", 10)
@@ -221,6 +231,8 @@ def test_step_s_is_a_recent_mean() -> None:
         engine.apply(engine.schedule(0.0), [SampledToken(1)], 0.0, 0.25)
     engine.apply(engine.schedule(0.0), [SampledToken(1)], 0.0, 1.25)
     assert engine.load().step_s == pytest.approx(0.35)
+    engine.apply(engine.schedule(0.0), [], 0.0, 100.0)
+    assert engine.load().step_s == pytest.approx(0.35), "a step without work says nothing"
 
 
 def test_rows_show_running_ones_first() -> None:

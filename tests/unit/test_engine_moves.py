@@ -155,6 +155,15 @@ def test_a_waiting_request_moves_without_blocks() -> None:
     assert tuple(client.tokens["r"]) == undisturbed(original)
 
 
+def test_blocks_reserved_for_a_request_that_came_without_kv_are_freed() -> None:
+    engine = small_engine()
+    assert engine.reserve("m", 3) is not None
+    assert engine.adopt("m", spec("r", prompt_len=9), 0, 0.0) is None
+    engine.check()
+    load = engine.load()
+    assert (load.reserved_blocks, load.used_blocks, load.waiting) == (0, 0, 1)
+
+
 def test_a_waiting_request_put_back_is_where_it_was() -> None:
     engine = small_engine(batch_max=1)
     for index, name in enumerate(("a", "b", "c")):
@@ -175,7 +184,7 @@ def test_refused_adoption_leaves_the_reservation() -> None:
         (spec("held", output=(1,)), 3),
         (spec("r", prompt_len=70), 5),
         (moving, 9),  # two blocks of four tokens hold no nine
-        (moving, 11),  # every known token computed: no next one to sample
+        (spec("r", prompt_len=5, output=(1, 2)), 7),  # every known token computed: no next one to sample
         (moving, -1),
     ):
         assert refusal_code(engine.adopt("m", bad, computed, 0.0)) is RejectCode.INVALID

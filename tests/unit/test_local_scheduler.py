@@ -74,6 +74,13 @@ def test_a_budget_below_batch_max_still_lets_every_decode_run_each_step() -> Non
     assert all(len(tokens) == 5 for tokens in client.tokens.values()) and len(client.tokens) == 4
 
 
+def test_a_decode_that_the_budget_could_not_hold_is_not_let_in() -> None:
+    engine = small_engine(batch_max=8, step_tokens_max=1)
+    engine.submit(spec("r"), 0.0)
+    step(engine)
+    assert engine.reserve("m", 1) is None
+
+
 def test_nothing_overtakes_a_head_that_does_not_fit() -> None:
     engine = small_engine(kv_blocks=8, step_tokens_max=64)
     engine.submit(spec("first", prompt_len=16, max_tokens=8), 0.0)
@@ -94,16 +101,28 @@ def test_admission_leaves_running_requests_room_to_grow() -> None:
     assert held(engine, RequestStatus.WAITING) == ["b"], "2 of 4 blocks are free, and one is kept"
 
 
+def test_each_running_request_is_left_a_block() -> None:
+    engine = small_engine(kv_blocks=8, step_tokens_max=64)
+    for index, name in enumerate(("a", "b", "c")):
+        engine.submit(spec(name, prompt_len=3), float(index))
+    step(engine)
+    engine.submit(spec("big", prompt_len=9), 3.0)
+    step(engine)
+    assert held(engine, RequestStatus.WAITING) == ["big"], "5 of 8 blocks are free, and 3 are kept"
+
+
 def test_the_latest_arrival_is_preempted_and_gives_the_same_tokens() -> None:
     engine = small_engine(kv_blocks=6, step_tokens_max=64)
     specs = [spec(name, prompt_len=7, max_tokens=10) for name in ("a", "b")]
     for index, request in enumerate(specs):
         engine.submit(request, float(index))
-    client, preempted = Client(), []
-    for result in run_out(engine, client):
-        preempted += result.preempted
+    client, preempted, shown = Client(), [], 0
+    while engine.has_work():
+        preempted += step(engine, client).preempted
+        shown = max(shown, *(row.preemptions for row in engine.rows("i", 0.0)), 0)
     assert preempted == ["b"]
     assert engine.load().preemptions_total == 1
+    assert shown == 1, "people see it too"
     for request in specs:
         assert tuple(client.tokens[request.request_id]) == undisturbed(request)
 
