@@ -30,7 +30,8 @@ GROUP: Final = (
     256  # tokens per group of the two-level draw; part of what a seed means, so never to be changed
 )
 GREEDY_BELOW: Final = 1e-5  # a lower temperature overflows float32 and means greedy anyway
-CANDIDATES: Final = 1024  # likeliest tokens looked at for top-p before all of them are sorted
+CANDIDATES: Final = (256, 2048)  # likeliest tokens looked at for truncation before all are sorted
+NO_LIMIT: Final = 1 << 60
 MINUS_INF: Final = float("-inf")
 MASK64: Final = (1 << 64) - 1
 
@@ -120,41 +121,50 @@ def _occurrences(histories: list[tuple[int, list[int]]], logits: Tensor) -> tupl
 
 
 def _shape(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Temperature, then the truncations, each only on the rows that want it. Tokens cut off become -inf."""
-    device = logits.device
-    logits = logits / torch.tensor([param.temperature for param in params], device=device)[:, None]
-    rows = [row for row, param in enumerate(params) if param.min_p > 0.0]
+    """Temperature, then the truncations on the rows that want any. Tokens cut off become -inf. Overwrites."""
+    logits /= torch.tensor([param.temperature for param in params], device=logits.device)[:, None]
+    rows = [row for row, param in enumerate(params) if param.top_k or param.min_p > 0.0 or param.top_p < 1.0]
+    if len(rows) == len(params):
+        return _truncate(logits, params, CANDIDATES)
     if rows:
-        share = torch.tensor([params[row].min_p for row in rows], device=device)[:, None]
-        wanted = logits[rows]
-        least = wanted.amax(dim=-1, keepdim=True) + share.log()
-        logits[rows] = wanted.masked_fill(wanted < least, MINUS_INF)
-    rows = [row for row, param in enumerate(params) if 0 < param.top_k < logits.shape[1]]
-    if rows:
-        wanted = logits[rows]
-        counts = [params[row].top_k for row in rows]
-        best = wanted.topk(max(counts), dim=-1).values
-        least = best.gather(1, torch.tensor(counts, device=device)[:, None] - 1)
-        logits[rows] = wanted.masked_fill(wanted < least, MINUS_INF)
-    rows = [row for row, param in enumerate(params) if param.top_p < 1.0]
-    if rows:
-        share = torch.tensor([params[row].top_p for row in rows], device=device)[:, None]
-        wanted = logits[rows]
-        logits[rows] = wanted.masked_fill(wanted < _nucleus_least(wanted, share), MINUS_INF)
+        logits[rows] = _truncate(logits[rows], [params[row] for row in rows], CANDIDATES)
     return logits
 
 
-def _nucleus_least(logits: Tensor, share: Tensor) -> Tensor:
-    """Lowest score ``[rows, 1]`` inside the nucleus: the fewest likeliest tokens that hold ``share``
-    (Holtzman et al. 2020). The first token is always in."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    for count in (min(CANDIDATES, logits.shape[1]), logits.shape[1]):
-        best = logits.topk(count, dim=-1).values
-        held = (best - total).exp().cumsum(dim=-1)
-        if count == logits.shape[1] or bool((held[:, -1:] >= share).all()):
-            break
-    inside = (held < share).sum(dim=-1, keepdim=True).clamp(max=count - 1)
-    return best.gather(1, inside)
+def _truncate(logits: Tensor, params: Sequence[SamplingParams], candidates: tuple[int, ...]) -> Tensor:
+    """Rows with only the tokens that min-p, top-k and top-p leave. Each of them keeps a first part of the
+    tokens in order of score, so the likeliest few are enough wherever the cut turns out to lie among them;
+    other rows look at the next number of ``candidates``, in the end at all."""
+    vocab = logits.shape[1]
+    count = min(candidates[0], vocab) if candidates else vocab
+    best = logits.topk(count, dim=-1)
+    keep = _kept_counts(best.values, logits.logsumexp(dim=-1, keepdim=True), params)
+    beyond = torch.arange(count, device=logits.device) >= keep
+    values = best.values.masked_fill(beyond, MINUS_INF)
+    kept = torch.full_like(logits, MINUS_INF).scatter_(1, best.indices, values)
+    open_rows = [row for row, number in enumerate(keep[:, 0].tolist()) if number == count < vocab]
+    if open_rows:
+        kept[open_rows] = _truncate(logits[open_rows], [params[row] for row in open_rows], candidates[1:])
+    return kept
+
+
+def _kept_counts(best: Tensor, total: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """How many of the likeliest tokens remain, int64 ``[rows, 1]``; the number of candidates if the cut may
+    lie beyond them. ``best`` are their scores in falling order, ``total`` the log-sum-exp of all scores."""
+    count = best.shape[1]
+    min_p = torch.tensor([param.min_p for param in params], device=best.device)[:, None]
+    top_k = torch.tensor([param.top_k or NO_LIMIT for param in params], device=best.device)[:, None]
+    top_p = torch.tensor(
+        [param.top_p if param.top_p < 1.0 else NO_LIMIT for param in params], device=best.device
+    )
+    keep = (best >= best[:, :1] + min_p.log()) & (torch.arange(count, device=best.device) < top_k)
+    mass = (best - total).exp() * keep
+    before = mass.cumsum(dim=-1) - mass
+    # What min-p and top-k left is the whole that top-p takes its share of.
+    cut = (min_p > 0.0) | (top_k < NO_LIMIT)
+    whole = torch.where(cut, mass.sum(dim=-1, keepdim=True), 1.0)
+    inside = (keep & (before < top_p[:, None] * whole)).sum(dim=-1, keepdim=True)
+    return torch.where(cut & keep[:, -1:], count, inside)
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
