@@ -4,7 +4,8 @@ On a GPU that is Triton, on a CPU the C library if a compiler is there, else the
 ``interface.Kernels`` for what each function promises.
 """
 
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -13,16 +14,36 @@ from llumnix.kernels.cpu.library import load_library
 from llumnix.kernels.interface import Kernels, Linear
 from llumnix.kernels.reference import ReferenceKernels
 
+_chosen: dict[str, Kernels] = {}
 
-@cache
+
 def kernels_for(device_type: str) -> Kernels:
     """The best implementation for ``"cpu"`` or ``"cuda"``, chosen once per process."""
+    kernels = _chosen.get(device_type)
+    if kernels is None:
+        kernels = _chosen[device_type] = best_kernels(device_type)
+    return kernels
+
+
+def best_kernels(device_type: str) -> Kernels:
+    """What this machine has for ``"cpu"`` or ``"cuda"``; may compile."""
     if device_type == "cuda":
         from llumnix.kernels.gpu.kernels import TritonKernels  # a CPU needs no Triton
 
         return TritonKernels()
     library = load_library()
     return ReferenceKernels() if library is None else CpuKernels(library)
+
+
+@contextmanager
+def substituted(device_type: str, kernels: Kernels) -> Iterator[None]:
+    """Use other kernels for a while, in the whole process: for measuring and comparing them."""
+    before = kernels_for(device_type)
+    _chosen[device_type] = kernels
+    try:
+        yield
+    finally:
+        _chosen[device_type] = before
 
 
 def write_kv(pool: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
