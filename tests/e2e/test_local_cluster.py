@@ -1,0 +1,211 @@
+"""Serving and moving requests on a whole cluster in one process: real bus, real transports, KV that is checked."""
+
+import asyncio
+import socket
+import time
+
+import pytest
+import zmq
+from local_cluster import LocalCluster, expected, local_cluster, simulated_config, stream
+
+from llumnix.api.backend import FailKind, StreamCall, StreamFailed
+from llumnix.core.admin import MigrationResult, Refusal
+from llumnix.core.sampling import SamplingParams
+from llumnix.runtime.manager_server import ManagerServer
+
+pytestmark = pytest.mark.e2e
+
+
+def other(instance_id: str) -> str:
+    return "i1" if instance_id == "i0" else "i0"
+
+
+async def move_about(cluster: LocalCluster, moves: int) -> int:
+    """Order moves of whatever runs, back and forth; returns how many were committed."""
+    committed = 0
+    for _ in range(moves):
+        rows = [row for row in await cluster.manager.requests() if row.output_tokens > 0]
+        results = await asyncio.gather(
+            *(cluster.manager.migrate(row.request_id, other(row.instance_id)) for row in rows[:3])
+        )
+        committed += sum(
+            isinstance(result, MigrationResult) and result.outcome == "committed" for result in results
+        )
+    return committed
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("transport", ["inprocess", "shm", "zmq"])
+async def test_requests_move_back_and_forth_without_losing_or_doubling_a_token(transport: str) -> None:
+    async with local_cluster(simulated_config(transport=transport)) as cluster:
+        streams = [
+            asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=150, prompt=20 + 9 * n, seed=n))
+            for n in range(6)
+        ]
+        await asyncio.sleep(0.1)
+        committed = await move_about(cluster, 4)
+        outputs = await asyncio.gather(*streams)
+        assert outputs == [expected(tokens=150, prompt=20 + 9 * n, seed=n) for n in range(6)]
+        assert committed >= 4
+        assert len(cluster.frontend.table.moves) == committed
+        await cluster.idle()
+
+
+@pytest.mark.asyncio
+async def test_a_drained_instance_gives_everything_away_and_gets_nothing_new() -> None:
+    async with local_cluster(simulated_config(pairing="freeness")) as cluster:
+        streams = [
+            asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=300, seed=n)) for n in range(6)
+        ]
+        await asyncio.sleep(0.2)
+        assert not isinstance(cluster.manager.set_draining("i0", True), Refusal)
+        late = asyncio.create_task(stream(cluster.frontend, "late", tokens=50, seed=9))
+        async with asyncio.timeout(10):
+            while any(row.instance_id == "i0" for row in await cluster.manager.requests()):
+                await asyncio.sleep(0.05)
+        assert not any(task.done() for task in streams), "they were moved, not waited for"
+        assert await asyncio.gather(*streams) == [expected(tokens=300, seed=n) for n in range(6)]
+        assert await late == expected(tokens=50, seed=9)
+        assert cluster.row_state("i0") == "draining"
+
+
+@pytest.mark.asyncio
+async def test_the_scheduler_evens_out_load_by_itself() -> None:
+    config = simulated_config(pairing="freeness", kv_blocks=64)
+    async with local_cluster(config) as cluster:
+        cluster.manager.set_draining("i1", True)
+        await asyncio.sleep(0.1)
+        streams = [
+            asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=200, prompt=60, seed=n))
+            for n in range(8)
+        ]
+        await asyncio.sleep(0.2)
+        cluster.manager.set_draining("i1", False)
+        outputs = await asyncio.gather(*streams)
+        assert outputs == [expected(tokens=200, prompt=60, seed=n) for n in range(8)]
+        assert cluster.manager.summary().migrations_committed >= 1
+        await cluster.idle()
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_goes_away_frees_its_blocks_wherever_its_request_is() -> None:
+    async with local_cluster(simulated_config()) as cluster:
+        tasks = [
+            asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=2000, seed=n)) for n in range(4)
+        ]
+        await asyncio.sleep(0.2)
+        for row in (await cluster.manager.requests())[:2]:
+            await cluster.manager.migrate(row.request_id, other(row.instance_id))
+        for n in range(4):
+            cluster.frontend.cancel(f"r{n}")
+        await cluster.idle()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_does_not_read_slows_nobody_and_misses_nothing() -> None:
+    async with local_cluster(simulated_config()) as cluster:
+        params = SamplingParams(max_tokens=200, seed=3)
+        unread = cluster.frontend.open(StreamCall("slow", tuple(range(1, 41)), params))
+        assert await stream(cluster.frontend, "fast", tokens=200, seed=4) == expected(tokens=200, seed=4)
+        await cluster.idle()
+        chunks = [chunk async for chunk in unread]
+        assert len(chunks) == 1
+        assert chunks[0].tokens == expected(tokens=200, seed=3)
+
+
+@pytest.mark.asyncio
+async def test_serving_goes_on_without_a_manager_and_a_new_one_learns_the_cluster_anew() -> None:
+    config = simulated_config()
+    async with local_cluster(config) as cluster:
+        before = asyncio.create_task(stream(cluster.frontend, "before", tokens=1200, seed=1))
+        await asyncio.sleep(0.2)
+        port = int(cluster.manager.address.rpartition(":")[2])
+        await cluster.manager.close()
+        without = await stream(cluster.frontend, "without", tokens=20, seed=2)
+        assert without == expected(tokens=20, seed=2)
+        cluster.manager = ManagerServer(
+            config, incarnation="m2", port=port, on_hello=lambda hello: None, on_lost=lambda address: None
+        )
+        async with asyncio.timeout(10):
+            while cluster.manager.summary().serving < 2 or cluster.manager.summary().frontends < 1:
+                await asyncio.sleep(0.02)
+        rows = await cluster.manager.requests()
+        result = await cluster.manager.migrate(rows[0].request_id, other(rows[0].instance_id))
+        assert isinstance(result, MigrationResult), result
+        assert await before == expected(tokens=1200, seed=1)
+        assert await stream(cluster.frontend, "after", tokens=20, seed=5) == expected(tokens=20, seed=5)
+
+
+@pytest.mark.asyncio
+async def test_orders_that_make_no_sense_are_refused_with_the_reason() -> None:
+    async with local_cluster(simulated_config()) as cluster:
+        running = asyncio.create_task(stream(cluster.frontend, "r", tokens=200))
+        await asyncio.sleep(0.2)
+        row = (await cluster.manager.requests())[0]
+        for request_id, target_id, why in (
+            ("nobody", "i0", "nobody"),
+            ("r", "i7", "i7"),
+            ("r", row.instance_id, "already"),
+        ):
+            refusal = await cluster.manager.migrate(request_id, target_id)
+            assert isinstance(refusal, Refusal)
+            assert why in refusal.reason
+        assert isinstance(cluster.manager.set_draining("i9", True), Refusal)
+        cluster.manager.set_draining(other(row.instance_id), True)
+        refusal = await cluster.manager.migrate("r", other(row.instance_id))
+        assert isinstance(refusal, Refusal)
+        assert "draining" in refusal.reason
+        assert await running == expected(tokens=200)
+
+
+@pytest.mark.asyncio
+async def test_nonsense_on_the_bus_changes_nothing() -> None:
+    async with local_cluster(simulated_config()) as cluster:
+        running = asyncio.create_task(stream(cluster.frontend, "r", tokens=200))
+        addresses = [cluster.manager.address, cluster.frontend.address]
+        addresses += [instance.server.address for instance in cluster.instances.values()]
+        context = zmq.Context()
+        for address in addresses:
+            with context.socket(zmq.PUSH) as push:
+                push.connect(address)
+                for junk in (b"", b"\xc1", b"\x93\x01\x02\x03", b"\x91\xcd\xff\xff", b"\x00" * 5000):
+                    push.send(junk)
+                push.setsockopt(zmq.LINGER, 500)
+            host, _, port = address.removeprefix("tcp://").rpartition(":")
+            with socket.create_connection((host, int(port))) as raw:
+                raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        context.term()
+        assert await running == expected(tokens=200)
+
+
+@pytest.mark.asyncio
+async def test_over_capacity_is_refused_with_a_time_to_come_back_and_harms_nobody() -> None:
+    config = simulated_config(kv_blocks=32, waiting_max=4)
+    async with local_cluster(config) as cluster:
+        tasks = [
+            asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=150, prompt=100)) for n in range(60)
+        ]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        served = [result for result in results if isinstance(result, tuple)]
+        refused = [result for result in results if isinstance(result, StreamFailed)]
+        assert len(served) + len(refused) == 60
+        assert served
+        assert refused
+        assert set(served) == {expected(tokens=150, prompt=100)}
+        assert all(error.kind is FailKind.OVERLOADED and error.retry_after_s > 0 for error in refused)
+        await cluster.idle()
+
+
+@pytest.mark.asyncio
+async def test_cancelled_streams_end_at_once() -> None:
+    async with local_cluster(simulated_config()) as cluster:
+        call = StreamCall("r", (1, 2, 3), SamplingParams(max_tokens=1000, seed=1))
+        reading = cluster.frontend.open(call)
+        began = time.monotonic()
+        with pytest.raises(StreamFailed):
+            async for _ in reading:
+                await reading.cancel()
+        assert time.monotonic() - began < 20
