@@ -51,8 +51,8 @@ class RealTimeSimulatedExecutor(SimulatedExecutor):
         # [blocks, key or value, position in block, token or position]
         held = self.pool.tensor[blocks, 0, :, 0, :, :2]
         held = held.transpose(0, 1).reshape(2, -1, 2)[:, : chunk.start]
-        wanted = torch.tensor([request.tokens[: chunk.start], range(chunk.start)], dtype=held.dtype).T
-        if not torch.equal(held, wanted.expand_as(held)):
+        tokens = torch.tensor(request.tokens[: chunk.start])
+        if not ((held[..., 0] == tokens).all() and (held[..., 1] == torch.arange(chunk.start)).all()):
             raise InvariantError(f"KV of {request.request_id} is not what its {chunk.start} tokens left")
 
     def _write(self, plan: StepPlan) -> None:
