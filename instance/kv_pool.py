@@ -74,6 +74,12 @@ class KvPool:
             self.fd = -1
 
     def _map_memfd(self, size_bytes: int) -> torch.Tensor:
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size_bytes > memory_bytes:  # the kernel would promise it now and kill someone later
+            raise ConfigurationError(
+                f"a KV pool of {size_bytes / GIB:.2f} GiB (kv_gib, kv_blocks) is more than the machine's "
+                f"memory of {memory_bytes / GIB:.2f} GiB"
+            )
         self.fd = os.memfd_create(memfd_name(self.pool_name))
         try:
             os.ftruncate(self.fd, size_bytes)

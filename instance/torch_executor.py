@@ -7,6 +7,7 @@ memory may be read by copy threads and peer processes meanwhile.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,54 +29,61 @@ from llumnix.instance.sampler import Sampler
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model whose weights lie ready on ``device`` in ``dtype``."""
+
+    config: ModelConfig
+    weights: DecoderWeights
+    eos_token_ids: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def from_folder(cls, engine: EngineConfig) -> "LoadedModel":
+        """The model that the engine's configuration names."""
+        folder = read_model_folder(resolve_model(engine.model))
+        device, dtype = _placement(engine, folder.config)
+        weights = load_weights(folder.path, folder.config, dtype, device)
+        return cls(folder.config, weights, folder.eos_token_ids, device, dtype)
+
+    @classmethod
+    def random(cls, config: ModelConfig, engine: EngineConfig, seed: int) -> "LoadedModel":
+        """A model of this shape with random weights and no end tokens."""
+        device, dtype = _placement(engine, config)
+        return cls(config, random_weights(config, dtype, device, seed), frozenset(), device, dtype)
+
+
 class TorchExecutor:
     """See Executor. ``pool_name`` names the shared memory of the KV pool, one per instance."""
 
-    def __init__(self, config: EngineConfig, pool_name: str) -> None:
-        """Find, read and check the model, then allocate the pool. Raises ConfigurationError."""
-        folder = read_model_folder(resolve_model(config.model))
-        device, dtype = _prepare(config, folder.config)
-        weights = load_weights(folder.path, folder.config, dtype, device)
-        self._set_up(config, folder.config, weights, folder.eos_token_ids, pool_name)
+    def __init__(self, config: EngineConfig, pool_name: str, model: LoadedModel | None = None) -> None:
+        """Find and load the model that ``config`` names unless one is given, then allocate the pool. Raises
+        ConfigurationError. Sets torch's thread count for the whole process if ``config`` does."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        model = model or LoadedModel.from_folder(config)
+        self._model = model
+        max_len = model.config.usable_len(config.max_model_len)
+        layout = _layout(config, model)
+        held = layout.blocks * layout.block_size
+        if config.max_model_len > held:
+            raise ConfigurationError(
+                f"max_model_len {config.max_model_len} is over the pool's {held} tokens (kv_blocks, kv_gib)"
+            )
+        self._max_model_len = min(max_len, held)
+        self._decoder = Decoder(model.config, model.weights, self._max_model_len)
+        self._sampler = Sampler(model.eos_token_ids)
+        self.pool = KvPool(layout, pool_name, model.device)
+        log.info("model on %s, KV pool %s", model.device, layout)
 
     @classmethod
     def from_random(
         cls, model: ModelConfig, config: EngineConfig, *, seed: int, pool_name: str
     ) -> "TorchExecutor":
-        """A model of this shape with random weights and no end tokens, for benchmarks; ``config.model`` is
+        """An executor for benchmarks, without a folder: random weights, no end tokens. ``config.model`` is
         not looked at."""
-        executor = cls.__new__(cls)
-        device, dtype = _prepare(config, model)
-        executor._set_up(config, model, random_weights(model, dtype, device, seed), frozenset(), pool_name)
-        return executor
-
-    def _set_up(
-        self,
-        config: EngineConfig,
-        model: ModelConfig,
-        weights: DecoderWeights,
-        eos_token_ids: frozenset[int],
-        pool_name: str,
-    ) -> None:
-        self._device, dtype = _prepare(config, model)
-        max_len = model.usable_len(config.max_model_len)
-        one = KvLayout(1, model.layers, model.kv_heads, config.block_size, model.head_dim, _dtype_name(dtype))
-        blocks = pool_blocks(config, one.block_bytes, self._device)
-        held = blocks * config.block_size
-        if config.max_model_len > held:
-            raise ConfigurationError(
-                f"max_model_len {config.max_model_len} exceeds the KV pool's {held} tokens (kv_blocks, kv_gib)"
-            )
-        self._model = model
-        self._eos_token_ids = eos_token_ids
-        self._max_model_len = min(max_len, held)
-        self._decoder = Decoder(model, weights, self._max_model_len)
-        self._sampler = Sampler(eos_token_ids)
-        layout = KvLayout(blocks, one.layers, one.kv_heads, one.block_size, one.head_dim, one.dtype)
-        self.pool = KvPool(layout, pool_name, self._device)
-        log.info(
-            "model on %s in %s, %d KV blocks of %d tokens", self._device, one.dtype, blocks, one.block_size
-        )
+        return cls(config, pool_name, LoadedModel.random(model, config, seed))
 
     @property
     def kv_layout(self) -> KvLayout:
@@ -87,11 +95,11 @@ class TorchExecutor:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        return self._eos_token_ids
+        return self._model.eos_token_ids
 
     @property
     def vocab_size(self) -> int:
-        return self._model.vocab_size
+        return self._model.config.vocab_size
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[SampledToken]:
@@ -158,20 +166,22 @@ class TorchExecutor:
         return tables
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self._model.device)
 
 
-def _prepare(config: EngineConfig, model: ModelConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and number format, with compute threads set."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kind = config.device
+def _placement(engine: EngineConfig, model: ModelConfig) -> tuple[torch.device, torch.dtype]:
+    """Device and number format of a model's weights."""
+    kind = engine.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("device cuda was asked for, but torch sees no GPU")
-    return torch.device(kind), DTYPES[model.dtype if config.dtype == "auto" else config.dtype]
+    return torch.device(kind), DTYPES[model.dtype if engine.dtype == "auto" else engine.dtype]
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known is dtype)
+def _layout(engine: EngineConfig, model: LoadedModel) -> KvLayout:
+    """The KV pool's shape, as large as configuration and memory allow."""
+    shape = model.config
+    dtype = next(name for name, known in DTYPES.items() if known is model.dtype)
+    one = KvLayout(1, shape.layers, shape.kv_heads, engine.block_size, shape.head_dim, dtype)
+    return replace(one, blocks=pool_blocks(engine, one.block_bytes, model.device))

@@ -31,6 +31,7 @@ from llumnix.core.sampling import SamplingParams
 from llumnix.instance.executor import Chunk, StepPlan
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.model_loader import resolve_model
+from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.request import Request
 from llumnix.instance.torch_executor import TorchExecutor
 
@@ -207,6 +208,29 @@ def test_engine_with_preemption(pair: Pair) -> None:
     executor.close()
     assert outputs == [pair.expected(prompt) for prompt in prompts]
     assert preemptions > 0
+
+
+def test_random_weights_and_draws_depend_on_their_seeds_only() -> None:
+    model = ModelConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, layers=2, heads=4, kv_heads=2, head_dim=8,
+        max_len=64, dtype="float32",
+    )  # fmt: skip
+    config = replace(engine_config("unused"), dtype="auto")
+
+    def outputs(weights_seed: int, draw_seeds: Sequence[int], chunk_max: int) -> list[list[int]]:
+        executor = TorchExecutor.from_random(model, config, seed=weights_seed, pool_name="random")
+        driver = Driver(executor)
+        requests = [driver.add(prompt_of(9 + seed)) for seed in draw_seeds]
+        for request, seed in zip(requests, draw_seeds, strict=True):
+            request.sampling = SamplingParams(max_tokens=NEW_TOKENS, seed=seed, top_p=0.9)
+        try:
+            return driver.run(requests, chunk_max)
+        finally:
+            executor.close()
+
+    together = outputs(1, [3, 4, 5], 4)
+    assert together == [outputs(1, [seed], 1000)[0] for seed in (3, 4, 5)]
+    assert together != outputs(2, [3, 4, 5], 4)
 
 
 SMOLLM2_NEW_TOKENS = 8

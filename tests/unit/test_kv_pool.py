@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_a_closed_pool_refuses_use() -> None:
 def test_a_name_must_fit_the_kernel(name: str) -> None:
     with pytest.raises(ConfigurationError, match="name"):
         KvPool(LAYOUT, name, CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
+def test_a_pool_larger_than_the_machine_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"kv_gib.*more than the machine"):
+        KvPool(replace(LAYOUT, blocks=1 << 40), "unit-huge", CPU)
 
 
 def test_size_comes_from_blocks_or_from_memory() -> None:
