@@ -329,4 +329,5 @@ class GlobalScheduler:
             tokens_total=report.tokens_total if report else 0,
             preemptions_total=report.preemptions_total if report else 0,
             report_age_s=max(0.0, now - record.heard_at),
+            pid=record.hello.kv_endpoint.pid,
         )

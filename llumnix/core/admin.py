@@ -8,7 +8,8 @@ from llumnix.core.messages.control import InstanceRole, InstanceState, Migration
 
 @dataclass(frozen=True, slots=True)
 class InstanceRow:
-    """One instance. Blocks in blocks; ``step_ms`` is its recent mean step time; ages in seconds."""
+    """One instance. Blocks in blocks; ``step_ms`` is its recent mean step time; ages in seconds;
+    ``pid`` of its process on its host."""
 
     instance_id: str
     incarnation: str
@@ -27,6 +28,7 @@ class InstanceRow:
     tokens_total: int
     preemptions_total: int
     report_age_s: float
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)

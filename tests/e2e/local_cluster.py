@@ -1,5 +1,5 @@
-"""A whole cluster without Ray, for tests: real manager, real frontend and real instances on real sockets, all in one
-event loop or, where processes are to be killed, with each instance in a process of its own."""
+"""A whole cluster without Ray, for tests: real manager, real frontend and real instances on real sockets, all
+in one event loop or, where processes are to be killed, with each instance in a process of its own."""
 
 import asyncio
 import multiprocessing
@@ -52,7 +52,8 @@ def simulated_config(
 
 @dataclass
 class LocalCluster:
-    """The parts of one cluster. Instances are held by id; those in processes of their own in ``processes``."""
+    """The parts of one cluster. Instances are held by id; those in processes of their own in
+    ``processes``."""
 
     config: Config
     manager: ManagerServer

@@ -1,4 +1,5 @@
-"""Serving and moving requests on a whole cluster in one process: real bus, real transports, KV that is checked."""
+"""Serving and moving requests on a whole cluster in one process: real bus, real transports, KV that is
+checked."""
 
 import asyncio
 import socket
