@@ -49,7 +49,7 @@ class IncomingMigrations:
         self._running: dict[str, TargetMigration] = {}
         self._decided: Latest[str, tuple[str, Decision]] = Latest(DECISIONS_MAX)
         self._readers: dict[str, float] = {}
-        self._hold: tuple[str, float] | None = None
+        self._holds: dict[str, float] = {}
         self._adopted: list[str] = []
 
     def __len__(self) -> int:
@@ -132,12 +132,11 @@ class IncomingMigrations:
             reading = migration.state is TargetState.COMMITTING
             if not reading and (migration.expected_at is None or migration.expected_at > now + hold_s):
                 continue
-            if self._hold is None or self._hold[0] != migration.migration_id:
-                self._hold = (migration.migration_id, now + hold_s)
-            until = self._hold[1] + LAST_READ_HOLD_S if reading else self._hold[1]
+            until = self._holds.setdefault(migration.migration_id, now + hold_s)
+            if reading:
+                until += LAST_READ_HOLD_S
             if until > now:
                 return until
-            migration.expected_at = None
         return None
 
     def take_adopted(self) -> list[str]:
@@ -198,6 +197,7 @@ class IncomingMigrations:
         if not migration.ended:
             return
         del self._running[migration.migration_id]
+        self._holds.pop(migration.migration_id, None)
         if migration.answer is None:
             raise InvariantError(f"ended without a decision: {migration.story()}")
         self._decide(migration.migration_id, migration.reserve.source_address, migration.answer)

@@ -14,7 +14,9 @@ ABORTED, REFUSED  source            source, as before      (ended)
 ================  ================  =====================  ========================================
 
 READY means that all full blocks but the newest are over, and the request is taken out after its next step.
-A waiting request has nothing to copy: it is taken out at once, and its Reserve and Commit travel together.
+A waiting request has nothing to copy: its commit follows the reservation at once. It could follow the Reserve
+unasked, but then a target that had died before this process began would never be fenced within its hearing,
+and the request would be lost in COMMIT_UNKNOWN: only who has answered once will be heard of when it dies.
 
 The source resumes a request whose commit it has sent in two cases only. Denied: the target never had it, so
 the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it died, so
@@ -146,8 +148,6 @@ class SourceMigration:
             spec=self.spec,
             blocks=0 if movable.waiting else self._blocks_wanted(movable),
         )
-        if movable.waiting:
-            return [self._send(reserve), *self._hand_over(movable, now)]
         self._wait(now)
         return [self._send(reserve)]
 
@@ -185,7 +185,7 @@ class SourceMigration:
         fresh = movable.full_blocks - self._copied
         if fresh > LAST_FULL_BLOCKS and self._stages < self._config.stages_max:
             return self._begin_stage(movable, fresh, now)
-        if self._config.hold_share > 0 and self._step_s > 0:
+        if self._config.hold_share > 0 and self._step_s > 0 and not movable.waiting:
             self.state = SourceState.READY
             self._wait(now)
             return [self._send(CommitSoon(self.order.migration_id, self._step_s))]
@@ -291,11 +291,6 @@ class SourceMigration:
         self._continue_at(self.spec.epoch)
         return self._end(S.ABORTED, event.reason, now)
 
-    def _refused_late(self, event: Refused, now: float) -> list[Send]:
-        """Only a waiting request's commit can meet a refusal: it travelled right behind its Reserve."""
-        self._continue_at(self.spec.epoch)
-        return self._end(S.REFUSED, f"{event.code}: {event.reason}", now)
-
     def _resume(self, event: object, now: float) -> list[Send]:
         self._continue_at(next_hop(self.spec.epoch, 2))
         return self._end(S.RESUMED, "the target ended before it answered the commit", now)
@@ -373,7 +368,6 @@ EARLY: Rows = {
 LATE: Rows = {
     Committed: (M._committed, (S.COMMITTED,)),
     Denied: (M._denied, (S.ABORTED,)),
-    Refused: (M._refused_late, (S.REFUSED,)),
     PeerFenced: (M._resume, (S.RESUMED,)),
     Timeout: (M._ask, (S.COMMIT_UNKNOWN,)),
     ClientAbort: (M._remember_abort, UNDECIDED),

@@ -1,0 +1,50 @@
+"""Migrations under every fault the network and the hosts can produce, many seeds each. A failing seed
+names itself in the test's id, which is also how to replay it: ``pytest
+'tests/simulation/test_migration_faults.py::<id>'``."""
+
+import pytest
+from migration_world import Faults, World
+
+from llumnix.core.messages.control import MigrationOutcome
+
+KINDS = {
+    "calm": Faults(),
+    "lossy": Faults(lost=0.1, doubled=0.1),
+    "late": Faults(late=0.3, late_s=0.3, doubled=0.1),
+    "crashes": Faults(crashes=2, failed_reads=0.05, crash_near_commit=0.2),
+    "everything": Faults(
+        lost=0.05,
+        doubled=0.1,
+        late=0.1,
+        late_s=0.4,
+        failed_reads=0.1,
+        crashes=2,
+        crash_near_commit=0.1,
+    ),
+}
+SEEDS_PER_KIND = 48
+
+
+@pytest.mark.parametrize("seed", range(SEEDS_PER_KIND))
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_survive(kind: str, seed: int) -> None:
+    World(seed, KINDS[kind]).run()
+
+
+def test_the_faults_lead_to_every_outcome() -> None:
+    reached: set[MigrationOutcome] = set()
+    for seed in range(8):
+        world = World(seed, KINDS["crashes"])
+        world.run()
+        reached.update(outcome for outcome, count in world.outcomes.items() if count)
+    assert reached == set(MigrationOutcome)
+
+
+def test_the_same_seed_gives_the_same_world() -> None:
+    runs = [World(3, KINDS["everything"]) for _ in range(2)]
+    for world in runs:
+        world.run()
+    first, second = ([(c.call, c.tokens) for c in world.clients.values()] for world in runs)
+    assert first == second
+    assert runs[0].outcomes == runs[1].outcomes
+    assert runs[0].now == runs[1].now
