@@ -1,7 +1,14 @@
 /* The small operations of a layer, and copies of whole KV blocks. Each is one pass over little memory. */
 #include "vector.h"
 
-
+INLINE void scale_row(float *out, const float *x, const void *weight, float factor, int64_t size, enum format format) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vec scales = load_as((const char *)weight + (size_t)i * item_bytes(format), format);
+        store(out + i, load(x + i) * factor * scales);
+    }
+    for (; i < size; i++) out[i] = x[i] * factor * load_one(weight, (size_t)i, format);
+}
 
 /* out[t][h] = x[t][h] * weight / rms(x[t][h]); strides of x in floats, out is contiguous. */
 void llumnix_rms_norm(float *out, const float *x, const void *weight, int64_t tokens, int64_t heads, int64_t size,
@@ -17,8 +24,11 @@ void llumnix_rms_norm(float *out, const float *x, const void *weight, int64_t to
         float sum = sum_of(sums);
         for (int64_t i = whole; i < size; i++) sum += from[i] * from[i];
         const float factor = 1.0f / __builtin_sqrtf(sum / (float)size + eps);
-        for (int64_t i = 0; i < size; i++)
-            out[i] = from[i] * factor * load_one(weight, (size_t)i, (enum format)format);
+        switch (format) {
+        case BFLOAT16: scale_row(out, from, weight, factor, size, BFLOAT16); break;
+        case FLOAT16: scale_row(out, from, weight, factor, size, FLOAT16); break;
+        default: scale_row(out, from, weight, factor, size, FLOAT32); break;
+        }
     }
 }
 

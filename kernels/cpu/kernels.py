@@ -7,13 +7,12 @@ use.
 """
 
 import ctypes
-from enum import IntEnum
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llumnix.kernels.cpu.library import AttentionShape
 from llumnix.kernels.interface import Linear
 from llumnix.kernels.reference import ReferenceKernels
 
@@ -22,12 +21,17 @@ LANES = 8
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Finish(IntEnum):
-    """What becomes of a product; mirrors ``enum finish`` of linear.c."""
+# What becomes of a product; mirrors ``enum finish`` of linear.c.
+WRITE, ADD, SILU_MUL = range(3)
 
-    WRITE = 0
-    ADD = 1
-    SILU_MUL = 2
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuLinear(Linear):
+    """With what each call hands to C: at a few hundred calls a step, looking it up anew would show."""
+
+    weight_pointer: int = 0
+    bias_pointer: int | None = None
+    format: int = 0
 
 
 class CpuKernels:
@@ -45,20 +49,23 @@ class CpuKernels:
         self._reference = ReferenceKernels()
 
     def write_kv(self, pool: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        kv_heads, block_size, head_dim = pool.shape[3:]
-        for which, rows in enumerate((_heads(keys), _heads(values))):
+        _, _, _, kv_heads, block_size, head_dim = pool.shape
+        strides, item_bytes = pool.stride(), pool.element_size()
+        target, tokens = pool.data_ptr() + layer * strides[1] * item_bytes, len(keys)
+        for rows in (_heads(keys), _heads(values)):
             self._write_kv(
-                pool.data_ptr() + (layer * pool.stride(1) + which * pool.stride(2)) * pool.element_size(),
+                target,
                 rows.data_ptr(),
                 slots.data_ptr(),
-                rows.shape[0],
+                tokens,
                 rows.stride(0),
-                pool.stride(0),
+                strides[0],
                 kv_heads,
                 block_size,
                 head_dim,
                 FORMATS[pool.dtype],
             )
+            target += strides[2] * item_bytes
 
     def decode_attention(
         self,
@@ -93,17 +100,22 @@ class CpuKernels:
         query = _heads(query)
         tokens, heads, head_dim = query.shape
         out = torch.empty(tokens, heads, head_dim)
-        shape = AttentionShape(pool.stride(0), pool.shape[3], pool.shape[4], head_dim, heads, query.stride(0))
+        block_stride, layer_stride = pool.stride()[:2]
         failed = self._attention(
             out.data_ptr(),
             query.data_ptr(),
-            pool.data_ptr() + layer * pool.stride(1) * pool.element_size(),
-            ctypes.byref(shape),
+            pool.data_ptr() + layer * layer_stride * pool.element_size(),
             tables.data_ptr(),
-            tables.stride(0),
             None if context_lens is None else context_lens.data_ptr(),
+            tables.stride(0),
             tokens,
             start,
+            block_stride,
+            pool.shape[3],
+            pool.shape[4],
+            head_dim,
+            heads,
+            query.stride(0),
             scale,
             FORMATS[pool.dtype],
             torch.get_num_threads(),
@@ -120,41 +132,40 @@ class CpuKernels:
             pool_bytes.data_ptr(), staging.data_ptr(), ids.data_ptr(), len(ids), pool_bytes.shape[1]
         )
 
-    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         wide_bias = None if bias is None else bias.float().contiguous()
-        return Linear(_packed(weight), wide_bias, weight.shape[1], weight.shape[0])
+        return _prepared(_packed(weight), wide_bias, weight)
 
-    def prepare_gated(self, gate: Tensor, up: Tensor) -> Linear:
-        both = torch.stack([_packed(gate), _packed(up)], dim=1).contiguous()
-        return Linear(both, None, gate.shape[1], gate.shape[0], gated=True)
+    def prepare_gated(self, gate: Tensor, up: Tensor) -> CpuLinear:
+        return _prepared(torch.stack([_packed(gate), _packed(up)], dim=1), None, gate, gated=True)
 
     def linear(self, x: Tensor, prepared: Linear) -> Tensor:
-        y = torch.empty(x.shape[0], prepared.out_features)
-        self._multiply(y, x, prepared, Finish.WRITE)
+        y = torch.empty(len(x), prepared.out_features)
+        self._multiply(y, x, prepared, WRITE)
         return y
 
     def linear_add(self, x: Tensor, prepared: Linear, residual: Tensor) -> None:
-        self._multiply(residual, x, prepared, Finish.ADD)
+        self._multiply(residual, x, prepared, ADD)
 
     def linear_silu_mul(self, x: Tensor, prepared: Linear) -> Tensor:
-        y = torch.empty(x.shape[0], prepared.out_features)
-        self._multiply(y, x, prepared, Finish.SILU_MUL)
+        y = torch.empty(len(x), prepared.out_features)
+        self._multiply(y, x, prepared, SILU_MUL)
         return y
 
-    def _multiply(self, y: Tensor, x: Tensor, prepared: Linear, finish: Finish) -> None:
-        if x.stride(1) != 1:
-            x = x.contiguous()
+    def _multiply(self, y: Tensor, x: Tensor, prepared: Linear, finish: int) -> None:
+        assert isinstance(prepared, CpuLinear)  # a Linear comes from the implementation that multiplies it
+        x = x.contiguous()
         self._linear(
             y.data_ptr(),
             x.data_ptr(),
-            prepared.data.data_ptr(),
-            None if prepared.bias is None else prepared.bias.data_ptr(),
-            x.shape[0],
+            prepared.weight_pointer,
+            prepared.bias_pointer,
+            len(x),
             prepared.in_features,
             prepared.out_features,
-            x.stride(0),
+            prepared.in_features,
             finish,
-            FORMATS[prepared.data.dtype],
+            prepared.format,
             torch.get_num_threads(),
         )
 
@@ -172,17 +183,18 @@ class CpuKernels:
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = torch.empty(x.shape)
-        heads = 1 if x.dim() == 2 else x.shape[1]
+        shape, strides = x.shape, x.stride()
+        out = torch.empty(shape)
+        heads = 1 if len(shape) == 2 else shape[1]
         self._rms_norm(
             out.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
-            x.shape[0],
+            shape[0],
             heads,
-            x.shape[-1],
-            x.stride(0),
-            x.stride(1),
+            shape[-1],
+            strides[0],
+            strides[1],
             eps,
             FORMATS[weight.dtype],
         )
@@ -195,9 +207,7 @@ class CpuKernels:
                 cos.data_ptr(),
                 sin.data_ptr(),
                 positions.data_ptr(),
-                rows.shape[0],
-                rows.shape[1],
-                rows.shape[2],
+                *rows.shape,
                 rows.stride(0),
             )
 
@@ -210,7 +220,21 @@ def _fits(pool: Tensor) -> bool:
 
 def _heads(rows: Tensor) -> Tensor:
     """``[tokens, heads, head_dim]`` with its heads side by side, as the C code expects; usually as it is."""
-    return rows if rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] else rows.contiguous()
+    _, between_heads, within = rows.stride()
+    return rows if within == 1 and between_heads == rows.shape[2] else rows.contiguous()
+
+
+def _prepared(data: Tensor, bias: Tensor | None, weight: Tensor, *, gated: bool = False) -> CpuLinear:
+    return CpuLinear(
+        data,
+        bias,
+        weight.shape[1],
+        weight.shape[0],
+        gated,
+        weight_pointer=data.data_ptr(),
+        bias_pointer=None if bias is None else bias.data_ptr(),
+        format=FORMATS[data.dtype],
+    )
 
 
 def _packed(weight: Tensor) -> Tensor:

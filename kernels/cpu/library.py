@@ -33,22 +33,10 @@ _POINTER, _INT, _SIZE, _LONG, _FLOAT = (
 )
 
 
-class AttentionShape(ctypes.Structure):
-    """Mirrors ``struct shape`` of attention.c; strides in items."""
-
-    _fields_ = [
-        (name, _LONG)
-        for name in ("blocks_stride", "kv_heads", "block_size", "head_dim", "heads", "query_stride")
-    ]
-
-
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 4 + [_INT] * 3, None),
     "llumnix_packed_rows": ([_POINTER] * 3 + [_SIZE] * 2 + [_INT], None),
-    "llumnix_attention": (
-        [_POINTER] * 5 + [_LONG, _POINTER, _LONG, _LONG, _FLOAT, _INT, _INT],
-        _INT,
-    ),
+    "llumnix_attention": ([_POINTER] * 5 + [_LONG] * 9 + [_FLOAT, _INT, _INT], _INT),
     "llumnix_rms_norm": ([_POINTER] * 3 + [_LONG] * 5 + [_FLOAT, _INT], None),
     "llumnix_rope": ([_POINTER] * 4 + [_LONG] * 4, None),
     "llumnix_write_kv": ([_POINTER] * 3 + [_LONG] * 6 + [_INT], None),

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -80,7 +80,11 @@ INLINE vec load_as(const void *from, enum format format) {
     if (format == FLOAT32) return load(from);
     half_vec raw;
     memcpy(&raw, from, sizeof raw);
+#if defined(__AVX2__) /* what GCC makes of __builtin_convertvector takes four instructions */
+    if (format == BFLOAT16) return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)raw) << 16);
+#else
     if (format == BFLOAT16) return (vec)(__builtin_convertvector(raw, uvec) << 16);
+#endif
 #if defined(__F16C__)
     return (vec)_mm256_cvtph_ps((__m128i)raw);
 #else
