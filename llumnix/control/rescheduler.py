@@ -23,6 +23,7 @@ from llumnix.core.messages.control import (
     MigrationOutcome,
 )
 from llumnix.core.views import Move
+from llumnix.policies.freeness import Load
 from llumnix.policies.registry import pairing_policy
 
 MOVE_MEMORY_S = 45.0
@@ -159,8 +160,11 @@ class Rescheduler:
 
     def _blocks(self, move: Move) -> int:
         source = self._cluster.get(move.source_id)
-        candidates = source.report.candidates if source is not None and source.report is not None else ()
-        return next((one.blocks for one in candidates if one.request_id == move.request_id), 0)
+        if source is None or source.view is None:
+            return 0
+        load = Load.of(source.view)
+        named = (one for one in source.view.candidates if one.request_id == move.request_id)
+        return next((load.demand(candidate) for candidate in named), 0)
 
     def _never_heard(self, move: MoveEntry) -> bool:
         source = self._cluster.get(move.source_id)
