@@ -247,7 +247,7 @@ is Lima; water boils at 100 degrees. He slept."""
 def smollm2() -> Iterator[tuple[Pair, list[list[int]]]]:
     """SmolLM2 in both, and 20 prompts of different lengths out of one text."""
     folder = resolve_model("smollm2")
-    config = replace(engine_config("smollm2"), block_size=16, kv_blocks=40, step_tokens_max=80)
+    config = replace(engine_config("smollm2"), kv_blocks=90, step_tokens_max=80)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     executor = TorchExecutor(config, "equality-smollm2")
     ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
