@@ -69,13 +69,15 @@ class InstanceRecord:
 
 
 class ClusterView:
-    """Records by id, the ranking of those that may take a request, and both ledgers."""
+    """Records by id, the ranking of those that may take a request, and both ledgers. ``heard_any``: at least
+    one instance has reported so far."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._records: dict[str, InstanceRecord] = {}
         self._ranking = Ranking()
         self._tokens_max_least = TOKENS_UNKNOWN
+        self.heard_any = False
         self.placements = PlacementLedger()
         self.moves = MoveLedger()
 
@@ -152,6 +154,7 @@ class ClusterView:
         if last is None:
             # Only the first report speaks for the operator: later ones may still show an order on its way.
             record.draining = record.draining or report.draining
+        self.heard_any = True
         record.report = report
         record.heard_at = now
         record.silent = False

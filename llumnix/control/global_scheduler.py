@@ -37,6 +37,7 @@ __all__ = ["Answered", "Effect", "GlobalScheduler", "Logged"]
 HEARTBEAT_S = 1.0
 STATUS_GAP_S = 0.05  # a thousand instances that start together are told in a few messages, not a thousand
 ASK_AGAIN_S = 0.2
+REBUILD_S = 3.0
 STRANGERS_MAX = 10_000
 
 
@@ -49,7 +50,7 @@ class GlobalScheduler:
         self._started_at = now
         self._cluster = ClusterView(config)
         self._audience = Audience()
-        self._placer = Placer(config, self._cluster, now)
+        self._placer = Placer(config, self._cluster)
         self._rescheduler = Rescheduler(config, manager_incarnation, self._cluster)
         self._orders = Orders(manager_incarnation, address, self._cluster, self._rescheduler)
         self._strangers: dict[str, float] = {}
@@ -107,7 +108,7 @@ class GlobalScheduler:
     def next_deadline(self) -> float:
         """When `tick` is to be called at the latest."""
         deadlines = [self._round_at, self._heartbeat_at]
-        if self._status_due:
+        if self._status_due and not self._rebuilding(self._ticked_at):
             deadlines.append(self._status_at + STATUS_GAP_S)
         asked = self._orders.next_deadline()
         if asked is not None:
@@ -258,6 +259,8 @@ class GlobalScheduler:
         effects: list[Effect] = []
         if not self._audience.knows(place.frontend_address, now):
             effects += self._ask_stranger(place.frontend_address, now)
+        if self._rebuilding(now):
+            return effects
         answer, logged = self._placer.place(place, now)
         effects.append(Send(place.frontend_address, answer))
         if logged is not None:
@@ -268,20 +271,25 @@ class GlobalScheduler:
         if not self._audience.heard(hello.address, now):
             return []
         self._strangers.pop(hello.address, None)
-        status = ClusterStatus(self._status_sequence, self._cluster.statuses())
         text = f"frontend {hello.frontend_id} is up"
-        return [
-            *self._audience.tell(hello.address),
-            Send(hello.address, status),
-            Logged("frontend_up", text, {"frontend": hello.frontend_id}),
-        ]
+        effects: list[Effect] = [Logged("frontend_up", text, {"frontend": hello.frontend_id})]
+        effects += self._audience.tell(hello.address)
+        if not self._rebuilding(now):
+            status = ClusterStatus(self._status_sequence, self._cluster.statuses())
+            effects.append(Send(hello.address, status))
+        return effects
+
+    def _rebuilding(self, now: float) -> bool:
+        """Whether this manager is new and has heard no instance yet. Its empty view is no news then:
+        frontends are left to their last one, which they use when a manager does not answer."""
+        return not self._cluster.heard_any and now < self._started_at + REBUILD_S
 
     def _status_if_due(self, now: float) -> list[Effect]:
-        if not self._status_due or now < self._status_at + STATUS_GAP_S:
-            return []
-        return self._status(now)
+        return self._status(now) if self._status_due and now >= self._status_at + STATUS_GAP_S else []
 
     def _status(self, now: float) -> list[Effect]:
+        if self._rebuilding(now):
+            return []
         self._status_due = False
         self._status_at = now
         self._status_sequence += 1

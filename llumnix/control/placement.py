@@ -12,27 +12,24 @@ from llumnix.core.messages.control import InstanceState, NotPlaced, Place, Place
 from llumnix.core.views import RequestView
 from llumnix.policies.registry import dispatch_policy
 
-REBUILD_S = 3.0
 RETRY_SOON_S = 0.1
 RETRY_LATER_S = 1.0
 NO_USE_S = 0.0
 
 
 class Placer:
-    """Runs the dispatch policy. ``started_at`` is when the manager did: at first it only seems that nobody
-    serves."""
+    """Runs the dispatch policy."""
 
-    def __init__(self, config: SchedulerConfig, cluster: ClusterView, started_at: float) -> None:
+    def __init__(self, config: SchedulerConfig, cluster: ClusterView) -> None:
         self._cluster = cluster
         self._policy = dispatch_policy(config)
-        self._started_at = started_at
 
     def place(self, place: Place, now: float) -> tuple[Placed | NotPlaced, Logged | None]:
         """The answer, and what an operator should know of it."""
         tokens = place.prompt_tokens + 1  # a request that can make no token is of no use anywhere
         candidates = self._cluster.candidates(tokens, place.exclude)
         if not candidates:
-            return self._nobody(place, tokens, now), None
+            return self._nobody(place, tokens), None
         first = self._cluster.get(candidates[0].instance_id)
         if first is None:
             raise InvariantError(f"{candidates[0].instance_id} is ranked without a record")
@@ -62,15 +59,14 @@ class Placer:
         self._cluster.place(chosen, place.request_id, tokens, now)
         return Placed(place.request_id, chosen.hello.instance_id, chosen.hello.address), logged
 
-    def _nobody(self, place: Place, tokens: int, now: float) -> NotPlaced:
+    def _nobody(self, place: Place, tokens: int) -> NotPlaced:
         """Why there is no candidate."""
         live = self._cluster.live()
         serving = [record for record in live if record.state is InstanceState.SERVING]
         if not serving:
             starting = any(record.state is InstanceState.STARTING for record in live)
-            soon = starting or now - self._started_at < REBUILD_S
             reason = "no instance is serving"
-            return NotPlaced(place.request_id, reason, RETRY_SOON_S if soon else RETRY_LATER_S)
+            return NotPlaced(place.request_id, reason, RETRY_SOON_S if starting else RETRY_LATER_S)
         longest = max(record.tokens_max for record in live)
         if tokens > longest:
             reason = (

@@ -1,7 +1,7 @@
 """Lives and deaths: silence, fencing, incarnations, frontends, heartbeats, and a manager that restarts."""
 
 import pytest
-from control_driving import FRONTEND, MANAGER, ToyCluster, hello
+from control_driving import FRONTEND, MANAGER, ToyCluster, hello, place
 
 from llumnix.control.global_scheduler import HEARTBEAT_S, GlobalScheduler
 from llumnix.core.admin import Refusal
@@ -14,6 +14,7 @@ from llumnix.core.messages.control import (
     FrontendHello,
     HelloWanted,
     InstanceState,
+    NotPlaced,
     Placed,
     SetDraining,
 )
@@ -206,6 +207,31 @@ def test_a_restarted_manager_learns_the_cluster_from_what_it_hears() -> None:
     assert cluster.place("r").instance_id == "a"  # type: ignore[union-attr]
 
 
+def test_a_restarted_manager_keeps_silent_until_it_has_heard_an_instance() -> None:
+    """Its empty view would wipe the frontends' own, by which they place while no manager answers."""
+    cluster = listening(a=100)
+    cluster.core = GlobalScheduler(cluster.config, "m2", MANAGER, cluster.now)
+    cluster.sent.clear()
+    cluster.do(cluster.core.handle(FrontendHello("f", FRONTEND), cluster.now))
+    cluster.do(cluster.core.handle(place("r"), cluster.now))
+    for _ in range(4):
+        cluster.tick()
+        assert cluster.core.next_deadline() > cluster.now
+    cluster.do(cluster.core.handle(hello("a"), cluster.now))
+    assert cluster.sent == []
+    cluster.report("a")
+    assert states(statuses(cluster)[-1]) == {"a": "serving"}
+    assert isinstance(cluster.place("r"), Placed)
+
+
+def test_a_manager_that_hears_nobody_says_so_in_the_end() -> None:
+    cluster = listening()
+    for _ in range(14):
+        cluster.tick()
+    assert statuses(cluster)[-1].instances == ()
+    assert isinstance(cluster.place("r"), NotPlaced)
+
+
 def test_a_restarted_managers_migrations_have_new_ids() -> None:
     ids = set()
     for incarnation in ("m1", "m2"):
@@ -220,7 +246,7 @@ def test_a_restarted_managers_migrations_have_new_ids() -> None:
 
 def test_many_hellos_in_one_moment_make_few_statuses() -> None:
     cluster = listening()
-    cluster.now += 1
+    cluster.now += 5
     for number in range(200):
         cluster.do(cluster.core.handle(hello(f"i{number}"), cluster.now))
     assert len(statuses(cluster)) == 1
