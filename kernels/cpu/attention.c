@@ -10,6 +10,8 @@
 #define KEY_GROUP 4      /* keys scored together */
 #define KEY_TILE 64      /* values mixed before moving on */
 #define ROW_GROUP 3      /* queries handled together */
+#define AHEAD 32         /* keys or values fetched ahead: a block's rows are too few for the hardware to foresee */
+#define LINE_BYTES 64
 #define SCORE_BYTES_MAX (256 << 10)
 #define TILE_TOKENS_MAX 16
 
@@ -29,9 +31,9 @@ INLINE const char *key_at(const struct task *task, int position) {
            (size_t)(position & ((1 << task->block_shift) - 1)) * task->row_bytes;
 }
 
-INLINE const float *query_of(const struct task *task, int row) {
-    return task->query + (size_t)(row / task->sharing) * task->query_stride +
-           (size_t)(row % task->sharing) * task->head_dim;
+/* Where a row's head lies in the queries or in the results. */
+INLINE size_t row_offset(const struct task *task, int row, size_t token_stride) {
+    return (size_t)(row / task->sharing) * token_stride + (size_t)(row % task->sharing) * task->head_dim;
 }
 
 /* The sums of the lanes of four vectors, in one fixed order. */
@@ -65,20 +67,26 @@ INLINE void score_group(float *scores, size_t stride, const float *const *querie
     }
 }
 
+INLINE void fetch_row(const struct task *task, int position, size_t offset) {
+    const char *row = key_at(task, position) + offset;
+    for (size_t at = 0; at < task->row_bytes; at += LINE_BYTES) __builtin_prefetch(row + at);
+}
+
 INLINE void score(const struct task *task, float *scores, size_t stride, enum format format) {
     const int rows = task->tokens * task->sharing, context = task->start + task->tokens;
+    const float *queries[rows];
+    for (int row = 0; row < rows; row++) queries[row] = task->query + row_offset(task, row, task->query_stride);
     for (int position = 0; position < context; position += KEY_GROUP) {
         const char *keys[KEY_GROUP];
         for (int k = 0; k < KEY_GROUP; k++)
             keys[k] = key_at(task, position + k < context ? position + k : context - 1);
+        for (int k = 0; k < KEY_GROUP && position + AHEAD + k < context; k++)
+            fetch_row(task, position + AHEAD + k, 0);
         for (int row = 0; row < rows; row += ROW_GROUP) {
-            const float *queries[ROW_GROUP];
-            int count = rows - row < ROW_GROUP ? rows - row : ROW_GROUP;
-            for (int r = 0; r < count; r++) queries[r] = query_of(task, row + r);
             float *to = scores + row * stride + position;
-            if (count == 3) score_group(to, stride, queries, keys, task->head_dim, 3, format);
-            else if (count == 2) score_group(to, stride, queries, keys, task->head_dim, 2, format);
-            else score_group(to, stride, queries, keys, task->head_dim, 1, format);
+            if (rows - row >= 3) score_group(to, stride, queries + row, keys, task->head_dim, 3, format);
+            else if (rows - row == 2) score_group(to, stride, queries + row, keys, task->head_dim, 2, format);
+            else score_group(to, stride, queries + row, keys, task->head_dim, 1, format);
         }
     }
 }
@@ -125,25 +133,20 @@ INLINE void mix_rows(float *const *outs, const float *weights, size_t stride, co
     for (; d < head_dim; d += LANES) mix_group(outs, weights, stride, values, d, keys, rows, 1, format);
 }
 
-INLINE float *out_of(const struct task *task, int row) {
-    return task->out + (size_t)(row / task->sharing) * task->out_stride +
-           (size_t)(row % task->sharing) * task->head_dim;
-}
-
-INLINE void mix(const struct task *task, const float *weights, size_t stride, enum format format) {
+INLINE void mix(const struct task *task, float *const *outs, const float *weights, size_t stride, enum format format) {
     const int rows = task->tokens * task->sharing, context = task->start + task->tokens;
     for (int position = 0; position < context; position += KEY_TILE) {
         const char *values[KEY_TILE];
         int keys = context - position < KEY_TILE ? context - position : KEY_TILE;
-        for (int k = 0; k < keys; k++) values[k] = key_at(task, position + k) + task->value_offset;
+        for (int k = 0; k < keys; k++) {
+            values[k] = key_at(task, position + k) + task->value_offset;
+            if (position + AHEAD + k < context) fetch_row(task, position + AHEAD + k, task->value_offset);
+        }
         for (int row = 0; row < rows; row += ROW_GROUP) {
-            float *outs[ROW_GROUP];
-            int count = rows - row < ROW_GROUP ? rows - row : ROW_GROUP;
-            for (int r = 0; r < count; r++) outs[r] = out_of(task, row + r);
             const float *from = weights + row * stride + position;
-            if (count == 3) mix_rows(outs, from, stride, values, task->head_dim, keys, 3, format);
-            else if (count == 2) mix_rows(outs, from, stride, values, task->head_dim, keys, 2, format);
-            else mix_rows(outs, from, stride, values, task->head_dim, keys, 1, format);
+            if (rows - row >= 3) mix_rows(outs + row, from, stride, values, task->head_dim, keys, 3, format);
+            else if (rows - row == 2) mix_rows(outs + row, from, stride, values, task->head_dim, keys, 2, format);
+            else mix_rows(outs + row, from, stride, values, task->head_dim, keys, 1, format);
         }
     }
 }
@@ -152,16 +155,15 @@ INLINE void attend_as(const struct task *task, float *scores, enum format format
     const int rows = task->tokens * task->sharing, context = task->start + task->tokens;
     const int padded = (context + LANES - 1) / LANES * LANES;
     score(task, scores, padded, format);
-    float sums[rows];
+    float sums[rows], *outs[rows];
     for (int row = 0; row < rows; row++) {
+        outs[row] = task->out + row_offset(task, row, task->out_stride);
         sums[row] = soften(scores + (size_t)row * padded, task->start + row / task->sharing + 1, padded, task->scale);
-        memset(out_of(task, row), 0, task->head_dim * sizeof(float));
+        memset(outs[row], 0, task->head_dim * sizeof(float));
     }
-    mix(task, scores, padded, format);
-    for (int row = 0; row < rows; row++) {
-        float *out = out_of(task, row);
-        for (size_t d = 0; d < task->head_dim; d++) out[d] /= sums[row];
-    }
+    mix(task, outs, scores, padded, format);
+    for (int row = 0; row < rows; row++)
+        for (size_t d = 0; d < task->head_dim; d++) outs[row][d] /= sums[row];
 }
 
 static void attend(const struct task *task, float *scores, int format) {
