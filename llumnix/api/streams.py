@@ -43,8 +43,6 @@ from llumnix.core.messages.serving import (
     TokenDelta,
 )
 
-__all__ = ["Deliver", "Effect", "Fail", "StreamTable"]
-
 CONTINUE_MAX_S = 300.0  # a request whose owner died is tried this long before its client sees an error
 PLACE_TRIES_MAX = 3  # unanswered questions for a place before a fresh request is refused
 REJECTIONS_MAX = 5  # instances that may refuse a fresh request in a row
@@ -313,18 +311,13 @@ class StreamTable:
         if len(stream.tokens) >= stream.call.sampling.max_tokens:  # only the word that it ended was lost
             self.stats.finished += 1
             self._forget(stream)
-            request_id, known = stream.call.request_id, len(stream.tokens)
-            return [Deliver(request_id, known, (), (), FinishReason.LENGTH)]
+            return [Deliver(stream.call.request_id, len(stream.tokens), (), (), FinishReason.LENGTH)]
         return self._ask_place(stream, now)
 
     def _fenced(self, message: Fenced, now: float) -> list[Effect]:
         self._directory.forget_process(message.instance_id, message.incarnation)
-        dead = [
-            stream
-            for stream in self._streams.values()
-            if stream.owner_id == message.instance_id
-            and stream.owner_incarnation in ("", message.incarnation)
-        ]
+        held = [stream for stream in self._streams.values() if stream.owner_id == message.instance_id]
+        dead = [stream for stream in held if stream.owner_incarnation in ("", message.incarnation)]
         return [effect for stream in dead for effect in self._continue(stream, now)]
 
     def _cluster_status(self, status: ClusterStatus, now: float) -> list[Effect]:

@@ -90,7 +90,7 @@ class MigrationConfig(Leaf):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.need(self.stages_max >= 1, "stages_max", "at least 1")
+        self.need(self.stages_max >= 0, "stages_max", "0 (stop the request, then copy) or more")
         self.need(self.outgoing_max >= 1, "outgoing_max", "at least 1")
         self.need(self.incoming_max >= 1, "incoming_max", "at least 1")
         self.need(self.answer_timeout_s > 0, "answer_timeout_s", "above 0")

@@ -9,7 +9,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from llumnix.api.backend import FailKind, StreamCall, StreamFailed, TokenChunk
-from llumnix.api.streams import Deliver, Fail, StreamTable
+from llumnix.api.stream_state import Deliver, Fail
+from llumnix.api.streams import StreamTable
 from llumnix.core.config import Config
 from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError

@@ -17,6 +17,7 @@ from llumnix.migration.transports import inprocess
 from llumnix.migration.transports.base import host_identity
 from llumnix.migration.transports.factory import Readers
 from llumnix.migration.transports.zmq_server import BlockServer
+from llumnix.policies.registry import selection_policy
 from llumnix.runtime.instance_server import InstanceServer
 from llumnix.runtime.model_info import served_name
 
@@ -54,7 +55,7 @@ class Instance:
         self._executor = executor
         inprocess.offer(executor.pool)
         self._blocks = BlockServer(executor.pool, config.cluster.bind_host)
-        engine = InProcessEngine(executor, config.engine)
+        engine = InProcessEngine(executor, config.engine, selection_policy(config.scheduler))
 
         def make_agent(address: str) -> Agent:
             hello = InstanceHello(

@@ -106,6 +106,7 @@ class LocalAdmin:
                 tokens_total=load.tokens_total,
                 preemptions_total=load.preemptions_total,
                 report_age_s=0.0,
+                pid=0,
             ),
         )
 
