@@ -128,41 +128,54 @@ class TorchExecutor:
             decodes += 1  # a prefill chunk of one token is computed like a decode
         total = sum(chunk.count for chunk in chunks)
         tokens, positions, slots = (np.empty(total, dtype=np.int64) for _ in range(3))
+        decoding = chunks[:decodes]
+        tables = self._block_tables(decoding)  # checks that every request has its blocks
+        tokens[:decodes] = [chunk.request.tokens[chunk.start] for chunk in decoding]
+        positions[:decodes] = [chunk.start for chunk in decoding]
+        slots[:decodes] = [self._slot(chunk) for chunk in decoding]
         spans = []
-        begin = 0
-        for index, chunk in enumerate(chunks):
+        begin = decodes
+        for chunk in chunks[decodes:]:
             end, stop = begin + chunk.count, chunk.start + chunk.count
-            blocks = np.array(chunk.request.blocks, dtype=np.int32)
+            blocks = self._blocks(chunk)
             tokens[begin:end] = chunk.request.tokens[chunk.start : stop]
             positions[begin:end] = np.arange(chunk.start, stop)
-            slots[begin:end] = self._slots(positions[begin:end], blocks)
-            if index >= decodes:
-                spans.append(PrefillSpan(begin, end, chunk.start, self._upload(blocks)))
+            size = self.kv_layout.block_size
+            slots[begin:end] = (
+                blocks[positions[begin:end] // size] * np.int64(size) + positions[begin:end] % size
+            )
+            spans.append(PrefillSpan(begin, end, chunk.start, self._upload(blocks)))
             begin = end
-        lens = np.array([chunk.start + 1 for chunk in chunks[:decodes]], dtype=np.int32)
         return FlatBatch(
             tokens=self._upload(tokens),
             positions=self._upload(positions),
             slots=self._upload(slots),
             decodes=decodes,
-            block_tables=self._upload(self._block_tables(chunks[:decodes])),
-            context_lens=self._upload(lens),
+            block_tables=self._upload(tables),
+            context_lens=self._upload(np.array([chunk.start + 1 for chunk in decoding], dtype=np.int32)),
             prefills=tuple(spans),
         )
 
-    def _slots(self, positions: NDArray[Any], blocks: NDArray[Any]) -> NDArray[Any]:
-        size = self.pool.layout.block_size
-        if positions[-1] // size >= len(blocks):
-            raise InvariantError(f"position {positions[-1]} lies beyond the request's {len(blocks)} blocks")
-        slots: NDArray[Any] = blocks[positions // size].astype(np.int64) * size + positions % size
-        return slots
+    def _slot(self, chunk: Chunk) -> int:
+        """Where the KV of a chunk of one token goes."""
+        size = self.kv_layout.block_size
+        return chunk.request.blocks[chunk.start // size] * size + chunk.start % size
 
-    def _block_tables(self, chunks: Sequence[Chunk]) -> NDArray[Any]:
-        size = self.pool.layout.block_size
-        needed = [chunk.start // size + 1 for chunk in chunks]
-        tables = np.zeros((len(chunks), max(needed, default=0)), dtype=np.int32)
-        for row, (chunk, count) in enumerate(zip(chunks, needed, strict=True)):
-            tables[row, :count] = chunk.request.blocks[:count]
+    def _blocks(self, chunk: Chunk) -> NDArray[np.int32]:
+        """The blocks that hold a chunk and everything before it."""
+        needed = -(-(chunk.start + chunk.count) // self.kv_layout.block_size)
+        held = chunk.request.blocks
+        if len(held) < needed:
+            raise InvariantError(
+                f"{chunk.request.request_id} has {len(held)} blocks where a step needs {needed}"
+            )
+        return np.array(held[:needed], dtype=np.int32)
+
+    def _block_tables(self, chunks: Sequence[Chunk]) -> NDArray[np.int32]:
+        rows = [self._blocks(chunk) for chunk in chunks]
+        tables = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int32)
+        for row, blocks in enumerate(rows):
+            tables[row, : len(blocks)] = blocks
         return tables
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
