@@ -23,17 +23,8 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 
 ANY = (
-    "core",
-    "kernels",
-    "policies",
-    "migration",
-    "instance",
-    "control",
-    "api",
-    "observe",
-    "runtime",
-    "bench",
-    "cli",
+    *("core", "kernels", "policies", "migration", "instance"),
+    *("control", "api", "observe", "sim", "runtime", "bench", "cli"),
 )
 MAY_IMPORT = {
     "core": (),
@@ -44,9 +35,10 @@ MAY_IMPORT = {
     "control": ("core", "policies"),
     "observe": ("core",),
     "api": ("core", "observe"),
+    "sim": ("core", "policies", "migration", "instance", "control", "api", "observe"),
     "runtime": ANY,
     "bench": ANY,
-    "cli": ("core", "runtime", "bench"),
+    "cli": ("core", "runtime", "bench", "sim"),
 }
 """Which of our packages a package may import, beside itself."""
 
