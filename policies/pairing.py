@@ -1,8 +1,9 @@
 """Which requests move where, once a rescheduling round.
 
 Invariants: no instance is source and target in one round; a resting request is not moved; a move makes the
-worse side of its pair strictly better off and leaves the target above the low mark with room to spare. Every
-such move raises the sorted vector of scores, so in a cluster where nothing else happens rounds come to rest.
+worse side of its pair strictly better off and leaves the target above the low mark, so with free blocks even
+if its queue were served. Every such move raises the sorted vector of scores, so in a cluster where nothing
+else happens rounds come to rest.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,6 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceState, MoveCandidate
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
 from llumnix.policies.freeness import Load
-
-SPARE_BLOCKS = 1  # a decoding request may fill one more block while it is copied
 
 
 class NoPairing:
@@ -131,8 +130,6 @@ class _Round:
 
     def _try(self, source: _Side, target: _Side, candidate: MoveCandidate, allowed: Allowed) -> bool:
         blocks = source.load.demand(candidate)
-        if target.load.free_blocks < blocks + SPARE_BLOCKS:
-            return False
         after_source, after = source.load.without(candidate), target.load.joined(candidate, blocks)
         if not allowed(source, after_source, target, after):
             return False

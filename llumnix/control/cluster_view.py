@@ -135,10 +135,8 @@ class ClusterView:
     # Changes. Each keeps view and ranking in step.
 
     def hello(self, hello: InstanceHello, now: float) -> InstanceRecord:
-        """Enter a process; an older one of the same id is replaced, but the operator's wish outlives it."""
+        """Enter a process. One of the same id has ended before; the operator's wish outlives it."""
         old = self._records.get(hello.instance_id)
-        if old is not None:
-            self._drop_ledgers(old)
         record = InstanceRecord(hello, now, draining=old is not None and old.draining)
         self._records[hello.instance_id] = record
         self.refresh(record)

@@ -1,6 +1,7 @@
 """Rescheduling through the whole scheduler: balance, rest, draining, failures, and what is remembered of
 them."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 from control_driving import ToyCluster, hello
@@ -73,6 +74,29 @@ def test_a_committed_migration_counts_until_both_sides_have_reported() -> None:
     rows = {row.instance_id: row for row in cluster.core.instance_rows(cluster.now)}
     assert rows["b"].freeness == expected
     assert rows["a"].freeness == (100 - 12 * (8 - moved)) / (8 - moved)
+
+
+def test_blocks_reserved_for_an_arrival_are_not_counted_twice() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    moving = len(cluster.step())
+    expected = (100 - 12 * moving) / moving
+    for reserved in (0, 12, 12 * moving):
+        report = replace(cluster.instances["b"].report(), reserved_blocks=reserved, migrating_in=moving)
+        cluster.do(cluster.core.handle(report, cluster.now))
+        assert cluster.core.instance_rows(cluster.now)[1].freeness == expected
+
+
+def test_a_request_that_just_moved_rests_even_if_its_new_home_fills_up() -> None:
+    cluster = ToyCluster(MARKS, a=100, b=100)
+    cluster.instances["a"].running = {"r": 12, "fixed": 87}
+    (order,) = cluster.step()
+    assert order.request_id == "r"
+    moved_at = cluster.now
+    cluster.instances["a"].running = {"other": 20}  # no room for "more"
+    cluster.instances["b"].running |= {"more": 87}
+    again = [cluster.now for _ in range(20) for order in cluster.step() if order.request_id == "r"]
+    assert again[0] >= moved_at + MARKS.rest_s
 
 
 def test_a_request_that_could_not_move_is_tried_ever_less_often() -> None:

@@ -54,6 +54,21 @@ def test_the_target_must_have_room_for_one_block_more() -> None:
     assert pair(big_only, running("b", 51, capacity_blocks=101)) == ()
 
 
+def test_a_move_that_helps_nobody_is_not_made() -> None:
+    """Giving away a request without blocks leaves an overloaded instance as overloaded."""
+    overloaded = running("a", 100, head_blocks=50, waiting_blocks=50, waiting=1)
+    overloaded = replace(overloaded, candidates=(MoveCandidate("empty", 0, 0, False),))
+    assert pair(overloaded, view("b")) == ()
+
+
+def test_who_took_from_a_draining_instance_gives_nothing_in_the_same_round() -> None:
+    draining = running("a", 40, state=InstanceState.DRAINING)
+    low = running("b", *[7] * 30, capacity_blocks=300)  # 3 steps left, but the only one with 40 blocks
+    high = view("c", capacity_blocks=30)
+    assert routes(pair(low, high)) != []
+    assert routes(pair(draining, low, high)) == [("a0", "a", "b")]
+
+
 def test_resting_requests_and_closed_targets_are_left_alone() -> None:
     full = running("a", *FULL)
     assert "a0" not in [move.request_id for move in pair(full, view("b"), resting=("a0",))]
