@@ -4,6 +4,7 @@
  * heads that share the KV head. Scores of the whole context are kept, so there is no rescaling: each query's scores,
  * sum and weighted values come from one fixed order of operations over its context. Its result is therefore the same,
  * to the last bit, whether it is decoded or prefilled, in whatever chunk, batch or number of threads. */
+#include "pool.h"
 #include "vector.h"
 #include <stdlib.h>
 
@@ -151,7 +152,7 @@ INLINE void mix(const struct task *task, float *const *outs, const float *weight
     }
 }
 
-INLINE void attend_as(const struct task *task, float *scores, enum format format) {
+INLINE void attend(const struct task *task, float *scores, enum format format) {
     const int rows = task->tokens * task->sharing, context = task->start + task->tokens;
     const int padded = (context + LANES - 1) / LANES * LANES;
     score(task, scores, padded, format);
@@ -166,11 +167,48 @@ INLINE void attend_as(const struct task *task, float *scores, enum format format
         for (size_t d = 0; d < task->head_dim; d++) outs[row][d] /= sums[row];
 }
 
-static void attend(const struct task *task, float *scores, int format) {
-    switch (format) {
-    case BFLOAT16: attend_as(task, scores, BFLOAT16); break;
-    case FLOAT16: attend_as(task, scores, FLOAT16); break;
-    default: attend_as(task, scores, FLOAT32); break;
+struct job {
+    float *out, *scores;
+    const float *query;
+    const char *keys;
+    const int32_t *tables, *context_lens;
+    int64_t tables_stride, tokens, start, block_stride, kv_heads, block_size, head_dim, heads, query_stride;
+    int64_t tile, tiles, scores_size;
+    float scale;
+    int format;
+};
+
+/* A part is one task; slots have scores of their own. */
+static void run_part(const void *data, int part, int slot) {
+    const struct job *job = data;
+    const int decoding = job->start < 0, sharing = (int)(job->heads / job->kv_heads);
+    const size_t item = item_bytes((enum format)job->format);
+    const size_t head_bytes = (size_t)(job->block_size * job->head_dim) * item;
+    /* The last tiles of a chunk have the longest contexts: they go first. */
+    const int64_t head = part % job->kv_heads, first = (job->tiles - 1 - part / job->kv_heads) * job->tile;
+    const int64_t tokens = job->tokens - first < job->tile ? job->tokens - first : job->tile;
+    const struct task task = {
+        .out = job->out + (first * job->heads + head * sharing) * job->head_dim,
+        .query = job->query + first * job->query_stride + head * sharing * job->head_dim,
+        .keys = job->keys + head * head_bytes,
+        .table = job->tables + (decoding ? first * job->tables_stride : 0),
+        .block_bytes = (size_t)job->block_stride * item,
+        .value_offset = job->kv_heads * head_bytes,
+        .row_bytes = (size_t)job->head_dim * item,
+        .query_stride = (size_t)job->query_stride,
+        .out_stride = (size_t)(job->heads * job->head_dim),
+        .head_dim = (size_t)job->head_dim,
+        .block_shift = __builtin_ctzll((unsigned long long)job->block_size),
+        .sharing = sharing,
+        .tokens = (int)tokens,
+        .start = (int)(decoding ? job->context_lens[first] - 1 : job->start + first),
+        .scale = job->scale,
+    };
+    float *scores = job->scores + slot * job->scores_size;
+    switch (job->format) {
+    case BFLOAT16: attend(&task, scores, BFLOAT16); break;
+    case FLOAT16: attend(&task, scores, FLOAT16); break;
+    default: attend(&task, scores, FLOAT32); break;
     }
 }
 
@@ -180,48 +218,22 @@ int llumnix_attention(float *out, const float *query, const char *pool_layer, co
                       const int32_t *context_lens, int64_t tables_stride, int64_t tokens, int64_t start,
                       int64_t block_stride, int64_t kv_heads, int64_t block_size, int64_t head_dim, int64_t heads,
                       int64_t query_stride, float scale, int format, int threads) {
-    const int decoding = start < 0;
-    const size_t item = item_bytes((enum format)format);
-    const size_t head_bytes = (size_t)block_size * head_dim * item;
-    const int sharing = (int)(heads / kv_heads);
-    int64_t context_max = decoding ? 1 : start + tokens;
-    if (decoding)
-        for (int64_t i = 0; i < tokens; i++) context_max = context_lens[i] > context_max ? context_lens[i] : context_max;
-    const size_t padded = (size_t)(context_max + LANES - 1) / LANES * LANES + LANES;
-    int64_t tile = decoding ? 1 : (int64_t)(SCORE_BYTES_MAX / (padded * sharing * sizeof(float)));
+    int64_t context = start < 0 ? 1 : start + tokens;
+    for (int64_t i = 0; start < 0 && i < tokens; i++) context = context_lens[i] > context ? context_lens[i] : context;
+    const int64_t row = (context + LANES - 1) / LANES * LANES * (heads / kv_heads);
+    int64_t tile = start < 0 ? 1 : SCORE_BYTES_MAX / (row * (int64_t)sizeof(float));
     tile = tile < 1 ? 1 : tile > TILE_TOKENS_MAX ? TILE_TOKENS_MAX : tile;
-    const int64_t tiles = (tokens + tile - 1) / tile, tasks = tiles * kv_heads;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
-    {
-        float *scores = malloc(padded * sharing * tile * sizeof(float));
-        failed = scores == NULL;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < tasks; i++) {
-            if (failed) continue;
-            /* The last tiles of a chunk have the longest contexts: they go first. */
-            int64_t at = tiles - 1 - i / kv_heads, head = i % kv_heads, first = at * tile;
-            int64_t count = tokens - first < tile ? tokens - first : tile;
-            const struct task task = {
-                .out = out + (first * heads + head * sharing) * head_dim,
-                .query = query + first * query_stride + head * sharing * head_dim,
-                .keys = pool_layer + head * head_bytes,
-                .table = tables + (decoding ? first * tables_stride : 0),
-                .block_bytes = (size_t)block_stride * item,
-                .value_offset = kv_heads * head_bytes,
-                .row_bytes = (size_t)head_dim * item,
-                .query_stride = (size_t)query_stride,
-                .out_stride = (size_t)(heads * head_dim),
-                .head_dim = (size_t)head_dim,
-                .block_shift = __builtin_ctzll((unsigned long long)block_size),
-                .sharing = sharing,
-                .tokens = (int)count,
-                .start = (int)(decoding ? context_lens[first] - 1 : start + first),
-                .scale = scale,
-            };
-            attend(&task, scores, format);
-        }
+    const int64_t tiles = (tokens + tile - 1) / tile;
+    float *scores = malloc((size_t)(row * tile * threads) * sizeof(float));
+    if (scores == NULL || tiles * kv_heads > PARTS_MAX) {
         free(scores);
+        return 1;
     }
-    return failed;
+    const struct job job = {
+        out,          scores, query, pool_layer, tables,    context_lens, tables_stride, tokens,     start,
+        block_stride, kv_heads, block_size, head_dim, heads, query_stride, tile, tiles, row * tile, scale, format,
+    };
+    llumnix_run_parts(run_part, &job, (int)(tiles * kv_heads), threads);
+    free(scores);
+    return 0;
 }

@@ -163,7 +163,6 @@ class CpuKernels:
             len(x),
             prepared.in_features,
             prepared.out_features,
-            prepared.in_features,
             finish,
             prepared.format,
             torch.get_num_threads(),

@@ -16,10 +16,19 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("vector.h", "attention.c", "elementwise.c", "linear.c")
-BASE_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
-# Tried in this order: a compiler may lack OpenMP, or not know the processor it runs on.
-FLAG_SETS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())
+SOURCES = ("vector.h", "pool.h", "attention.c", "elementwise.c", "linear.c", "pool.c")
+BASE_FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
+# Tried in this order: a compiler may not know the processor it runs on.
+TARGET_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 COMPILE_TIMEOUT_S = 120.0
 
 log = logging.getLogger(__name__)
@@ -34,7 +43,7 @@ _POINTER, _INT, _SIZE, _LONG, _FLOAT = (
 
 
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 4 + [_INT] * 3, None),
+    "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 3, None),
     "llumnix_packed_rows": ([_POINTER] * 3 + [_SIZE] * 2 + [_INT], None),
     "llumnix_attention": ([_POINTER] * 5 + [_LONG] * 9 + [_FLOAT, _INT, _INT], _INT),
     "llumnix_rms_norm": ([_POINTER] * 3 + [_LONG] * 5 + [_FLOAT, _INT], None),
@@ -75,7 +84,7 @@ def _fingerprint(compiler: str) -> str:
         described = ("flags", "Features", "model name", "CPU part")
         features = sorted({line for line in cpu_info.read_text().splitlines() if line.startswith(described)})
     parts = [version, platform.machine().encode(), *(line.encode() for line in features)]
-    parts.append(repr((BASE_FLAGS, FLAG_SETS)).encode())
+    parts.append(repr((BASE_FLAGS, TARGET_FLAGS)).encode())
     parts.extend((Path(__file__).parent / name).read_bytes() for name in SOURCES)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
@@ -86,7 +95,7 @@ def _build(compiler: str, path: Path) -> bool:
     message = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for flags in FLAG_SETS:
+        for flags in TARGET_FLAGS:
             command = [compiler, *BASE_FLAGS, *flags, *sources, "-o", str(partial)]
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False

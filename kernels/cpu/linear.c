@@ -3,12 +3,15 @@
  * Weights are packed in panels of 16 outputs, [panel][in][16], so that one pass over a panel streams through memory
  * once. Every output is one chain of multiply-adds over the inputs in order, whatever the number of rows and threads:
  * a row's result does not depend, to the last bit, on which rows it is computed with. */
+#include "pool.h"
 #include "vector.h"
 
 #define PANEL 16
 #define ROWS_MAX 6
 #define ROW_BLOCK_BYTES (192 << 10)
 #define AHEAD_BYTES 2048
+#define PARTS_PER_THREAD 4
+#define PANELS_MIN 4 /* least panels of a part */
 
 enum finish { WRITE = 0, ADD = 1, SILU_MUL = 2 };
 
@@ -80,8 +83,9 @@ struct job {
     const float *x;
     const char *weights;
     const float *bias;
-    size_t rows, in, out, x_stride;
+    size_t rows, in, out, panels;
     enum finish finish;
+    int format, parts;
 };
 
 /* Put one tile where it belongs. `tiles[1]` is the up projection where the gate is tiles[0]. */
@@ -119,12 +123,12 @@ INLINE void run_panels(const struct job *job, size_t first, size_t last, size_t 
         int count;
         for (size_t done = 0; done < rows; done += count) {
             count = rows_at(rows - done);
-            const float *x = job->x + (row + done) * job->x_stride;
+            const float *x = job->x + (row + done) * job->in;
             int together;
             for (int p = 0; p < here; p += together) {
                 together = panels_for(count);
                 while (together > here - p) together /= 2;
-                multiply_rows(tiles + p, x, job->x_stride, job->weights + (panel + p) * panel_bytes, job->in, count,
+                multiply_rows(tiles + p, x, job->in, job->weights + (panel + p) * panel_bytes, job->in, count,
                               together, format);
             }
             for (int p = 0; p < here; p += parts) finish_tile(job, tiles + p, row + done, count, (panel + p) / parts * PANEL);
@@ -142,19 +146,25 @@ INLINE void run_rows(const struct job *job, size_t first, size_t last, enum form
     }
 }
 
-void llumnix_linear(float *y, const float *x, const char *weights, const float *bias, size_t rows, size_t in,
-                    size_t out, size_t x_stride, int finish, int format, int threads) {
-    const struct job job = {y, x, weights, bias, rows, in, out, x_stride, (enum finish)finish};
-    const size_t panels = (out + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int part = 0; part < threads; part++) {
-        size_t first = panels * part / threads, last = panels * (part + 1) / threads;
-        switch (format) {
-        case BFLOAT16: run_rows(&job, first, last, BFLOAT16); break;
-        case FLOAT16: run_rows(&job, first, last, FLOAT16); break;
-        default: run_rows(&job, first, last, FLOAT32); break;
-        }
+/* A part is a stretch of panels. */
+static void run_part(const void *data, int part, int slot) {
+    const struct job *job = data;
+    const size_t first = job->panels * part / job->parts, last = job->panels * (part + 1) / job->parts;
+    (void)slot;
+    switch (job->format) {
+    case BFLOAT16: run_rows(job, first, last, BFLOAT16); break;
+    case FLOAT16: run_rows(job, first, last, FLOAT16); break;
+    default: run_rows(job, first, last, FLOAT32); break;
     }
+}
+
+void llumnix_linear(float *y, const float *x, const char *weights, const float *bias, size_t rows, size_t in,
+                    size_t out, int finish, int format, int threads) {
+    const size_t panels = (out + PANEL - 1) / PANEL;
+    const size_t shares = threads > 1 ? (size_t)threads * PARTS_PER_THREAD : 1, most = panels / PANELS_MIN;
+    const int parts = (int)(shares < most ? shares : most ? most : 1);
+    const struct job job = {y, x, weights, bias, rows, in, out, panels, (enum finish)finish, format, parts};
+    llumnix_run_parts(run_part, &job, parts, threads);
 }
 
 /* Rows of a packed weight, widened: the embedding of a model that shares it with its output projection. */

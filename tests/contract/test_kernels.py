@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,25 @@ class TestC(KernelContract):
         lens = torch.arange(1, 151, dtype=torch.int32)
         tables = table.expand(150, -1).contiguous()
         assert torch.equal(kernels.decode_attention(query, pool, 1, tables, lens, 0.125), whole)
+
+    def test_callers_on_several_threads_share_the_workers(self, kernels: Kernels) -> None:
+        """One caller at a time has the workers; the others compute alone. Nothing hangs, nothing mixes."""
+        weight = kernels.prepare_linear(stored(400, 32, dtype=torch.float32, device="cpu"), None)
+        inputs = [activations(7, 32, like=torch.float32, device="cpu", seed=seed) for seed in range(4)]
+        expected = [kernels.linear(x, weight) for x in inputs]
+
+        def call(index: int) -> bool:
+            torch.set_num_threads(3)
+            return all(
+                torch.equal(kernels.linear(inputs[index], weight), expected[index]) for _ in range(300)
+            )
+
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                assert all(pool.map(call, range(4)))
+        finally:
+            torch.set_num_threads(threads)
 
     def test_every_half_and_bfloat_value_is_widened_and_narrowed_right(self, kernels: Kernels) -> None:
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
