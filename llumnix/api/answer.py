@@ -5,6 +5,7 @@ token streams behind coalesce. Until the first byte is out, a failure is a plain
 event.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 
@@ -33,7 +34,7 @@ class _EventWriter:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._lock = anyio.Lock()
+        self._lock = asyncio.Lock()  # costs nothing where only one choice writes
         self.started = False
 
     async def write(self, data: bytes, more: bool = True) -> None:

@@ -7,7 +7,8 @@ engine's own time is known (its mean step), so what is left of the clients' wait
 it adds:
 
 - between tokens: a chunk's gap, less one step for each of its tokens;
-- to the first token: a busy engine alone needs the rest of the step that is running and one more, 1.5 steps on
+- to the first token: a busy engine alone needs the rest of the step that is running and one more, 1.5 steps
+  on
   average and at most 2, so p50 is taken less 1.5 steps and p99 less 2; an idle one needs one step.
 """
 
