@@ -1,0 +1,210 @@
+"""Drives a pair of instances for the migration benchmark: gives them work, moves one request to and fro,
+and turns the times at which tokens were heard into downtimes and step times. One clock, that of the
+listener, for everything.
+
+An ordinary step is the median time between two tokens of the moving request while it rests at its new
+place. The downtime is the time from the last token heard from the source to the first heard from the
+target, less one ordinary step; nothing is clamped, so noise may make it negative.
+"""
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llumnix.bench.migration_pair import NAMES, Pair
+from llumnix.core.epochs import FIRST_EPOCH, next_generation
+from llumnix.core.errors import LlumnixError
+from llumnix.core.messages.control import MigrateOrder, MigrationEnded, MigrationOutcome
+from llumnix.core.messages.serving import Abort, Rejected, RequestSpec, Submit, TokenBatch
+from llumnix.core.sampling import SamplingParams
+
+WAIT_S = 240.0
+OUTPUT_TOKENS_MAX = 2000
+REST_TOKENS = 8
+VOCABULARY = 8000
+
+
+class BenchmarkFailed(LlumnixError):
+    """Something that a benchmark takes for granted did not happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One token: when, from whom, in which epoch."""
+
+    at: float
+    instance: str
+    epoch: int
+
+
+class Ear:
+    """Keeps what instances say. Fed from any thread; waited on by the benchmark's."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.tokens: dict[str, list[Heard]] = {}
+        self.ended: dict[str, MigrationEnded] = {}
+        self.rejected: list[Rejected] = []
+
+    def heard(self, message: object, at: float) -> None:
+        with self._changed:
+            if isinstance(message, TokenBatch):
+                for delta in message.deltas:
+                    heard = Heard(at, message.instance_id, delta.epoch)
+                    self.tokens.setdefault(delta.request_id, []).extend([heard] * len(delta.tokens))
+            elif isinstance(message, MigrationEnded):
+                self.ended[message.migration_id] = message
+            elif isinstance(message, Rejected):
+                self.rejected.append(message)
+            self._changed.notify_all()
+
+    def wait_tokens(self, request_id: str, count: int) -> None:
+        """Until a request has said ``count`` tokens in all."""
+        self._wait(lambda: len(self.tokens.get(request_id, ())) >= count, f"tokens of {request_id}")
+
+    def wait_ended(self, migration_id: str) -> MigrationEnded:
+        self._wait(lambda: migration_id in self.ended, f"the end of migration {migration_id}")
+        return self.ended[migration_id]
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        with self._changed:
+            come = self._changed.wait_for(lambda: ready() or bool(self.rejected), WAIT_S)
+            if self.rejected:
+                raise BenchmarkFailed(f"a request was refused: {self.rejected[0].reason}")
+            if not come:
+                raise BenchmarkFailed(f"waited {WAIT_S:g} s for {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One migration as it was seen from outside. Times in seconds."""
+
+    downtime_s: float
+    ordinary_step_s: float
+    stages: int
+    kv_bytes: int
+    duration_s: float
+
+
+@dataclass(slots=True)
+class Measured:
+    """All migrations of one request. Step times are those of the requests that stay, on both instances."""
+
+    moves: list[Moved] = field(default_factory=list)
+    steps_s: list[float] = field(default_factory=list)
+    steps_migrating_s: list[float] = field(default_factory=list)
+
+
+class Driver:
+    """Work for a pair. ``batch`` requests of ``batch_tokens`` stay on each instance all the time."""
+
+    def __init__(self, pair: Pair, ear: Ear, *, batch: int, batch_tokens: int, seed: int) -> None:
+        self._pair = pair
+        self._ear = ear
+        self._random = random.Random(seed)
+        self._batch = batch
+        self._batch_tokens = batch_tokens
+        self._count = 0
+
+    def measure(self, length: int, repeats: int) -> Measured:
+        """Move a request of ``length`` prompt tokens ``repeats`` times between the two instances."""
+        staying = [
+            (name, self._submit(name, self._batch_tokens)) for name in NAMES for _ in range(self._batch)
+        ]
+        for _, request_id in staying:
+            self._ear.wait_tokens(request_id, 1)
+        here, there = NAMES
+        moving = self._submit(here, length)
+        self._ear.wait_tokens(moving, REST_TOKENS)
+        measured, windows = Measured(), []
+        begun = time.monotonic()
+        for _ in range(repeats):
+            time.sleep(self._random.uniform(0, 0.05))  # any phase between the two instances' steps
+            ordered = time.monotonic()
+            ended = self._migrate(moving, there)
+            if ended.outcome is MigrationOutcome.COMMITTED:
+                said = len(self._ear.tokens[moving])
+                self._ear.wait_tokens(moving, said + REST_TOKENS)
+                measured.moves.append(self._moved(moving, here, there, ended))
+                first_there = [
+                    h.at for h in self._ear.tokens[moving] if h.instance == there and h.at > ordered
+                ]
+                windows.append((ordered, first_there[0]))
+                here, there = there, here
+        finished = time.monotonic()
+        for _, request_id in staying:
+            times = [h.at for h in self._ear.tokens[request_id] if begun <= h.at <= finished]
+            for before, after in itertools.pairwise(times):
+                hit = any(before < end and after > start for start, end in windows)
+                (measured.steps_migrating_s if hit else measured.steps_s).append(after - before)
+        for name, request_id in [*staying, (here, moving)]:
+            self._pair.send(name, Abort(request_id, next_generation(FIRST_EPOCH)))
+        return measured
+
+    def recompute_s(self, length: int, repeats: int) -> list[float]:
+        """Time from submission to first token of a request of that length, less one ordinary step, under
+        the same load: what moving it without its KV would cost."""
+        staying = [self._submit("b", self._batch_tokens) for _ in range(self._batch)]
+        for request_id in staying:
+            self._ear.wait_tokens(request_id, 1)
+        times = []
+        for _ in range(repeats):
+            begun = time.monotonic()
+            request_id = self._submit("b", length)
+            self._ear.wait_tokens(request_id, REST_TOKENS)
+            said = [heard.at for heard in self._ear.tokens[request_id]]
+            times.append(said[0] - begun - _median([b - a for a, b in itertools.pairwise(said)]))
+            self._pair.send("b", Abort(request_id, FIRST_EPOCH))
+        for request_id in staying:
+            self._pair.send("b", Abort(request_id, FIRST_EPOCH))
+        return times
+
+    def _moved(self, request_id: str, here: str, there: str, ended: MigrationEnded) -> Moved:
+        said = self._ear.tokens[request_id]
+        first = max(
+            i for i in range(1, len(said)) if said[i].instance == there and said[i - 1].instance == here
+        )
+        gaps = [b.at - a.at for a, b in zip(said[first:], said[first + 1 :])]
+        ordinary = _median(gaps)
+        return Moved(
+            downtime_s=said[first].at - said[first - 1].at - ordinary,
+            ordinary_step_s=ordinary,
+            stages=ended.stages,
+            kv_bytes=ended.kv_bytes,
+            duration_s=ended.duration_s,
+        )
+
+    def _migrate(self, request_id: str, there: str) -> MigrationEnded:
+        self._count += 1
+        here = next(name for name in NAMES if name != there)
+        target = self._pair.hellos[there]
+        order = MigrateOrder(
+            migration_id=f"bench-{self._count}",
+            request_id=request_id,
+            target_id=there,
+            target_incarnation=target.incarnation,
+            target_address=target.address,
+            reason="benchmark",
+        )
+        self._pair.send(here, order)
+        return self._ear.wait_ended(order.migration_id)
+
+    def _submit(self, name: str, prompt_tokens: int) -> str:
+        self._count += 1
+        spec = RequestSpec(
+            request_id=f"bench-{self._count}",
+            epoch=FIRST_EPOCH,
+            frontend_address=self._pair.my_address,
+            prompt_tokens=tuple(self._random.randrange(VOCABULARY) for _ in range(prompt_tokens)),
+            output_tokens=(),
+            sampling=SamplingParams(max_tokens=OUTPUT_TOKENS_MAX, seed=0, temperature=0.0, ignore_eos=True),
+        )
+        self._pair.send(name, Submit(spec))
+        return spec.request_id
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,146 @@
+"""The pair of instances as it is served in production: two processes, real sockets, shared memory. No Ray."""
+
+import asyncio
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from llumnix.bench.migration_pair import (
+    MODEL,
+    NAMES,
+    Heard,
+    RecordingReaders,
+    make_hello,
+    plain_copy_gb_s,
+)
+from llumnix.core.config import Config
+from llumnix.core.errors import TransportError
+from llumnix.core.messages.control import InstanceHello
+from llumnix.instance.agent import Agent
+from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.torch_executor import TorchExecutor
+from llumnix.migration.transports.base import ReadStats
+from llumnix.migration.transports.factory import Readers
+from llumnix.migration.transports.zmq_server import BlockServer
+from llumnix.runtime.bus import Bus
+from llumnix.runtime.instance_server import InstanceServer
+from llumnix.runtime.loop_thread import LoopThread
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+
+
+class ProcessPair:
+    """See the module."""
+
+    def __init__(self, config: Config, seed: int, heard: Heard) -> None:
+        self._loop = LoopThread("benchmark")
+        self._bus = self._loop.run(_make_bus(config.cluster.bind_host, heard))
+        self.my_address = self._bus.address
+        context = multiprocessing.get_context("spawn")
+        self._pipes: dict[str, Connection] = {}
+        self._processes: list[BaseProcess] = []
+        for name in NAMES:
+            self._pipes[name], theirs = context.Pipe()
+            process = context.Process(target=_instance, args=(theirs, config, name, seed, self.my_address))
+            process.start()
+            self._processes.append(process)
+        self.hellos: dict[str, InstanceHello] = {}
+        for name, pipe in self._pipes.items():
+            if not pipe.poll(START_TIMEOUT_S):
+                self.close()
+                raise TransportError(f"instance {name} did not start within {START_TIMEOUT_S:g} s")
+            self.hellos[name] = pipe.recv()
+
+    def send(self, name: str, message: object) -> None:
+        self._loop.run(_send(self._bus, self.hellos[name].address, message))
+
+    def reads(self, name: str) -> list[ReadStats]:
+        self._pipes[name].send("reads")
+        stats: list[ReadStats] = self._pipes[name].recv()
+        return stats
+
+    def memcpy_gb_s(self, name: str, size_bytes: int) -> float:
+        self._pipes[name].send(size_bytes)
+        return float(self._pipes[name].recv())
+
+    def close(self) -> None:
+        for pipe in self._pipes.values():
+            try:
+                pipe.send("stop")
+            except OSError:
+                continue  # it has ended already
+        for process in self._processes:
+            process.join(STOP_TIMEOUT_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._loop.run(_close(self._bus))
+        self._loop.stop()
+
+
+async def _make_bus(host: str, heard: Heard) -> Bus:
+    return Bus(host, on_message=lambda m: heard(m, time.monotonic()), on_lost=lambda address: None)
+
+
+async def _send(bus: Bus, address: str, message: object) -> None:
+    bus.send(address, message)
+
+
+async def _close(bus: Bus) -> None:
+    bus.close()
+
+
+def _instance(pipe: Connection, config: Config, name: str, seed: int, manager_address: str) -> None:
+    """What an instance's process runs."""
+    pool_name = f"bench-{name}-{os.getpid()}"
+    executor = TorchExecutor.from_random(MODEL, config.engine, seed=seed, pool_name=pool_name)
+    readers = RecordingReaders(Readers(executor.pool, config.migration))
+    blocks = BlockServer(executor.pool, config.cluster.bind_host)
+    asyncio.run(_serve(pipe, config, name, manager_address, executor, readers, blocks))
+    blocks.close()
+    executor.close()
+
+
+async def _serve(
+    pipe: Connection,
+    config: Config,
+    name: str,
+    manager_address: str,
+    executor: TorchExecutor,
+    readers: RecordingReaders,
+    blocks: BlockServer,
+) -> None:
+    engine = InProcessEngine(executor, config.engine)
+    hellos: list[InstanceHello] = []
+
+    def make_agent(address: str) -> Agent:
+        hellos.append(make_hello(name, address, executor, blocks.address))
+        interval_s = config.cluster.report_interval_s
+        return Agent(hellos[0], engine, config.migration, interval_s, manager_address)
+
+    server = InstanceServer(
+        config,
+        engine=engine,
+        make_agent=make_agent,
+        readers=readers,
+        on_failure=lambda error: os._exit(1),
+    )
+    server.start()
+    pipe.send(hellos[0])
+    while True:
+        try:
+            order = await asyncio.to_thread(pipe.recv)
+        except EOFError:
+            order = "stop"
+        if order == "stop":
+            break
+        if order == "reads":
+            taken, readers.stats[:] = list(readers.stats), []
+            pipe.send(taken)
+        else:
+            speed = await asyncio.to_thread(plain_copy_gb_s, order, executor.pool.tensor.device)
+            pipe.send(speed)
+    await server.close()
