@@ -22,7 +22,7 @@ def model_info(config: EngineConfig, served_model_name: str = "", longest: int =
         limit = longest or config.max_model_len or MAX_MODEL_LEN_DEFAULT
         return ModelInfo(name, limit, "", (EOS_TOKEN,), VOCAB_SIZE)
     folder = read_model_folder(resolve_model(config.model))
-    limit = longest or config.max_model_len or folder.config.max_len
+    limit = longest or folder.config.usable_len(config.max_model_len)
     return ModelInfo(
         name, limit, str(folder.path), tuple(sorted(folder.eos_token_ids)), folder.config.vocab_size
     )
