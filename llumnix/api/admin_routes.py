@@ -141,6 +141,10 @@ def _number(request: Request, name: str, default: int, most: int) -> int:
 
 
 async def _body(request: Request, kind: type[B]) -> B:
+    """An order's body. It must say that it is JSON: a web page of others can make a browser on this host send
+    anything here but that."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "orders need content-type: application/json", code="not_json")
     try:
         return kind.model_validate_json(await read_body(request, ADMIN_BODY_BYTES_MAX))
     except ValidationError as error:

@@ -367,6 +367,10 @@ class TestOtherRoutes:
         assert http.post("/admin/scale", json={"instances": 2}).status_code == 200
         assert http.post("/admin/scale", json={"instances": "2"}).json()["error"]["param"] == "instances"
         assert http.post("/admin/scale", json={"instance": 2}).status_code == 400
+        foreign = http.post(
+            "/admin/scale", content=b'{"instances": 1}', headers={"content-type": "text/plain"}
+        )
+        assert foreign.status_code == 415 and ("scale", "1") not in server.backend.admin.orders
         server.backend.admin.away = True
         try:
             away = http.get("/admin/status")
