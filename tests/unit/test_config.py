@@ -57,7 +57,6 @@ def test_no_number_is_negative(leaf: type[Leaf], name: str) -> None:
         (EngineConfig, {"gpu_memory_share": 1.5}),
         (EngineConfig, {"kv_gib": 0.0}),
         (MigrationConfig, {"transport": "rdma"}),
-        (MigrationConfig, {"stages_max": 0}),
         (MigrationConfig, {"reservation_s": 1.0}),
         (SchedulerConfig, {"round_interval_s": 0.0}),
         (SchedulerConfig, {"high_freeness": 1.0}),
