@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from llumnix.api.chat_template import ChatTemplate, PromptRefused
 from llumnix.core.errors import ConfigurationError
 
+__all__ = ["ByteTable", "ChatMessage", "FolderTokenizer", "PromptRefused", "TextTokenizer", "load_tokenizer"]
+
 ChatMessage = Mapping[str, Any]
-
-
-class PromptRefused(ValueError):
-    """The model's chat template does not take this conversation."""
 
 
 class ByteTable:
@@ -68,15 +67,13 @@ class FolderTokenizer:
     """A Hugging Face folder's fast tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        from jinja2.exceptions import TemplateError
-        from transformers import AutoTokenizer
+        from tokenizers import Tokenizer
 
-        self._template_error: type[Exception] = TemplateError
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
             raise ConfigurationError(f"{folder} has no tokenizer.json")
-        self._backend: Any = backend
+        self._backend: Any = Tokenizer.from_file(str(path))
+        self._template = ChatTemplate(folder)
         self.table = _byte_table(self._backend, folder)
         self.vocab_size = len(self.table.pieces)
         self.longest_token_bytes = max(map(len, self.table.pieces))
@@ -88,14 +85,7 @@ class FolderTokenizer:
         return self.table.text(tokens, skip_special=False)
 
     def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise PromptRefused("this model has no chat template; use /v1/completions")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except self._template_error as error:
-            raise PromptRefused(f"the model's chat template refuses these messages: {error}") from error
+        text = self._template.render(messages)
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
 
