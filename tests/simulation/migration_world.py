@@ -10,6 +10,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.stream_state import Deliver, Fail
@@ -207,7 +208,7 @@ class World:
         self.outcomes: dict[MigrationOutcome, int] = dict.fromkeys(MigrationOutcome, 0)
         self.table = StreamTable("f", FRONTEND_ADDRESS, MANAGER_ADDRESS, FRONTEND)
         self.clients: dict[str, Client] = {}
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._scheduled = 0
         self._decoders: dict[tuple[str, int], Node] = {}
         self._incarnations = 0
@@ -219,7 +220,7 @@ class World:
             self._boot(f"i{index}")
         self._requests = requests
 
-    def at(self, when: float, action: Callable[[], None]) -> None:
+    def at(self, when: float, action: Callable[[], object]) -> None:
         self._scheduled += 1
         heapq.heappush(self._events, (when, self._scheduled, action))
 
@@ -293,7 +294,7 @@ class World:
             self._frontend(self.table.handle(gone, self.now))
 
         self.at(fenced_at, fence)
-        self.at(fenced_at + 0.1, lambda: self._boot(node.hello.instance_id) and None)
+        self.at(fenced_at + 0.1, lambda: self._boot(node.hello.instance_id))
 
     def _alive(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.alive]
@@ -394,7 +395,7 @@ class World:
         self._tell_status()
         self._frontend_ticks()
         for number in range(self._requests):
-            self.at(chance.uniform(0, FAULTS_S * 0.7), lambda n=number: self._open_and_perhaps_abort(n))
+            self.at(chance.uniform(0, FAULTS_S * 0.7), partial(self._open_and_perhaps_abort, number))
         for _ in range(40):
             self.at(chance.uniform(0.1, FAULTS_S), self._order_something)
         for _ in range(self.faults.crashes):

@@ -1,0 +1,325 @@
+"""The source's side of a migration, over a real engine: what it sends, when it gives up, and when it may
+resume."""
+
+from dataclasses import replace
+
+import pytest
+from engine_driving import run_out, small_engine, spec, step
+from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, order, running, sent_to
+
+from llumnix.core.config import MigrationConfig
+from llumnix.core.effects import Send
+from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.errors import ProtocolError
+from llumnix.core.messages.control import MigrationEnded, MigrationOutcome
+from llumnix.core.messages.migration import (
+    AbortMigration,
+    Commit,
+    CommitSoon,
+    Committed,
+    CopyStage,
+    Denied,
+    QueryCommit,
+    RefusalCode,
+    Refused,
+    Reserve,
+    Reserved,
+    StageCopied,
+)
+from llumnix.core.messages.serving import Abort, Moved
+from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
+from llumnix.migration.source import ENDED, TRANSITIONS, SourceMigration, SourceState
+
+RESERVED = Reserved("m", 15.0)
+COMMITTED = Committed("m", FIRST_EPOCH + 1)
+EVENTS: list[object] = [
+    RESERVED,
+    Refused("m", RefusalCode.NO_BLOCKS, "full"),
+    StageCopied("m", 1, 0.1),
+    COMMITTED,
+    Denied("m", "no"),
+    StepEnded(STEP_S),
+    ClientAbort(FIRST_EPOCH),
+    Superseded(),
+    PeerFenced(),
+    Timeout(),
+]
+
+
+def begun(
+    engine: InProcessEngine, config: MigrationConfig = CONFIG, step_s: float = STEP_S
+) -> tuple[SourceMigration, list[Send]]:
+    migration = SourceMigration(
+        order(), hello("source", engine), engine=engine, config=config, manager_address=MANAGER
+    )
+    return migration, migration.begin(1.0, step_s)
+
+
+def at(state: SourceState) -> tuple[SourceMigration, InProcessEngine]:
+    """A migration in one of its states that are not final, of a request with 18 tokens in 4 full blocks."""
+    engine = small_engine()
+    running(engine, prompt_len=16, steps=4)
+    migration, _ = begun(engine)
+    if state is not SourceState.RESERVING:
+        migration.handle(RESERVED, 1.0)
+    if state not in (SourceState.RESERVING, SourceState.COPYING):
+        migration.handle(StageCopied("m", 1, 0.1), 1.1)
+    if state in (SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN):
+        step(engine)
+        migration.handle(StepEnded(STEP_S), 1.2)
+    if state is SourceState.COMMIT_UNKNOWN:
+        migration.handle(Timeout(), 7.0)
+    assert migration.state is state
+    return migration, engine
+
+
+def ended(effects: list[Send]) -> MigrationEnded:
+    """What the manager is told."""
+    (message,) = sent_to(effects, MANAGER)
+    assert isinstance(message, MigrationEnded)
+    return message
+
+
+def test_a_running_request_goes_over_in_stages_and_then_by_commit() -> None:
+    engine = small_engine()
+    request = running(engine, prompt_len=16, steps=4)
+    migration, effects = begun(engine)
+    (ask,) = messages(effects)
+    assert isinstance(ask, Reserve)
+    assert ask.spec.output_tokens == tuple(engine.output_since("r", 0).tokens)  # type: ignore[union-attr]
+    assert ask.blocks == 6  # 18 tokens known, and a block's worth of what the first stage will add
+
+    (first,) = messages(migration.handle(RESERVED, 1.0))
+    blocks = engine.movable("r").blocks  # type: ignore[union-attr]
+    assert isinstance(first, CopyStage)
+    assert (first.stage, first.source_blocks) == (1, blocks[:4])
+
+    for _ in range(9):
+        step(engine)
+        assert migration.handle(StepEnded(STEP_S), 1.1) == []
+    (second,) = messages(migration.handle(StageCopied("m", 1, 0.1), 1.2))
+    blocks = engine.movable("r").blocks  # type: ignore[union-attr]
+    assert isinstance(second, CopyStage)
+    assert (second.stage, second.source_blocks) == (2, blocks[4:6])
+    assert second.reserve_blocks >= len(blocks)
+
+    step(engine)
+    migration.handle(StepEnded(STEP_S), 1.3)
+    assert messages(migration.handle(StageCopied("m", 2, 0.1), 1.4)) == [CommitSoon("m", STEP_S)]
+    step(engine)
+    (commit,) = messages(migration.handle(StepEnded(STEP_S), 1.5))
+    known = engine.spec_of("r", 1.5)
+    assert isinstance(commit, Commit)
+    assert commit.epoch == request.epoch + 1
+    assert commit.first_index == len(ask.spec.output_tokens)
+    assert ask.spec.output_tokens + commit.output_tokens == known.output_tokens
+    assert commit.computed_tokens == len(known.prompt_tokens) + len(known.output_tokens) - 1
+    assert len(first.source_blocks + second.source_blocks + commit.source_blocks) == -(
+        -commit.computed_tokens // 4
+    )
+    assert not engine.has_work()  # nobody decodes it here any more
+
+    effects = migration.handle(COMMITTED, 1.75)
+    assert messages(effects, Moved) == [Moved("r", FIRST_EPOCH + 1, "target")]
+    assert not engine.holds("r")
+    told = ended(effects)
+    assert (told.outcome, told.stages) == (MigrationOutcome.COMMITTED, 3)
+    assert told.pause_s == pytest.approx(0.25)
+    assert told.kv_bytes == 8 * engine.executor.kv_layout.block_bytes
+    engine.check()
+
+
+def test_a_waiting_request_commits_as_soon_as_the_target_has_answered() -> None:
+    engine = small_engine()
+    engine.submit(spec("r"), 0.0)
+    migration, effects = begun(engine)
+    assert [type(m) for m in messages(effects)] == [Reserve]
+    (commit,) = messages(migration.handle(RESERVED, 1.0))
+    assert isinstance(commit, Commit)
+    assert (commit.source_blocks, commit.computed_tokens) == ((), 0)
+    assert not engine.has_work()
+
+
+def test_a_request_admitted_while_the_target_answers_takes_its_kv_along() -> None:
+    engine = small_engine()
+    engine.submit(spec("r", prompt_len=16), 0.0)
+    migration, _ = begun(engine)
+    step(engine)
+    step(engine)
+    migration.handle(StepEnded(STEP_S), 1.0)
+    (stage,) = messages(migration.handle(RESERVED, 1.0))
+    assert isinstance(stage, CopyStage)
+    assert len(stage.source_blocks) == 4
+
+
+def test_a_short_request_needs_no_stage() -> None:
+    engine = small_engine()
+    running(engine, prompt_len=5, steps=2)
+    migration, _ = begun(engine)
+    assert messages(migration.handle(RESERVED, 1.0)) == [CommitSoon("m", STEP_S)]
+
+
+def test_without_a_hold_the_commit_is_not_announced() -> None:
+    engine = small_engine()
+    running(engine, prompt_len=5, steps=2)
+    migration, _ = begun(engine, replace(CONFIG, hold_share=0.0))
+    assert isinstance(messages(migration.handle(RESERVED, 1.0))[0], Commit)
+
+
+def test_after_the_last_stage_allowed_the_rest_goes_with_the_commit() -> None:
+    engine = small_engine()
+    running(engine, prompt_len=16, steps=4)
+    migration, _ = begun(engine, replace(CONFIG, stages_max=1, hold_share=0.0))
+    migration.handle(RESERVED, 1.0)
+    for _ in range(10):
+        step(engine)
+    (commit,) = messages(migration.handle(StageCopied("m", 1, 0.1), 1.2))
+    assert isinstance(commit, Commit)
+    assert len(commit.source_blocks) == 3
+
+
+@pytest.mark.parametrize("state", [SourceState.RESERVING, SourceState.COPYING, SourceState.READY])
+def test_before_the_commit_the_end_of_the_request_ends_the_migration(state: SourceState) -> None:
+    migration, engine = at(state)
+    run_out(engine)
+    effects = migration.handle(StepEnded(STEP_S), 2.0)
+    assert messages(effects, AbortMigration)
+    assert ended(effects).outcome is MigrationOutcome.ABORTED
+
+
+@pytest.mark.parametrize("state", [SourceState.RESERVING, SourceState.COPYING, SourceState.READY])
+def test_a_preempted_request_stays(state: SourceState) -> None:
+    migration, engine = at(state)
+    engine.take_out("r")
+    engine.put_back("r", FIRST_EPOCH)
+    engine.submit(spec("vip", prompt_len=3, max_tokens=60, execution_priority=1), 0.0)
+    for _ in range(50):
+        if step(engine).preempted:
+            break
+    effects = migration.handle(StepEnded(STEP_S), 2.0)
+    assert messages(effects, AbortMigration)
+    assert "preempted" in ended(effects).reason
+    assert engine.holds("r")
+
+
+@pytest.mark.parametrize("state", [SourceState.RESERVING, SourceState.COPYING, SourceState.READY])
+@pytest.mark.parametrize(
+    ("event", "outcome"),
+    [
+        (Timeout(), MigrationOutcome.ABORTED),
+        (PeerFenced(), MigrationOutcome.ABORTED),
+        (Denied("m", "copying failed"), MigrationOutcome.ABORTED),
+        (Refused("m", RefusalCode.NO_BLOCKS, "full"), MigrationOutcome.REFUSED),
+    ],
+)
+def test_a_target_that_fails_before_the_commit_changes_nothing(
+    state: SourceState, event: object, outcome: MigrationOutcome
+) -> None:
+    migration, engine = at(state)
+    told = ended(migration.handle(event, 9.0))
+    assert told.outcome is outcome
+    assert told.pause_s == 0.0
+    assert engine.has_work()
+    assert engine.spec_of("r", 9.0).epoch == FIRST_EPOCH
+
+
+@pytest.mark.parametrize("state", [SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN])
+def test_after_a_denial_it_goes_on_at_its_own_epoch(state: SourceState) -> None:
+    migration, engine = at(state)
+    assert ended(migration.handle(Denied("m", "no room"), 9.0)).outcome is MigrationOutcome.ABORTED
+    assert engine.spec_of("r", 9.0).epoch == FIRST_EPOCH
+    assert step(engine).tokens == 1
+
+
+@pytest.mark.parametrize("state", [SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN])
+def test_after_the_target_was_fenced_it_goes_on_past_the_epoch_the_target_may_have_used(
+    state: SourceState,
+) -> None:
+    migration, engine = at(state)
+    assert ended(migration.handle(PeerFenced(), 9.0)).outcome is MigrationOutcome.RESUMED
+    assert engine.spec_of("r", 9.0).epoch == FIRST_EPOCH + 2
+    assert step(engine).tokens == 1
+
+
+def test_silence_after_a_commit_is_no_answer_however_long() -> None:
+    migration, engine = at(SourceState.COMMITTING)
+    for asked in range(1, 6):
+        assert migration.deadline == pytest.approx(1.2 + 5.0 if asked == 1 else asked * 10.0 - 5.0)
+        assert messages(migration.handle(Timeout(), asked * 10.0)) == [QueryCommit("m", "tcp://source:1")]
+        assert migration.state is SourceState.COMMIT_UNKNOWN
+        assert not engine.has_work()
+    migration.handle(COMMITTED, 99.0)
+    assert migration.state is SourceState.COMMITTED
+
+
+def test_a_client_abort_before_the_commit_frees_both_sides() -> None:
+    migration, engine = at(SourceState.COPYING)
+    effects = migration.handle(ClientAbort(FIRST_EPOCH), 2.0)
+    assert messages(effects, AbortMigration)
+    assert not engine.holds("r")
+
+
+ALL_HOPS = FIRST_EPOCH + 1000
+"""What a client's own abort covers; a stale owner's is told the stale epoch only."""
+
+
+@pytest.mark.parametrize("state", [SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN])
+def test_a_client_abort_during_the_commit_reaches_whoever_owns_the_request_next(state: SourceState) -> None:
+    migration, engine = at(state)
+    assert migration.handle(ClientAbort(ALL_HOPS), 2.0) == []
+    assert engine.holds("r")
+    effects = migration.handle(COMMITTED, 3.0)
+    assert Abort("r", ALL_HOPS) in sent_to(effects, TARGET)
+
+    for answer in (Denied("m", "no"), PeerFenced()):
+        migration, engine = at(state)
+        migration.handle(ClientAbort(ALL_HOPS), 2.0)
+        migration.handle(answer, 3.0)
+        assert not engine.holds("r")
+
+
+def test_telling_a_stale_owner_to_stop_does_not_stop_the_new_one() -> None:
+    migration, _ = at(SourceState.COMMITTING)
+    migration.handle(ClientAbort(FIRST_EPOCH), 2.0)
+    assert not messages(migration.handle(COMMITTED, 3.0), Abort)
+
+
+@pytest.mark.parametrize("state", list(TRANSITIONS))
+def test_a_newer_generation_ends_the_migration(state: SourceState) -> None:
+    migration, _ = at(state)
+    effects = migration.handle(Superseded(), 2.0)
+    assert migration.state is SourceState.ABORTED
+    assert messages(effects, AbortMigration)
+
+
+def test_committed_at_another_epoch_is_the_targets_fault() -> None:
+    migration, engine = at(SourceState.COMMITTING)
+    with pytest.raises(ProtocolError, match="epoch"):
+        migration.handle(Committed("m", FIRST_EPOCH + 7), 2.0)
+    assert migration.state is SourceState.COMMITTING
+    assert engine.holds("r")
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", list(TRANSITIONS))
+def test_every_pair_is_in_the_table_or_raises_with_the_story(state: SourceState, event: object) -> None:
+    migration, _ = at(state)
+    row = TRANSITIONS[state].get(type(event))
+    if row is None:
+        with pytest.raises(ProtocolError, match="migration m of r to target"):
+            migration.handle(event, 2.0)
+        assert migration.state is state
+    else:
+        migration.handle(event, 2.0)
+        assert migration.state in row[1]
+
+
+def test_what_has_ended_takes_nothing_more() -> None:
+    migration, _ = at(SourceState.COPYING)
+    migration.handle(Timeout(), 9.0)
+    assert migration.ended
+    assert migration.deadline is None
+    assert set(TRANSITIONS) == set(SourceState) - set(ENDED)
+    with pytest.raises(ProtocolError):
+        migration.handle(RESERVED, 9.0)
