@@ -51,7 +51,6 @@ def attend_part_program(
     query = tl.load(
         query_ptr + request * query_stride + head[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0
     )
-    query = query.to(layer_ptr.dtype.element_ty) if query.dtype != tl.float32 else query
     highest = tl.full([HEAD_TILE], float("-inf"), tl.float32)
     total = tl.zeros([HEAD_TILE], tl.float32)
     mixed = tl.zeros([HEAD_TILE, DIM_TILE], tl.float32)
