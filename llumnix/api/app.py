@@ -11,13 +11,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llumnix import __version__
-from llumnix.api.admin_routes import AdminRoutes
+from llumnix.api.admin_routes import EVENTS_MAX, AdminRoutes
 from llumnix.api.backend import Backend, ManagerAway
 from llumnix.api.errors import ApiError
 from llumnix.api.metrics import ApiMetrics
 from llumnix.api.openai_routes import OpenAiRoutes
 from llumnix.api.tokenizer import TextTokenizer, load_tokenizer
+from llumnix.core.admin import InstanceRow
 from llumnix.core.config import FrontendConfig
+from llumnix.observe.metrics import ClusterMetrics
 
 MANAGER_RETRY_AFTER_S = 2.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -50,7 +52,7 @@ class _CountCalls:
 def create_app(backend: Backend, config: FrontendConfig, tokenizer: TextTokenizer | None = None) -> FastAPI:
     """The application over a backend. The tokenizer is loaded from the model's folder unless given."""
     tokenizer = tokenizer or load_tokenizer(backend.model.tokenizer_folder)
-    metrics = ApiMetrics(time.monotonic)
+    metrics, cluster = ApiMetrics(time.monotonic), ClusterMetrics()
     app = FastAPI(title="Llumnix", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(OpenAiRoutes(backend, tokenizer, metrics, config).router)
     app.include_router(AdminRoutes(backend, config.admin_token).router)
@@ -66,12 +68,15 @@ def create_app(backend: Backend, config: FrontendConfig, tokenizer: TextTokenize
         return JSONResponse({"version": __version__})
 
     async def metrics_page() -> Response:
-        """Prometheus' exposition format; without instances while the manager is away."""
+        """Prometheus' exposition format; without news of the instances while the manager is away."""
+        rows: tuple[InstanceRow, ...] = ()
         try:
             rows = await backend.admin.instances()
+            cluster.update(await backend.admin.status(), rows)
+            cluster.take(await backend.admin.events(cluster.last_event, EVENTS_MAX))
         except ManagerAway:
-            rows = ()
-        return Response(metrics.page(rows), media_type=METRICS_TYPE)
+            pass
+        return Response(metrics.page(rows) + cluster.render(), media_type=METRICS_TYPE)
 
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/version", version, methods=["GET"])

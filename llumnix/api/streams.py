@@ -177,7 +177,8 @@ class StreamTable:
     def _nowhere(self, stream: Stream, reason: str, retry_after_s: float, now: float) -> list[Effect]:
         """No instance takes it now: an answer for a fresh request, a delay for one that had begun."""
         if not stream.must_continue:
-            return self._fail(stream, FailKind.OVERLOADED, reason, retry_after_s)
+            kind = FailKind.OVERLOADED if retry_after_s else FailKind.INVALID  # 0: trying again is no use
+            return self._fail(stream, kind, reason, retry_after_s)
         if stream.troubled_at is None:
             stream.troubled_at = now
         if now - stream.troubled_at > CONTINUE_MAX_S:

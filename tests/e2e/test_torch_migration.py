@@ -77,7 +77,7 @@ async def test_float32_greedy_tokens_equal_transformers_with_migrations_in_the_m
             scores = reference(torch.tensor([[*prompt, *output]])).logits[0]
             likeliest = scores[len(prompt) - 1 : -1].argmax(
                 dim=-1
-            )  # what greedy decoding takes, token by token
+            )  # as greedy decoding would
             assert output == tuple(likeliest.tolist())
 
 
