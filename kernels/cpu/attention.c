@@ -37,18 +37,6 @@ INLINE size_t row_offset(const struct task *task, int row, size_t token_stride) 
     return (size_t)(row / task->sharing) * token_stride + (size_t)(row % task->sharing) * task->head_dim;
 }
 
-/* The sums of the lanes of four vectors, in one fixed order. */
-INLINE vec4 sums_of(const vec *v) {
-    vec4 half[KEY_GROUP];
-    for (int k = 0; k < KEY_GROUP; k++)
-        half[k] = __builtin_shufflevector(v[k], v[k], 0, 1, 2, 3) + __builtin_shufflevector(v[k], v[k], 4, 5, 6, 7);
-    vec4 first = __builtin_shufflevector(half[0], half[1], 0, 4, 1, 5) +
-                 __builtin_shufflevector(half[0], half[1], 2, 6, 3, 7);
-    vec4 second = __builtin_shufflevector(half[2], half[3], 0, 4, 1, 5) +
-                  __builtin_shufflevector(half[2], half[3], 2, 6, 3, 7);
-    return __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
-}
-
 /* Dot products of `rows` queries (a constant) with KEY_GROUP keys. */
 INLINE void score_group(float *scores, size_t stride, const float *const *queries, const char *const *keys,
                         size_t head_dim, const int rows, enum format format) {

@@ -22,6 +22,14 @@ typedef int32_t ivec __attribute__((vector_size(32)));
 typedef uint32_t uvec __attribute__((vector_size(32)));
 typedef uint16_t half_vec __attribute__((vector_size(16)));
 typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ivec4 __attribute__((vector_size(16)));
+
+/* Lanes i … l of a and b together. GCC before 12 has only its own builtin, clang only the other. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (ivec4){i, j, k, l})
+#endif
 
 INLINE size_t item_bytes(enum format format) { return format == FLOAT32 ? 4 : 2; }
 
@@ -112,6 +120,19 @@ INLINE vec larger(vec a, vec b) {
 
 /* Always in the same order, so that a sum does not depend on where it is computed. */
 INLINE float sum_of(vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+/* The sums of the lanes of four vectors, likewise. */
+INLINE vec4 sums_of(const vec *v) {
+    vec4 half[4];
+    for (int k = 0; k < 4; k++) {
+        vec4 parts[2];
+        memcpy(parts, &v[k], sizeof parts);
+        half[k] = parts[0] + parts[1];
+    }
+    vec4 first = PICK(half[0], half[1], 0, 4, 1, 5) + PICK(half[0], half[1], 2, 6, 3, 7);
+    vec4 second = PICK(half[2], half[3], 0, 4, 1, 5) + PICK(half[2], half[3], 2, 6, 3, 7);
+    return PICK(first, second, 0, 1, 4, 5) + PICK(first, second, 2, 3, 6, 7);
+}
 
 INLINE float max_of(vec v) {
     float best = v[0];
