@@ -1,7 +1,10 @@
-"""Where a new request goes. Called by the global scheduler for every placement, so the default looks at a
-handful of candidates only: they come freest first."""
+"""Where a new request goes. Called by the global scheduler for every placement, so a policy looks at a
+handful of candidates only: they come in falling order of its ``score`` (``queue_freeness`` for one that has
+none), kept up to date as instances change.
+"""
 
 from itertools import islice
+from zlib import crc32
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
@@ -41,3 +44,59 @@ class RoundRobin:
         self._last = min(later or ids)
         scores = tuple((view.instance_id, view.queue_freeness) for view in islice(candidates, SCORES_MAX))
         return DispatchDecision(self._last, scores, "next in turn")
+
+
+class LeastLoaded:
+    """Least loaded by memory, the demand of queued requests counted: the dispatch of the Llumnix paper's
+    baseline INFaaS++ (OSDI'24, section 6)."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def score(self, view: InstanceView) -> float:
+        """Blocks wanted, as a share of those there are; negative, since higher is better."""
+        return (Load.of(view).free_blocks - view.capacity_blocks) / max(1, view.capacity_blocks)
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        """The first: candidates come in order of the score."""
+        scores = tuple([(view.instance_id, self.score(view)) for view in candidates[:SCORES_MAX]])
+        return DispatchDecision(candidates[0].instance_id, scores, f"least loaded: {-scores[0][1]:.0%}")
+
+
+class LeastRequests:
+    """Fewest requests, running, waiting and on their way there, whatever their size."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def score(self, view: InstanceView) -> float:
+        """The count; negative, since higher is better."""
+        return -float(_requests(view))
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        """The first: candidates come in order of the score."""
+        scores = tuple([(view.instance_id, self.score(view)) for view in candidates[:SCORES_MAX]])
+        return DispatchDecision(candidates[0].instance_id, scores, f"fewest requests: {-scores[0][1]:.0f}")
+
+
+class PowerOfTwo:
+    """The freer of two instances that a hash of the request's id points at: nearly as even as looking at all
+    of them, and dispatchers with an old view do not all run to the same one (Mitzenmacher, 2001)."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        """The two are distinct where there are two; the earlier candidate is the freer one."""
+        count, drawn = len(candidates), crc32(request.request_id.encode())
+        first = drawn % count
+        second = (first + 1 + (drawn // count) % (count - 1)) % count if count > 1 else first
+        better, worse = sorted((first, second))
+        pair = (candidates[better],) if better == worse else (candidates[better], candidates[worse])
+        scores = tuple([(view.instance_id, view.queue_freeness) for view in pair])
+        return DispatchDecision(pair[0].instance_id, scores, "freer of two drawn by the request's id")
+
+
+def _requests(view: InstanceView) -> int:
+    present = view.running + view.waiting + view.placed_requests
+    return max(0, present + view.migrating_in - view.migrating_out)

@@ -13,13 +13,19 @@ from typing import Any, cast
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.views import DispatchPolicy, PairingPolicy, SelectionPolicy
-from llumnix.policies.dispatch import FreenessDispatch, RoundRobin
+from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
 from llumnix.policies.pairing import FreenessPairing, NoPairing
 from llumnix.policies.selection import Cheapest
 
 ENTRY_POINT_GROUP = "llumnix.policies"
 
-DISPATCH: dict[str, type[DispatchPolicy]] = {"freeness": FreenessDispatch, "round-robin": RoundRobin}
+DISPATCH: dict[str, type[DispatchPolicy]] = {
+    "freeness": FreenessDispatch,
+    "least-requests": LeastRequests,
+    "load": LeastLoaded,
+    "power-of-two": PowerOfTwo,
+    "round-robin": RoundRobin,
+}
 PAIRING: dict[str, type[PairingPolicy]] = {"freeness": FreenessPairing, "none": NoPairing}
 SELECTION: dict[str, type[SelectionPolicy]] = {"cheapest": Cheapest}
 

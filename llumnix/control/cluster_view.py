@@ -13,7 +13,9 @@ the old process. Each instance's frozen view is cached and made again only when 
 that a placement costs the change of one instance. Called by the global scheduler only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
@@ -24,6 +26,8 @@ from llumnix.policies.freeness import Load
 
 TOKENS_UNKNOWN = 1 << 62
 DOWN_MEMORY_S = 60.0
+
+queue_freeness: Callable[[InstanceView], float] = attrgetter("queue_freeness")
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +79,7 @@ class ClusterView:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._records: dict[str, InstanceRecord] = {}
-        self._ranking = Ranking()
+        self._ranking = Ranking(queue_freeness)
         self._tokens_max_least = TOKENS_UNKNOWN
         self.heard_any = False
         self.placements = PlacementLedger()
@@ -95,8 +99,14 @@ class ClusterView:
         """Records of processes not known to have ended, ordered by id."""
         return tuple(record for record in self.records() if not record.down)
 
+    def rank_by(self, score: Callable[[InstanceView], float]) -> None:
+        """Order candidates by falling ``score`` from now on; until then it is ``queue_freeness``."""
+        self._ranking = Ranking(score)
+        for record in self._records.values():
+            self.refresh(record)
+
     def candidates(self, tokens: int, exclude: tuple[str, ...]) -> tuple[InstanceView, ...]:
-        """Instances that may take a request of so many tokens now, freest first."""
+        """Instances that may take a request of so many tokens now, in order of `rank_by`'s score."""
         views = self._ranking.views
         if not exclude and tokens <= self._tokens_max_least:
             return views

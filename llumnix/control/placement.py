@@ -23,6 +23,9 @@ class Placer:
     def __init__(self, config: SchedulerConfig, cluster: ClusterView) -> None:
         self._cluster = cluster
         self._policy = dispatch_policy(config)
+        score = getattr(self._policy, "score", None)
+        if score is not None:
+            cluster.rank_by(score)
 
     def place(self, place: Place, now: float) -> tuple[Placed | NotPlaced, Logged | None]:
         """The answer, and what an operator should know of it."""

@@ -92,7 +92,8 @@ class Move:
 
 class DispatchPolicy(Protocol):
     """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in
-    falling order of ``queue_freeness``, then by id."""
+    falling order of ``queue_freeness``, then by id. A policy that also has ``score(view) -> float`` gets them
+    in falling order of that instead; it must depend on the view alone."""
 
     def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision: ...
 

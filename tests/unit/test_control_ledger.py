@@ -7,6 +7,7 @@ from policy_views import view
 
 from llumnix.control import ledger
 from llumnix.control.backoff import REST_MAX_S, Backoff
+from llumnix.control.cluster_view import queue_freeness
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
 from llumnix.core.errors import InvariantError
@@ -81,7 +82,7 @@ def test_what_lingers_expires_and_ends_with_its_instances() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 60), st.booleans()), max_size=40))
 def test_the_ranking_equals_a_sort(changes: list[tuple[str, int, bool]]) -> None:
-    ranking, expected = Ranking(), {}
+    ranking, expected = Ranking(queue_freeness), {}
     for instance_id, used, remove in changes:
         if remove:
             ranking.remove(instance_id)

@@ -202,3 +202,20 @@ def test_the_same_history_gives_the_same_decisions() -> None:
         return [*answers, *(place(str(order)) for order in cluster.orders)]
 
     assert run() == run()
+
+
+def test_candidates_come_in_the_order_of_a_policy_that_scores() -> None:
+    """By memory the small instance is fuller; by freeness its short batch would win."""
+    config = SchedulerConfig(dispatch_policy="load", pairing_policy="none")
+    cluster = ToyCluster(config, a=1000, b=1000)
+    cluster.instances["a"].running = {"large": 600}
+    cluster.instances["b"].running = {f"small{number}": 5 for number in range(100)}
+    cluster.report()
+    freest = ToyCluster(SchedulerConfig(pairing_policy="none"), a=1000, b=1000)
+    freest.instances = cluster.instances
+    freest.report()
+    by_load, by_freeness = cluster.place("r"), freest.place("r")
+    assert isinstance(by_load, Placed) and isinstance(by_freeness, Placed)
+    assert (by_load.instance_id, by_freeness.instance_id) == ("b", "a")
+    placed = spread(cluster, 100)
+    assert placed["b"] > placed["a"] > 20, "what was placed counts at once"

@@ -1,10 +1,20 @@
 """Where new requests go, and which requests an instance offers."""
 
+from collections import Counter
+from dataclasses import replace
+
 from policy_views import request, running, view
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MoveCandidate
-from llumnix.policies.dispatch import SCORES_MAX, FreenessDispatch, RoundRobin
+from llumnix.policies.dispatch import (
+    SCORES_MAX,
+    FreenessDispatch,
+    LeastLoaded,
+    LeastRequests,
+    PowerOfTwo,
+    RoundRobin,
+)
 from llumnix.policies.selection import Cheapest
 
 CONFIG = SchedulerConfig()
@@ -43,6 +53,44 @@ def test_round_robin_takes_turns_by_id_and_copes_with_comings_and_goings() -> No
     assert [policy.place(request(), three).instance_id for _ in range(4)] == ["a", "b", "c", "a"]
     assert policy.place(request(), (three[0],)).instance_id == "c"
     assert policy.place(request(), three).instance_id == "a"
+
+
+def test_load_counts_memory_in_use_queued_and_on_its_way_as_a_share_of_what_there_is() -> None:
+    policy = LeastLoaded(CONFIG)
+    assert policy.score(running("a", 30, 30)) == -0.6
+    assert policy.score(view("b", used_blocks=10, waiting=2, waiting_blocks=55)) == -0.65
+    assert policy.score(view("c", used_blocks=10, placed_blocks=40, placed_requests=1)) == -0.5
+    assert policy.score(view("d", used_blocks=60, capacity_blocks=600)) == -0.1
+    many_small, few_large = running("e", *[1] * 50), running("f", 80)
+    assert policy.score(many_small) > policy.score(few_large), "the batch does not count, memory does"
+    decision = policy.place(request(), (many_small, few_large))
+    assert (decision.instance_id, decision.scores) == ("e", (("e", -0.5), ("f", -0.8)))
+    assert "50%" in decision.reason
+
+
+def test_least_requests_counts_heads() -> None:
+    policy = LeastRequests(CONFIG)
+    busy = view("a", running=3, waiting=2, placed_requests=1, migrating_in=2, migrating_out=1)
+    assert policy.score(busy) == -7
+    decision = policy.place(request(), (running("b", 99), busy))
+    assert (decision.instance_id, decision.scores) == ("b", (("b", -1.0), ("a", -7.0)))
+
+
+def test_power_of_two_takes_the_freer_of_two_distinct_ones_drawn_by_the_id() -> None:
+    policy = PowerOfTwo(CONFIG)
+    many = tuple(view(f"i{number:02}") for number in range(20))
+    chosen: Counter[str | None] = Counter()
+    for number in range(4000):
+        named = replace(request(), request_id=f"r{number}")
+        decision = policy.place(named, many)
+        (better, _), (worse, _) = decision.scores
+        assert better < worse, "the earlier candidate, and never one twice"
+        assert decision == policy.place(named, many), "no chance but the id"
+        chosen[decision.instance_id] += 1
+    # The k-th freest of n wins with probability 2 (n - k) / (n (n - 1)).
+    assert chosen["i00"] > 320 and "i19" not in chosen
+    assert abs(chosen["i10"] - 4000 * 2 * 9 / 380) < 60
+    assert policy.place(request(), many[:1]).instance_id == "i00"
 
 
 def test_cheapest_offers_low_priority_first_then_no_kv_then_few_blocks_then_id() -> None:
