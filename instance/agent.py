@@ -110,6 +110,11 @@ class Agent:
     def draining(self) -> bool:
         return self._draining
 
+    @property
+    def migrating(self) -> bool:
+        """Whether a migration in or out is under way, so that each single step matters."""
+        return len(self._outgoing) > 0 or len(self._incoming) > 0
+
     def start(self, now: float) -> list[Effect]:
         """Introduce the instance to the manager."""
         return self._hello(None, now)
@@ -142,15 +147,19 @@ class Agent:
         """A step is done: its tokens go out first, then what it means for migrations, then a report if
         due."""
         if result.tokens:
-            self._steps.append(result.duration_s)
-            self._step_s = sorted(self._steps)[len(self._steps) // 2]
-            self._reports.changed()
+            self._note_steps((result.duration_s,))
         effects: list[Effect] = [
             Send(address, TokenBatch(self._me.instance_id, tuple(deltas)))
             for address, deltas in result.deltas.items()
         ]
         effects += self._outgoing.step_ended(self._step_s, now)
         return [*effects, *self._report_if_due(now)]
+
+    def after_quiet_steps(self, durations_s: Sequence[float], now: float) -> list[Effect]:
+        """The engine has advanced by several steps at once, with nothing migrating and no report due before
+        the last of them."""
+        self._note_steps(durations_s)
+        return self._report_if_due(now)
 
     def tick(self, now: float) -> list[Effect]:
         """Act on every deadline that has passed."""
@@ -251,6 +260,11 @@ class Agent:
         )
 
     # Bookkeeping.
+
+    def _note_steps(self, durations_s: Sequence[float]) -> None:
+        self._steps.extend(durations_s)
+        self._step_s = sorted(self._steps)[len(self._steps) // 2]
+        self._reports.changed()
 
     def _note_adopted(self, now: float) -> list[Effect]:
         """Requests that have just joined are no longer departed, and count as taken."""

@@ -9,7 +9,7 @@ Invariants: a request is held in one place only (local_scheduler.py); a token is
 sampled; a stop or end token is reported like any other and ends the request with STOP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from llumnix.core.config import EngineConfig, SchedulerConfig
 from llumnix.core.errors import InvariantError
@@ -20,7 +20,7 @@ from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.engine import EngineLoad, MovableState, StepResult, SubmitRefusal
 from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.instance.finished_outputs import FinishedOutputs
-from llumnix.instance.local_scheduler import LocalScheduler
+from llumnix.instance.local_scheduler import LocalScheduler, QuietStretch
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.request import Request
 from llumnix.policies.selection import Cheapest
@@ -111,10 +111,30 @@ class EngineCore:
             )
         self._tokens_total += taken
         if computed:
-            weight = STEP_MEAN_WEIGHT if self._step_s else 1.0
-            self._step_s += weight * (duration_s - self._step_s)
+            self._note_step(duration_s)
         preempted, self._preempted = tuple(self._preempted), []
         return StepResult(deltas, tuple(finished), preempted, computed, duration_s)
+
+    def quiet(self, most: int) -> QuietStretch:
+        """How many of the next steps, at most ``most``, could be done by ``advance``."""
+        return self._scheduler.quiet(most)
+
+    def advance(
+        self, durations_s: Sequence[float], sample: Callable[[Request, int], Iterable[int]]
+    ) -> list[str]:
+        """Do as many steps of a quiet stretch as there are durations, with the outcome of single ones.
+        ``sample`` as in LocalScheduler.advance. Returns who was decoded; the tokens are in nobody's deltas
+        and to be had from ``output_since``."""
+        steps, decoding = len(durations_s), list(self._scheduler.decoding)
+        self._scheduler.advance(steps, sample)
+        self._tokens_total += steps * len(decoding)
+        for duration_s in durations_s:
+            self._note_step(duration_s)
+        return decoding
+
+    def _note_step(self, duration_s: float) -> None:
+        weight = STEP_MEAN_WEIGHT if self._step_s else 1.0
+        self._step_s += weight * (duration_s - self._step_s)
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()
@@ -232,8 +252,12 @@ class EngineCore:
             raise InvariantError("blocks are owned by requests that are not held")
 
     def _candidates(self) -> tuple[MoveCandidate, ...]:
-        rows = [_candidate(request) for request in self._scheduler.running_requests()]
-        rows.extend(map(_candidate, self._scheduler.waiting.first(WAITING_CANDIDATES_MAX)))
+        rows = [_candidate(request, len(request.blocks)) for request in self._scheduler.running_requests()]
+        waiting = self._scheduler.waiting
+        rows.extend(
+            _candidate(request, waiting.blocks_of(request))
+            for request in waiting.first(WAITING_CANDIDATES_MAX)
+        )
         return self._selection.select(rows, CANDIDATES_MAX)
 
     # A migration's source.
@@ -335,9 +359,16 @@ def _delta(request: Request, result: SampledToken, index: int, reason: FinishRea
     )
 
 
-def _candidate(request: Request) -> MoveCandidate:
+def _candidate(request: Request, blocks: int) -> MoveCandidate:
+    known = len(request.tokens)
     return MoveCandidate(
-        request.request_id, len(request.blocks), request.execution_priority, not request.blocks
+        request.request_id,
+        blocks,
+        request.execution_priority,
+        not request.blocks,
+        known,
+        known - request.prompt_len,
+        request.arrived_at,
     )
 
 

@@ -16,8 +16,10 @@ taken out by a migration (its KV, if any, stays where it is). Called by the engi
   place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
+from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import RequestStatus
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.executor import Chunk
@@ -25,6 +27,19 @@ from llumnix.instance.request import Request
 from llumnix.instance.waiting_queue import WaitingQueue
 
 WATERMARK_SHARE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class QuietStretch:
+    """The next ``steps`` steps only decode the same ``requests`` requests; the first of them attends to
+    ``context_tokens`` tokens in total, each later one to ``requests`` more."""
+
+    steps: int
+    requests: int
+    context_tokens: int
+
+
+NOT_QUIET = QuietStretch(0, 0, 0)
 
 
 class LocalScheduler:
@@ -133,6 +148,51 @@ class LocalScheduler:
             self.join(head)
             budget -= self._prefill(head, budget, chunks)
         return chunks, preempted
+
+    def quiet(self, most: int) -> QuietStretch:
+        """How many of the next steps, at most ``most``, admit, prefill, end and preempt nothing. A request
+        that may end by a token it samples, or wants logprobs, is never quiet; end tokens of the model are the
+        caller's to rule out."""
+        if self.prefilling or not self.decoding:
+            return NOT_QUIET
+        head = self.waiting.head()
+        if head is not None and self._admissible(head):
+            return NOT_QUIET
+        context = 0
+        for request in self.decoding.values():
+            sampling, known = request.sampling, len(request.tokens)
+            if sampling.stop_token_ids or sampling.logprobs >= 0:
+                return NOT_QUIET
+            most = min(most, sampling.max_tokens - known + request.prompt_len - 1)
+            context += known
+        while most > 0 and self._growth(most) > self._blocks.free_blocks:
+            most //= 2
+        return QuietStretch(most, len(self.decoding), context) if most > 0 else NOT_QUIET
+
+    def advance(self, steps: int, sample: Callable[[Request, int], Iterable[int]]) -> None:
+        """Do ``steps`` quiet steps at once, taking blocks in the order in which single steps would.
+        ``sample`` gives a request's next tokens, of which none may end it."""
+        size = self._block_size
+        growths: list[tuple[int, int, str]] = []
+        for order, request in enumerate(self.decoding.values()):
+            first = len(request.blocks) * size + 1 - len(request.tokens)
+            if first < steps:
+                growths += [(step, order, request.request_id) for step in range(first, steps, size)]
+        growths.sort()
+        for _, _, request_id in growths:
+            if not self._blocks.grow(request_id, 1):
+                raise InvariantError(f"a stretch of {steps} steps was not quiet: no block for {request_id}")
+        for request in self.decoding.values():
+            request.tokens.extend(sample(request, steps))
+            request.computed_tokens += steps
+
+    def _growth(self, steps: int) -> int:
+        """Blocks that the decoding requests take in the next ``steps`` steps."""
+        size = self._block_size
+        return sum(
+            (len(request.tokens) + steps + size - 2) // size - len(request.blocks)
+            for request in self.decoding.values()
+        )
 
     def _prefill(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
         missing = len(request.tokens) - request.computed_tokens

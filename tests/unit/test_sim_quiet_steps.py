@@ -1,0 +1,96 @@
+"""Many steps at once are what as many single steps are: tokens, blocks, order, load and what follows."""
+
+from dataclasses import replace
+
+from engine_driving import Client, run_out, small_engine, spec, step
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llumnix.core.sampling import SamplingParams
+from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.request import Request
+from llumnix.instance.simulated_executor import simulated_token
+
+
+def sample(request: Request, count: int) -> list[int]:
+    """The next tokens that the simulated executor would give."""
+    known = len(request.tokens)
+    return [simulated_token(request.sampling.seed, known + ahead) for ahead in range(count)]
+
+
+def advance(engine: InProcessEngine, most: int) -> int:
+    """Do what is quiet of the next ``most`` steps."""
+    stretch = engine.quiet(most)
+    if stretch.steps:
+        ids = engine.advance([0.0] * stretch.steps, sample)
+        assert len(ids) == stretch.requests
+        engine.check()
+    return stretch.steps
+
+
+def state(engine: InProcessEngine) -> object:
+    """All that an outsider can ask about an engine."""
+    rows = engine.rows("i", 0.0)
+    movable = [engine.movable(row.request_id) for row in rows]
+    outputs = [engine.output_since(row.request_id, 0) for row in rows]
+    return rows, movable, outputs, replace(engine.load(), step_s=0.0), engine.has_work()
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 40), st.integers(0, 1)), min_size=1, max_size=7
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(requests=requests, warm=st.integers(0, 12), most=st.lists(st.integers(1, 30), max_size=12))
+def test_a_stretch_is_its_single_steps(
+    requests: list[tuple[int, int, int]], warm: int, most: list[int]
+) -> None:
+    fast, slow = small_engine(), small_engine()
+    for engine in (fast, slow):
+        for index, (prompt_len, max_tokens, priority) in enumerate(requests):
+            request = spec(
+                f"r{index}", prompt_len=prompt_len, max_tokens=max_tokens, execution_priority=priority
+            )
+            engine.submit(request, float(index))
+        for _ in range(warm):
+            step(engine)
+    for limit in most:
+        quiet = advance(fast, limit)
+        for _ in range(quiet):
+            result = step(slow)
+            assert not result.finished and not result.preempted
+            assert all(delta.first_index > 0 for deltas in result.deltas.values() for delta in deltas)
+        assert state(fast) == state(slow)
+        if not quiet:
+            assert step(fast) == step(slow)
+    assert run_out(fast) == run_out(slow)
+
+
+def test_a_stretch_ends_before_a_request_does_and_before_blocks_run_out() -> None:
+    engine = small_engine(kv_blocks=8)
+    engine.submit(spec("a", prompt_len=4, max_tokens=12), 0.0)
+    step(engine)
+    assert engine.quiet(100).steps == 10  # one token is known, the twelfth ends it
+    engine.submit(spec("b", prompt_len=4, max_tokens=20), 0.0)
+    step(engine)
+    assert engine.quiet(1000).steps > 0
+    client, stretches = Client(), 0
+    while engine.has_work():
+        stretches += advance(engine, 1000) > 0
+        step(engine)
+    assert stretches >= 2 and not client.tokens
+
+
+def test_nothing_is_quiet_while_something_else_is_to_be_done() -> None:
+    engine = small_engine()
+    assert engine.quiet(10).steps == 0
+    engine.submit(spec("a", prompt_len=20, max_tokens=12), 0.0)
+    assert engine.quiet(10).steps == 0  # to be admitted
+    step(engine)
+    assert engine.quiet(10).steps == 0  # to be prefilled further
+    stops = SamplingParams(max_tokens=9, seed=1, stop_token_ids=(7,))
+    other = small_engine()
+    other.submit(spec("s", sampling=stops), 0.0)
+    step(other)
+    assert other.quiet(10).steps == 0  # any token may end it
