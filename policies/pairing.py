@@ -41,6 +41,35 @@ class FreenessPairing:
         return tuple(plan.moves)
 
 
+class DrainPairing:
+    """Draining instances give to whoever can hold the request without being overloaded by it; nothing else
+    moves."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        """The round's moves."""
+        plan = _Round(self._config, cluster)
+        plan.empty_draining()
+        return tuple(plan.moves)
+
+
+class DefragmentPairing:
+    """Beside draining, moves serve one end: the head of a queue that is too large for its instance gets its
+    room, or goes where there is room. Balance is left to dispatch."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        """The round's moves, those off draining instances first."""
+        plan = _Round(self._config, cluster)
+        plan.empty_draining()
+        plan.unblock()
+        return tuple(plan.moves)
+
+
 @dataclass(slots=True)
 class _Side:
     """An instance in this round: its load as planned so far, and how many more moves it may take part in."""
@@ -73,6 +102,7 @@ class _Round:
         low = [view for view in serving if view.freeness < config.low_freeness and view.candidates]
         low.sort(key=lambda view: (view.freeness, view.instance_id))
         self._low = [self._side(view, view.migrating_out) for view in low]
+        self._serving = serving
         # More targets than moves are never needed; the freest are the best of them.
         open_views.sort(key=lambda view: (-view.queue_freeness, view.instance_id))
         freest = open_views[: 2 * config.moves_per_round_max]
@@ -103,6 +133,19 @@ class _Round:
 
         high = [side for side in self._targets if side.view.freeness > config.high_freeness]
         self._plan(self._low, high, allowed)
+
+    def unblock(self) -> None:
+        """Plan moves off instances whose head of the queue does not fit, to where free blocks remain."""
+
+        def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
+            return source.load.head_blocked and not after.head_blocked and self._freeness(after) > 0
+
+        blocked = [
+            self._side(view, view.migrating_out)
+            for view in self._serving
+            if view.candidates and Load.of(view).head_blocked
+        ]
+        self._plan(blocked, self._targets, allowed)
 
     def _plan(self, sources: list[_Side], targets: list[_Side], allowed: Allowed) -> None:
         active = sources

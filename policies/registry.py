@@ -14,8 +14,8 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.views import DispatchPolicy, PairingPolicy, SelectionPolicy
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
-from llumnix.policies.pairing import FreenessPairing, NoPairing
-from llumnix.policies.selection import Cheapest
+from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
+from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest, Shortest
 
 ENTRY_POINT_GROUP = "llumnix.policies"
 
@@ -26,8 +26,19 @@ DISPATCH: dict[str, type[DispatchPolicy]] = {
     "power-of-two": PowerOfTwo,
     "round-robin": RoundRobin,
 }
-PAIRING: dict[str, type[PairingPolicy]] = {"freeness": FreenessPairing, "none": NoPairing}
-SELECTION: dict[str, type[SelectionPolicy]] = {"cheapest": Cheapest}
+PAIRING: dict[str, type[PairingPolicy]] = {
+    "defragment": DefragmentPairing,
+    "drain": DrainPairing,
+    "freeness": FreenessPairing,
+    "none": NoPairing,
+}
+SELECTION: dict[str, type[SelectionPolicy]] = {
+    "cheapest": Cheapest,
+    "first-waiting": FirstWaiting,
+    "last-come": LastCome,
+    "longest": Longest,
+    "shortest": Shortest,
+}
 
 # What importing or constructing other people's code may raise.
 PLUGIN_FAULTS = (

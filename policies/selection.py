@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MoveCandidate
 
+Cost = tuple[int | float | str, ...]
+
 
 class Cheapest:
     """Lowest execution priority first, then what costs least to move: waiting requests carry no KV, then few
@@ -22,5 +24,64 @@ class Cheapest:
         return tuple(heapq.nsmallest(limit, rows, key=_cost))
 
 
-def _cost(row: MoveCandidate) -> tuple[int, bool, int, str]:
+class Shortest:
+    """Lowest execution priority first, then the fewest tokens."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
+        """At most ``limit`` of ``rows``, best first, ties by request id."""
+        return tuple(heapq.nsmallest(limit, rows, key=_length))
+
+
+class Longest:
+    """Lowest execution priority first, then the most tokens: fewest moves for the most room."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
+        """At most ``limit`` of ``rows``, best first, ties by request id."""
+        return tuple(heapq.nsmallest(limit, rows, key=_brevity))
+
+
+class LastCome:
+    """Lowest execution priority first, then the latest arrival: whoever was here first is disturbed last."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
+        """At most ``limit`` of ``rows``, best first, ties by request id."""
+        return tuple(heapq.nsmallest(limit, rows, key=_lateness))
+
+
+class FirstWaiting:
+    """The queue first, in its order and whatever its priorities, so that who waits longest gets away; then
+    the cheapest."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
+        """At most ``limit`` of ``rows``, best first; ``rows`` has waiting requests in queue order."""
+        waiting = [row for row in rows if row.waiting]
+        running = [row for row in rows if not row.waiting]
+        return (*waiting, *heapq.nsmallest(limit, running, key=_cost))[:limit]
+
+
+def _cost(row: MoveCandidate) -> Cost:
     return row.execution_priority, not row.waiting, row.blocks, row.request_id
+
+
+def _length(row: MoveCandidate) -> Cost:
+    return row.execution_priority, row.tokens, row.request_id
+
+
+def _brevity(row: MoveCandidate) -> Cost:
+    return row.execution_priority, -row.tokens, row.request_id
+
+
+def _lateness(row: MoveCandidate) -> Cost:
+    return row.execution_priority, -row.arrived_at, row.request_id

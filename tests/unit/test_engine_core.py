@@ -217,10 +217,10 @@ def test_load_counts_blocks_and_requests() -> None:
     assert load.execution_priorities == ((0, 1), (2, 1))
     assert (load.step_s, load.tokens_total, load.finished_total) == (0.5, 2, 0)
     assert load.candidates == (
-        MoveCandidate("c", 0, 0, True),
-        MoveCandidate("d", 0, 0, True),
-        MoveCandidate("b", 2, 0, False),
-        MoveCandidate("a", 3, 2, False),
+        MoveCandidate("d", 1, 0, True, 3, 0, 3.0),
+        MoveCandidate("c", 2, 0, True, 6, 0, 2.0),
+        MoveCandidate("b", 2, 0, False, 6, 1, 1.0),
+        MoveCandidate("a", 3, 2, False, 10, 1, 0.0),
     )
 
 

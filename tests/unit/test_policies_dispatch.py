@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from policy_views import request, running, view
 
 from llumnix.core.config import SchedulerConfig
@@ -15,6 +16,7 @@ from llumnix.policies.dispatch import (
     PowerOfTwo,
     RoundRobin,
 )
+from llumnix.policies.registry import selection_policy
 from llumnix.policies.selection import Cheapest
 
 CONFIG = SchedulerConfig()
@@ -105,3 +107,30 @@ def test_cheapest_offers_low_priority_first_then_no_kv_then_few_blocks_then_id()
     assert ids == ["queued", "a", "b", "big"]
     assert Cheapest(CONFIG).select(rows, 9)[-1].request_id == "high"
     assert Cheapest(CONFIG).select((), 3) == ()
+
+
+ROWS = [
+    MoveCandidate("high", 1, 1, False, 10, 4, 9.0),
+    MoveCandidate("b", 5, 0, False, 70, 9, 5.0),
+    MoveCandidate("a", 9, 0, False, 130, 9, 1.0),
+    MoveCandidate("c", 2, 0, False, 20, 9, 3.0),
+    MoveCandidate("q2", 3, 1, True, 40, 0, 6.0),
+    MoveCandidate("q1", 4, 0, True, 50, 0, 7.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("cheapest", ["q1", "c", "b", "a", "q2", "high"]),
+        ("shortest", ["c", "q1", "b", "a", "high", "q2"]),
+        ("longest", ["a", "b", "q1", "c", "q2", "high"]),
+        ("last-come", ["q1", "b", "c", "a", "high", "q2"]),
+        ("first-waiting", ["q2", "q1", "c", "b", "a", "high"]),
+    ],
+)
+def test_selections_by_name(name: str, order: list[str]) -> None:
+    policy = selection_policy(SchedulerConfig(selection_policy=name))
+    assert [row.request_id for row in policy.select(ROWS, 9)] == order
+    assert [row.request_id for row in policy.select(ROWS, 2)] == order[:2]
+    assert policy.select((), 2) == ()

@@ -10,7 +10,7 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceState, MoveCandidate
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
 from llumnix.policies.freeness import Load
-from llumnix.policies.pairing import FreenessPairing, NoPairing
+from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
 
 CONFIG = SchedulerConfig(low_freeness=4.0, high_freeness=8.0)
 FULL = (24, 24, 24, 24)
@@ -171,3 +171,53 @@ def test_every_round_keeps_the_rules(views: tuple[InstanceView, ...]) -> None:
             assert source.freeness < CONFIG.low_freeness
             assert by_id[move.target_id].freeness > CONFIG.high_freeness
     assert pair(*views) == moves  # the same view gives the same round
+
+
+def blocked(instance_id: str, *blocks: int, head: int) -> InstanceView:
+    """An instance whose head of the queue waits for blocks."""
+    made = running(instance_id, *blocks, head_blocks=head, waiting_blocks=head, waiting=1)
+    return replace(made, candidates=(MoveCandidate(f"{instance_id}q", head, 0, True), *made.candidates))
+
+
+def test_drain_moves_what_drains_and_nothing_else() -> None:
+    emptied = replace(running("a", 10, 10), state=InstanceState.DRAINING)
+    snapshot = ClusterSnapshot(0.0, (emptied, running("b", *FULL), view("c")), frozenset())
+    moves = DrainPairing(CONFIG).pair(snapshot)
+    assert {move.source_id for move in moves} == {"a"} and len(moves) == 2
+
+
+def defragment(*views: InstanceView) -> list[tuple[str, str, str]]:
+    return routes(DefragmentPairing(CONFIG).pair(ClusterSnapshot(0.0, views, frozenset())))
+
+
+def test_defragment_finds_the_head_of_the_queue_its_room() -> None:
+    assert defragment(blocked("a", 40, 30, head=50), view("b")) == [("aq", "a", "b")]
+    # Where the head itself fits nowhere, something smaller makes way for it.
+    assert defragment(blocked("a", 25, 30, head=50), running("b", 60)) == [("a0", "a", "b")]
+
+
+def test_defragment_leaves_balance_alone() -> None:
+    assert defragment(running("a", *FULL), view("b")) == []
+    assert pair(running("a", *FULL), view("b")) != ()
+    assert defragment(blocked("a", 40, 10, head=50), view("b")) == [], "its head fits and is admitted next"
+
+
+def test_defragment_blocks_nobody_else() -> None:
+    assert defragment(blocked("a", 50, 30, head=40), running("b", 75)) == []
+    assert defragment(blocked("a", 50, 30, head=40), blocked("b", 60, head=50)) == []
+
+
+@given(clusters())
+@settings(max_examples=100, deadline=None)
+def test_defragment_never_blocks_a_target(views: tuple[InstanceView, ...]) -> None:
+    snapshot = ClusterSnapshot(0.0, views, frozenset())
+    moves = DefragmentPairing(CONFIG).pair(snapshot)
+    by_id = {one.instance_id: one for one in views}
+    loads = {one.instance_id: Load.of(one) for one in views}
+    for move in moves:
+        source = by_id[move.source_id]
+        candidate = next(one for one in source.candidates if one.request_id == move.request_id)
+        assert source.state is InstanceState.DRAINING or Load.of(source).head_blocked
+        loads[move.target_id] = loads[move.target_id].joined(candidate, candidate.blocks)
+        assert loads[move.target_id].free_blocks > 0
+        assert not loads[move.target_id].head_blocked

@@ -77,7 +77,7 @@ def test_a_policy_that_does_not_work_is_refused_with_name_reason_and_choices(nam
     text = str(caught.value)
     assert text.startswith(f"pairing policy {name!r}: ")
     assert why in text
-    assert "freeness, none" in text
+    assert "drain, freeness, none" in text
 
 
 @pytest.mark.parametrize("fault", ["raise RuntimeError('no licence')", "x =", "undefined_name"])

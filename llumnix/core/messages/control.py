@@ -78,12 +78,17 @@ class InstanceHello:
 @dataclass(frozen=True, slots=True)
 class MoveCandidate:
     """A request its instance would give away first, by the selection policy. ``blocks`` it holds or, if it is
-    ``waiting`` and so has no KV yet, those its prefill needs."""
+    ``waiting`` and so has no KV yet, those its prefill needs. ``tokens`` of prompt + output are known, the
+    last ``output_tokens`` of them generated. ``arrived_at`` is on the instance's own clock: compare it only
+    with others of the same report."""
 
     request_id: str
     blocks: int
     execution_priority: int
     waiting: bool
+    tokens: int = 0
+    output_tokens: int = 0
+    arrived_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
