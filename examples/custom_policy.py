@@ -5,7 +5,7 @@ Serve with it (`docs/policies.md` says more):
     PYTHONPATH=examples llumnix serve --engine simulated --dispatch-policy custom_policy:TenantAffinity
 """
 
-from zlib import crc32
+from hashlib import sha256
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
@@ -25,8 +25,8 @@ class TenantAffinity:
         if not request.tenant:
             return DispatchDecision(freest.instance_id, (), "no tenant: the freest")
 
-        def liking(view: InstanceView) -> tuple[int, str]:
-            return crc32(f"{request.tenant}@{view.instance_id}".encode()), view.instance_id
+        def liking(view: InstanceView) -> bytes:
+            return sha256(f"{request.tenant}@{view.instance_id}".encode()).digest()
 
         for view in sorted(candidates, key=liking, reverse=True):
             if Load.of(view).free_blocks >= request.blocks:
