@@ -126,7 +126,9 @@ def expected(seed: int, tokens: int) -> str:
     return bytes(simulated_token(seed, len(PROMPT) + index) for index in range(tokens)).decode()
 
 
-async def burst(served: Served, count: int, tokens: int, disturb: "asyncio.Future[None] | None" = None) -> None:
+async def burst(
+    served: Served, count: int, tokens: int, disturb: "asyncio.Future[None] | None" = None
+) -> None:
     """So many streams at once, each complete and exact, whatever ``disturb`` does meanwhile."""
     async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         texts = asyncio.gather(*(chat(client, seed, tokens) for seed in range(count)))

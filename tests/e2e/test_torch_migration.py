@@ -75,9 +75,7 @@ async def test_float32_greedy_tokens_equal_transformers_with_migrations_in_the_m
     with torch.inference_mode():
         for prompt, output in zip(prompts, outputs, strict=True):
             scores = reference(torch.tensor([[*prompt, *output]])).logits[0]
-            likeliest = scores[len(prompt) - 1 : -1].argmax(
-                dim=-1
-            )  # as greedy decoding would
+            likeliest = scores[len(prompt) - 1 : -1].argmax(dim=-1)  # as greedy decoding would
             assert output == tuple(likeliest.tolist())
 
 
