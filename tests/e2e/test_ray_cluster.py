@@ -1,4 +1,5 @@
-"""`llumnix serve` as users run it: Ray, HTTP, the command line, the openai client, and processes that get killed.
+"""`llumnix serve` as users run it: Ray, HTTP, the command line, the openai client, and processes that get
+killed.
 
 One simulated cluster serves all tests of this file; they run in order and leave it as they found it.
 """
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from llumnix.instance.simulated_executor import simulated_token
 from openai import AsyncOpenAI
+
+from llumnix.instance.simulated_executor import simulated_token
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -83,8 +85,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("serve") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [LLUMNIX, "serve", "--engine", "simulated", "--simulated-step-ms", "10", "--instances", "2"]
-            + ["--port", str(port), "--pairing-policy", "none"],
+            [
+                *(LLUMNIX, "serve", "--engine", "simulated", "--simulated-step-ms", "10", "--instances", "2"),
+                *("--port", str(port), "--pairing-policy", "none"),
+            ],
             stdout=out,
             stderr=subprocess.STDOUT,
             text=True,

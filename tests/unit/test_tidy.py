@@ -45,8 +45,8 @@ MAY_IMPORT = {
 LIBRARY_HOMES = {
     "ray": r"runtime/|bench/",
     "zmq": r"runtime/bus\.py|migration/transports/zmq_",
-    "torch": r"kernels/|instance/models/|instance/\w*executor\.py|instance/sampler\w*\.py|instance/kv_pool\.py"
-    r"|instance/smollm2\.py|migration/transports/|bench/",
+    "torch": r"kernels/|instance/(models/|\w*executor\.py|sampler\w*\.py|kv_pool\.py|smollm2\.py)"
+    r"|migration/transports/|bench/",
     "triton": r"kernels/",
     "vllm": r"instance/vllm_",
     "fastapi": r"api/",
