@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llumnix.core.config import MigrationConfig
+from llumnix.core.config import MigrationConfig, SchedulerConfig
+from llumnix.core.config_source import with_settings
 from llumnix.core.effects import Send
-from llumnix.core.errors import ProtocolError, TransportError
+from llumnix.core.errors import ConfigurationError, ProtocolError, TransportError
 from llumnix.core.messages.control import (
     Fenced,
     HelloWanted,
@@ -25,7 +26,9 @@ from llumnix.core.messages.control import (
     MigrateOrder,
     RequestList,
     RequestStatus,
+    SchedulerSettings,
     SetDraining,
+    SetRole,
 )
 from llumnix.core.messages.migration import (
     AbortMigration,
@@ -57,13 +60,13 @@ from llumnix.instance.agent_outgoing import OutgoingMigrations
 from llumnix.instance.agent_reports import LoadReporter
 from llumnix.instance.engine import Engine, StepResult
 from llumnix.migration.events import CloseReader, Effect, StartRead
+from llumnix.migration.pace import Pace
 from llumnix.migration.transports.base import ReadStats
 
 __all__ = ["Agent", "CloseReader", "Effect", "StartRead"]
 
 SUBMITTED_MAX = 8192
 FAULTS_MAX = 32
-STEPS_REMEMBERED = 8
 
 
 class Agent:
@@ -81,12 +84,12 @@ class Agent:
         self._engine = engine
         self._manager_address = manager_address
         self._draining = False
+        self._settings: SchedulerSettings | None = None
         self._reports = LoadReporter(identity, engine, report_interval_s, manager_address)
-        self._outgoing = OutgoingMigrations(identity, engine, migration, manager_address)
-        self._incoming = IncomingMigrations(identity, engine, migration)
+        self._pace = Pace()
+        self._outgoing = OutgoingMigrations(identity, engine, migration, self._pace, manager_address)
+        self._incoming = IncomingMigrations(identity, engine, migration, self._pace)
         self._submitted: Latest[tuple[str, int], None] = Latest(SUBMITTED_MAX)
-        self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)
-        self._step_s = 0.0
         self.fault_count = 0
         self.faults: deque[str] = deque(maxlen=FAULTS_MAX)
         """What peers got wrong lately, for logs."""
@@ -95,16 +98,21 @@ class Agent:
             Abort: self._abort,
             Probe: self._probe,
             HelloWanted: self._hello,
-            MigrateOrder: lambda order, now: self._outgoing.order(order, self._step_s, now),
+            MigrateOrder: self._outgoing.order,
             SetDraining: self._set_draining,
+            SetRole: self._set_role,
+            SchedulerSettings: self._use_settings,
             Fenced: self._fenced,
             ListRequests: self._list_requests,
             Reserve: lambda message, now: self._incoming.reserve(message, self._draining, now),
         }
-        for kind in (CopyStage, CommitSoon, Commit, QueryCommit, AbortMigration):
+        for kind in (CopyStage, Commit, QueryCommit, AbortMigration):
             self._handlers[kind] = self._incoming.follow
+        self._timed: dict[type, Callable[[Any, float, float], Sequence[Effect]]] = {
+            CommitSoon: lambda message, arrived_at, now: self._incoming.follow(message, arrived_at),
+        }
         for answer in (Reserved, Refused, StageCopied, Committed, Denied):
-            self._handlers[answer] = self._outgoing.answer
+            self._timed[answer] = self._outgoing.answer
 
     @property
     def draining(self) -> bool:
@@ -115,6 +123,15 @@ class Agent:
         """Whether a migration in or out is under way, so that each single step matters."""
         return len(self._outgoing) > 0 or len(self._incoming) > 0
 
+    def quiet_until(self) -> float | None:
+        """If nothing comes in, steps may be done at once up to the first that ends then or later. None: each
+        of them matters."""
+        if self.migrating:
+            return None
+        idle = self._incoming.next_deadline()
+        due = self._reports.due_if_changed()
+        return due if idle is None else min(due, idle)
+
     def start(self, now: float) -> list[Effect]:
         """Introduce the instance to the manager."""
         return self._hello(None, now)
@@ -122,13 +139,14 @@ class Agent:
     def handle(self, message: object, now: float, arrived_at: float | None = None) -> list[Effect]:
         """Take one message. ``arrived_at`` is when it reached this process, if it had to wait for a
         step's end."""
-        handler = self._handlers.get(type(message))
-        if handler is None:
-            self._fault(f"no instance takes {type(message).__name__}")
-            return []
-        when = arrived_at if isinstance(message, CommitSoon) and arrived_at is not None else now
+        handler, timed = self._handlers.get(type(message)), self._timed.get(type(message))
         try:
-            effects = list(handler(message, when))
+            if handler is not None:
+                effects = list(handler(message, now))
+            elif timed is not None:
+                effects = list(timed(message, now if arrived_at is None else arrived_at, now))
+            else:
+                raise ProtocolError(f"no instance takes {type(message).__name__}")
         except ProtocolError as error:
             self._fault(str(error))
             return []
@@ -147,18 +165,18 @@ class Agent:
         """A step is done: its tokens go out first, then what it means for migrations, then a report if
         due."""
         if result.tokens:
-            self._note_steps((result.duration_s,))
+            self._pace.note((result.duration_s,))
         effects: list[Effect] = [
             Send(address, TokenBatch(self._me.instance_id, tuple(deltas)))
             for address, deltas in result.deltas.items()
         ]
-        effects += self._outgoing.step_ended(self._step_s, now)
+        effects += self._outgoing.step_ended(now)
         return [*effects, *self._report_if_due(now)]
 
     def after_quiet_steps(self, durations_s: Sequence[float], now: float) -> list[Effect]:
-        """The engine has advanced by several steps at once, with nothing migrating and no report due before
-        the last of them."""
-        self._note_steps(durations_s)
+        """The engine has advanced by several steps at once, none but the last of which ended at
+        ``quiet_until`` or later."""
+        self._pace.note(durations_s)
         return self._report_if_due(now)
 
     def tick(self, now: float) -> list[Effect]:
@@ -173,7 +191,7 @@ class Agent:
     def hold_until(self, now: float) -> float | None:
         """Ask right before a step. A time: do not start it yet, take what comes in until then and ask
         again, since a request is about to join. None: go ahead. An idle engine has nothing to hold."""
-        return self._incoming.hold_until(self._step_s, now)
+        return self._incoming.hold_until(now)
 
     def check(self) -> None:
         """Raise InvariantError unless the agent's books agree with each other and with the engine."""
@@ -230,10 +248,31 @@ class Agent:
     # The manager.
 
     def _hello(self, message: HelloWanted | None, now: float) -> list[Effect]:
-        return [Send(self._manager_address, self._me), self._report(now)]
+        kept = [] if self._settings is None else [Send(self._manager_address, self._settings)]
+        return [Send(self._manager_address, self._me), *kept, self._report(now)]
 
     def _set_draining(self, message: SetDraining, now: float) -> list[Effect]:
         self._draining = message.draining
+        return [self._report(now)]
+
+    def _set_role(self, message: SetRole, now: float) -> list[Effect]:
+        self._me = replace(self._me, role=message.role)
+        self._reports.role = message.role
+        return [self._report(now)]
+
+    def _use_settings(self, message: SchedulerSettings, now: float) -> list[Effect]:
+        """Settings that cannot hold here are kept for the manager all the same, and named as a fault."""
+        if message.revision <= self._reports.settings_revision:
+            return []
+        self._settings = message
+        self._reports.settings_revision = message.revision
+        try:
+            self._engine.configure(with_settings(SchedulerConfig(), dict(message.values)))
+        except ConfigurationError as error:
+            self._fault(str(error))
+            self._reports.fault = str(error)
+        else:
+            self._reports.fault = ""
         return [self._report(now)]
 
     def _fenced(self, message: Fenced, now: float) -> list[Effect]:
@@ -260,11 +299,6 @@ class Agent:
         )
 
     # Bookkeeping.
-
-    def _note_steps(self, durations_s: Sequence[float]) -> None:
-        self._steps.extend(durations_s)
-        self._step_s = sorted(self._steps)[len(self._steps) // 2]
-        self._reports.changed()
 
     def _note_adopted(self, now: float) -> list[Effect]:
         """Requests that have just joined are no longer departed, and count as taken."""

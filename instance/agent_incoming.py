@@ -28,6 +28,7 @@ from llumnix.core.messages.migration import (
 from llumnix.instance.agent_memory import Latest
 from llumnix.instance.engine import Engine
 from llumnix.migration.events import CloseReader, Effect, PeerFenced, ReadEnded, Timeout
+from llumnix.migration.pace import Pace
 from llumnix.migration.target import TargetMigration, TargetState
 from llumnix.migration.transports.base import ReadStats
 
@@ -42,10 +43,11 @@ Decision = Committed | Denied
 class IncomingMigrations:
     """See the module. Methods return what is to be done."""
 
-    def __init__(self, me: InstanceHello, engine: Engine, config: MigrationConfig) -> None:
+    def __init__(self, me: InstanceHello, engine: Engine, config: MigrationConfig, pace: Pace) -> None:
         self._me = me
         self._engine = engine
         self._config = config
+        self._pace = pace
         self._running: dict[str, TargetMigration] = {}
         self._decided: Latest[str, tuple[str, Decision]] = Latest(DECISIONS_MAX)
         self._readers: dict[str, float] = {}
@@ -68,7 +70,7 @@ class IncomingMigrations:
         if refusal is not None:
             self._decide(migration_id, message.source_address, Denied(migration_id, refusal.reason))
             return [Send(message.source_address, refusal)]
-        migration = TargetMigration(message, engine=self._engine, config=self._config)
+        migration = TargetMigration(message, engine=self._engine, config=self._config, pace=self._pace)
         self._running[migration_id] = migration
         effects = migration.begin(now)
         self._settle(migration, now)
@@ -122,12 +124,12 @@ class IncomingMigrations:
         deadlines += [used_at + READER_IDLE_S for used_at in self._readers.values()]
         return min(deadlines, default=None)
 
-    def hold_until(self, step_s: float, now: float) -> float | None:
+    def hold_until(self, now: float) -> float | None:
         """How long the next step should wait for a request that is about to join, if at all. A hold is
         granted once per migration and lasts at most ``hold_share`` of a step (last blocks:
         LAST_READ_HOLD_S, if longer).
         """
-        hold_s = self._config.hold_share * step_s
+        hold_s = self._config.hold_share * self._pace.step_s
         for migration in self._running.values():
             reading = migration.state is TargetState.COMMITTING
             if not reading and (migration.expected_at is None or migration.expected_at > now + hold_s):

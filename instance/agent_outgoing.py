@@ -16,7 +16,9 @@ from llumnix.core.messages.migration import Committed, Denied, Refused, Reserved
 from llumnix.core.messages.serving import Moved
 from llumnix.instance.agent_memory import Latest
 from llumnix.instance.engine import Engine
+from llumnix.migration.alignment import Rhythm
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
+from llumnix.migration.pace import Pace
 from llumnix.migration.source import SourceMigration, SourceState
 
 REMEMBERED_MAX = 4096
@@ -37,11 +39,12 @@ class OutgoingMigrations:
     """See the module. Methods return what is to be sent."""
 
     def __init__(
-        self, me: InstanceHello, engine: Engine, config: MigrationConfig, manager_address: str
+        self, me: InstanceHello, engine: Engine, config: MigrationConfig, pace: Pace, manager_address: str
     ) -> None:
         self._me = me
         self._engine = engine
         self._config = config
+        self._pace = pace
         self._manager_address = manager_address
         self._running: dict[str, SourceMigration] = {}
         self._by_request: dict[str, SourceMigration] = {}
@@ -61,7 +64,7 @@ class OutgoingMigrations:
         departure = self._departed.get(request_id)
         return None if departure is None else departure.moved
 
-    def order(self, order: MigrateOrder, step_s: float, now: float) -> list[Send]:
+    def order(self, order: MigrateOrder, now: float) -> list[Send]:
         """Begin a migration, or say why not. A repeated order does nothing."""
         if order.migration_id in self._running or order.migration_id in self._ended:
             return []
@@ -73,21 +76,26 @@ class OutgoingMigrations:
             self._me,
             engine=self._engine,
             config=self._config,
+            pace=self._pace,
             manager_address=self._manager_address,
         )
-        effects = migration.begin(now, step_s)
+        effects = migration.begin(now)
         self._running[order.migration_id] = migration
         self._by_request[order.request_id] = migration
         return effects
 
-    def answer(self, message: Answer, now: float) -> list[Send]:
+    def answer(self, message: Answer, arrived_at: float, now: float) -> list[Send]:
         """Take a target's message. One for a migration that has ended changes nothing."""
         migration = self._running.get(message.migration_id)
-        return [] if migration is None else self._feed(migration, message, now)
+        if migration is None:
+            return []
+        if isinstance(message, Reserved | StageCopied):
+            migration.rhythm = Rhythm(arrived_at, message.step_s)
+        return self._feed(migration, message, now)
 
-    def step_ended(self, step_s: float, now: float) -> list[Send]:
+    def step_ended(self, now: float) -> list[Send]:
         """Let every migration see what the step did to its request."""
-        return self._feed_all(StepEnded(step_s), list(self._running.values()), now)
+        return self._feed_all(StepEnded(), list(self._running.values()), now)
 
     def client_abort(self, request_id: str, epoch: int, now: float) -> list[Send] | None:
         """Abort a request that is on the move. None: it is not, so the engine alone is concerned."""

@@ -14,9 +14,7 @@ from llumnix.migration.transports.base import ReadStats
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """The source's engine has done a step; its recent ones took ``step_s`` (0.0: none yet)."""
-
-    step_s: float
+    """The source's engine has done a step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ RESUMED           source            source, two hops on    (ended)
 ABORTED, REFUSED  source            source, as before      (ended)
 ================  ================  =====================  ========================================
 
-READY means that all full blocks but the newest are over, and the request is taken out after its next step.
-A waiting request has nothing to copy: its commit follows the reservation at once. It could follow the Reserve
-unasked, but then a target that had died before this process began would never be fenced within its hearing,
-and the request would be lost in COMMIT_UNKNOWN: only who has answered once will be heard of when it dies.
+READY means that all full blocks but the newest are over; the request runs on for the few steps after which
+leaving costs least (alignment.py), the last of them announced to the target. A waiting request has nothing to
+copy: its commit follows the reservation. It could go with the Reserve, but a target that died before this
+process began would never be fenced within its hearing: only who has answered will be heard of when it dies.
 
 The source resumes a request whose commit it has sent in two cases only. Denied: the target never had it, so
 the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it died, so
@@ -25,7 +25,6 @@ the source takes the one after.
 Driven by instance/agent_outgoing.py, between engine steps only.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -49,12 +48,14 @@ from llumnix.core.messages.migration import (
     StageCopied,
 )
 from llumnix.core.messages.serving import Abort, Moved, RequestSpec
+from llumnix.migration.alignment import STEPS_MAX, Rhythm, steps_to_wait
 from llumnix.migration.engine_sides import GivingEngine, Movable
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
+from llumnix.migration.pace import Pace
+from llumnix.migration.story import Story
 
 LAST_FULL_BLOCKS = 1
 """Full blocks left that are not worth a stage of their own: the commit reads them with the partial one."""
-STORY_EVENTS_MAX = 32
 
 
 class SourceState(StrEnum):
@@ -72,12 +73,6 @@ class SourceState(StrEnum):
 S = SourceState
 ENDED = (S.COMMITTED, S.RESUMED, S.ABORTED, S.REFUSED)
 UNDECIDED = (S.COMMITTING, S.COMMIT_UNKNOWN)
-OUTCOMES = {
-    S.COMMITTED: MigrationOutcome.COMMITTED,
-    S.RESUMED: MigrationOutcome.RESUMED,
-    S.ABORTED: MigrationOutcome.ABORTED,
-    S.REFUSED: MigrationOutcome.REFUSED,
-}
 
 
 class SourceMigration:
@@ -90,17 +85,20 @@ class SourceMigration:
         *,
         engine: GivingEngine,
         config: MigrationConfig,
+        pace: Pace,
         manager_address: str,
     ) -> None:
         self.order = order
         self.state = SourceState.RESERVING
         self.deadline: float | None = None
+        self.rhythm: Rhythm | None = None
+        """The target's steps, as last heard; set by whoever knows when the message arrived."""
         self.spec: RequestSpec
         self._me = me
         self._engine = engine
         self._config = config
         self._manager_address = manager_address
-        self._story: deque[str] = deque(maxlen=STORY_EVENTS_MAX)
+        self._story = Story()
         self._kv_version = 0
         self._began = 0.0
         self._taken_out_at: float | None = None
@@ -109,7 +107,9 @@ class SourceMigration:
         self._copied = 0
         self._moved_blocks = 0
         self._known_tokens = 0
-        self._step_s = 0.0
+        self._pace = pace
+        self._steps_left = STEPS_MAX
+        self._announced = False
         self._abort_epoch = -1
 
     @property
@@ -127,7 +127,7 @@ class SourceMigration:
         """What the request's frontend is told once the target has it."""
         return Moved(self.order.request_id, next_hop(self.spec.epoch), self.order.target_id)
 
-    def begin(self, now: float, step_s: float) -> list[Send]:
+    def begin(self, now: float) -> list[Send]:
         """Ask the target for room. The request must be movable and have two more hops in its epoch."""
         movable = self._engine.movable(self.order.request_id)
         if movable is None:
@@ -135,7 +135,7 @@ class SourceMigration:
                 f"migration {self.order.migration_id} began with a request that is not movable"
             )
         self.spec = self._engine.spec_of(self.order.request_id, now)
-        self._began, self._step_s = now, step_s
+        self._began = now
         self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
         reserve = Reserve(
             migration_id=self.order.migration_id,
@@ -159,17 +159,17 @@ class SourceMigration:
         action, successors = row
         before = self.state
         effects = action(self, event, now)
-        if self.state not in successors:
-            raise InvariantError(f"{before} to {self.state} on {type(event).__name__}: {self.story()}")
         if not isinstance(event, StepEnded) or self.state is not before:
-            self._story.append(f"{now:.4f} {type(event).__name__} -> {self.state}")
+            self._story.note(event, self.state, now)
+        if self.state not in successors:
+            raise InvariantError(f"{before} cannot lead there: {self.story()}")
         return effects
 
     def story(self) -> str:
         """What this migration has been through, for errors and logs."""
         order = self.order
         head = f"migration {order.migration_id} of {order.request_id} to {order.target_id}, {self.state}"
-        return f"{head} after {self._stages} stages: {'; '.join(self._story) or 'just begun'}"
+        return f"{head} after {self._stages} stages: {self._story}"
 
     # Before the commit: the request decodes here.
 
@@ -185,11 +185,11 @@ class SourceMigration:
         fresh = movable.full_blocks - self._copied
         if fresh > LAST_FULL_BLOCKS and self._stages < self._config.stages_max:
             return self._begin_stage(movable, fresh, now)
-        if self._config.hold_share > 0 and self._step_s > 0 and not movable.waiting:
-            self.state = SourceState.READY
-            self._wait(now)
-            return [self._send(CommitSoon(self.order.migration_id, self._step_s))]
-        return self._hand_over(movable, now)
+        if movable.waiting or self._config.hold_share == 0:
+            return self._hand_over(movable, now)
+        self.state = SourceState.READY
+        self._wait(now)
+        return self._announce_if_next(now)
 
     def _begin_stage(self, movable: Movable, fresh: int, now: float) -> list[Send]:
         wanted = self._blocks_wanted(movable)
@@ -202,20 +202,27 @@ class SourceMigration:
         blocks = tuple(movable.blocks[self._copied : self._copied + fresh])
         return [self._send(CopyStage(self.order.migration_id, self._stages, blocks, wanted))]
 
-    def _check_alive(self, event: StepEnded, now: float) -> list[Send]:
-        """A step may have finished the request or given its KV up."""
-        self._step_s = event.step_s
-        movable = self._engine.movable(self.order.request_id)
-        if movable is None or movable.kv_version != self._kv_version:
-            return self._lost_its_kv(movable, now)
-        return []
+    def _announce_if_next(self, now: float) -> list[Send]:
+        """READY, between steps: say so if the request is to leave after the next one."""
+        steps = steps_to_wait(
+            now,
+            self._pace.step_s,
+            self.rhythm,
+            hold_share=self._config.hold_share,
+            steps_max=self._steps_left,
+        )
+        self._steps_left -= 1
+        self._announced = steps == 1
+        return [self._send(CommitSoon(self.order.migration_id, self._pace.step_s))] if self._announced else []
 
-    def _hand_over_now(self, event: StepEnded, now: float) -> list[Send]:
-        """READY, and a step has ended: this is the moment, if the request is still there."""
+    def _step_ended(self, event: StepEnded, now: float) -> list[Send]:
+        """A step may have finished the request or given its KV up; if not, it may be the moment to go."""
         movable = self._engine.movable(self.order.request_id)
         if movable is None or movable.kv_version != self._kv_version:
             return self._lost_its_kv(movable, now)
-        return self._hand_over(movable, now)
+        if self.state is not SourceState.READY:
+            return []
+        return self._hand_over(movable, now) if self._announced else self._announce_if_next(now)
 
     def _hand_over(self, movable: Movable, now: float) -> list[Send]:
         current = self._engine.spec_of(self.order.request_id, now)
@@ -257,11 +264,10 @@ class SourceMigration:
         self._wait(now)
         return []
 
-    def _target_refused(self, event: Refused, now: float) -> list[Send]:
+    def _target_said_no(self, event: Refused | Denied, now: float) -> list[Send]:
+        if isinstance(event, Denied):
+            return self._end(S.ABORTED, event.reason, now)
         return self._end(S.REFUSED, f"{event.code}: {event.reason}", now)
-
-    def _target_gave_up(self, event: Denied, now: float) -> list[Send]:
-        return self._end(S.ABORTED, event.reason, now)
 
     def _target_died(self, event: object, now: float) -> list[Send]:
         return self._end(S.ABORTED, "the target has ended", now)
@@ -340,7 +346,7 @@ class SourceMigration:
             request_id=self.order.request_id,
             source_id=self._me.instance_id,
             target_id=self.order.target_id,
-            outcome=OUTCOMES[state],
+            outcome=MigrationOutcome(state.value),
             reason=reason,
             stages=self._stages + (self._taken_out_at is not None),
             kv_bytes=self._moved_blocks * self._me.kv_layout.block_bytes,
@@ -355,10 +361,10 @@ Action = Callable[[SourceMigration, Any, float], list[Send]]
 Rows = Mapping[type, tuple[Action, tuple[SourceState, ...]]]
 
 EARLY: Rows = {
-    StepEnded: (M._check_alive, (S.RESERVING, S.COPYING, S.ABORTED)),
+    StepEnded: (M._step_ended, (S.RESERVING, S.COPYING, S.ABORTED)),
     Timeout: (M._no_answer, (S.ABORTED,)),
-    Refused: (M._target_refused, (S.REFUSED,)),
-    Denied: (M._target_gave_up, (S.ABORTED,)),
+    Refused: (M._target_said_no, (S.REFUSED,)),
+    Denied: (M._target_said_no, (S.ABORTED,)),
     PeerFenced: (M._target_died, (S.ABORTED,)),
     ClientAbort: (M._abort_here, (S.RESERVING, S.COPYING, S.READY, S.ABORTED)),
     Superseded: (M._superseded_early, (S.ABORTED,)),
@@ -389,7 +395,7 @@ TRANSITIONS: Mapping[SourceState, Rows] = {
         **EARLY,
         Reserved: (M._ignore, (S.READY,)),
         StageCopied: (M._ignore, (S.READY,)),
-        StepEnded: (M._hand_over_now, (S.COMMITTING, S.ABORTED)),
+        StepEnded: (M._step_ended, (S.READY, S.COMMITTING, S.ABORTED)),
     },
     S.COMMITTING: LATE,
     S.COMMIT_UNKNOWN: LATE,

@@ -20,7 +20,6 @@ repeat of the question gets the same answer, once ended from the memory of insta
 are not freed while a read may write to them: LETTING_GO waits for its return, the answer given already.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -45,8 +44,8 @@ from llumnix.core.messages.migration import (
 )
 from llumnix.migration.engine_sides import TakingEngine
 from llumnix.migration.events import Effect, PeerFenced, ReadEnded, StartRead, Timeout
-
-STORY_EVENTS_MAX = 32
+from llumnix.migration.pace import Pace
+from llumnix.migration.story import Story
 
 
 class TargetState(StrEnum):
@@ -66,7 +65,9 @@ ENDED = (S.ADOPTED, S.DENIED, S.EXPIRED)
 class TargetMigration:
     """One migration into this instance. ``handle`` is the only entry once it has begun."""
 
-    def __init__(self, reserve: Reserve, *, engine: TakingEngine, config: MigrationConfig) -> None:
+    def __init__(
+        self, reserve: Reserve, *, engine: TakingEngine, config: MigrationConfig, pace: Pace
+    ) -> None:
         self.reserve = reserve
         self.state = TargetState.RESERVED
         self.deadline: float | None = None
@@ -76,7 +77,8 @@ class TargetMigration:
         """What was decided; None before. It never changes."""
         self._engine = engine
         self._config = config
-        self._story: deque[str] = deque(maxlen=STORY_EVENTS_MAX)
+        self._pace = pace
+        self._story = Story()
         self._blocks: tuple[int, ...] = ()
         self._copied = 0
         self._stage = 0
@@ -110,18 +112,18 @@ class TargetMigration:
         effects = action(self, event, now)
         if self.state not in successors:
             raise InvariantError(f"{before} to {self.state} on {type(event).__name__}: {self.story()}")
-        self._story.append(f"{now:.4f} {type(event).__name__} -> {self.state}")
+        self._story.note(event, self.state, now)
         return effects
 
     def story(self) -> str:
         """What this migration has been through, for errors and logs."""
         spec, source = self.reserve.spec, self.reserve.source_id
         head = f"migration {self.migration_id} of {spec.request_id} from {source}, {self.state}"
-        return f"{head} with {self._copied} blocks copied: {'; '.join(self._story) or 'just begun'}"
+        return f"{head} with {self._copied} blocks copied: {self._story}"
 
     def _still_here(self, event: object, now: float) -> list[Effect]:
         self._wait(now)
-        return [self._send(Reserved(self.migration_id, self._config.reservation_s))]
+        return [self._reserved()]
 
     def _read_stage(self, event: CopyStage, now: float) -> list[Effect]:
         if event.stage <= self._stage:
@@ -140,11 +142,11 @@ class TargetMigration:
     def _repeat_stage(self, event: CopyStage, now: float) -> list[Effect]:
         if event.stage != self._stage:
             return []
-        return [self._send(StageCopied(self.migration_id, self._stage, 0.0))]
+        return [self._copied_stage(0.0)]
 
     def _reading_still(self, event: object, now: float) -> list[Effect]:
         self.deadline = now + self._config.answer_timeout_s / 2
-        return [self._send(Reserved(self.migration_id, self._config.reservation_s))]
+        return [self._reserved()]
 
     def _stage_read(self, event: ReadEnded, now: float) -> list[Effect]:
         if isinstance(event.outcome, TransportError):
@@ -152,7 +154,7 @@ class TargetMigration:
         self._copied += self._reading
         self.state = TargetState.RESERVED
         self._wait(now)
-        return [self._send(StageCopied(self.migration_id, event.stage, event.outcome.duration_s))]
+        return [self._copied_stage(event.outcome.duration_s)]
 
     def _expect_commit(self, event: CommitSoon, now: float) -> list[Effect]:
         self.expected_at = now + event.in_s
@@ -268,6 +270,15 @@ class TargetMigration:
         target_blocks = self._blocks[self._copied : self._copied + len(source_blocks)]
         endpoint = self.reserve.kv_endpoint
         return StartRead(self.migration_id, self._stage, endpoint, source_blocks, target_blocks, final)
+
+    def _reserved(self) -> Send:
+        return self._send(Reserved(self.migration_id, self._config.reservation_s, self._step_s()))
+
+    def _copied_stage(self, copy_s: float) -> Send:
+        return self._send(StageCopied(self.migration_id, self._stage, copy_s, self._step_s()))
+
+    def _step_s(self) -> float:
+        return self._pace.step_s if self._engine.has_work() else 0.0
 
     def _wait(self, now: float) -> None:
         self.deadline = now + self._config.reservation_s

@@ -12,6 +12,7 @@ from llumnix.core.messages.migration import Commit, CopyStage, Reserve
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.agent import Agent
 from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.migration.pace import Pace
 from llumnix.migration.transports.base import ReadStats
 
 MANAGER = "tcp://manager:1"
@@ -38,6 +39,13 @@ def hello(name: str, engine: InProcessEngine) -> InstanceHello:
 def agent(name: str, engine: InProcessEngine, config: MigrationConfig = CONFIG) -> Agent:
     """An agent that reports at most every 10 ms."""
     return Agent(hello(name, engine), engine, config, 0.01, MANAGER)
+
+
+def pace() -> Pace:
+    """Steps of STEP_S."""
+    steady = Pace()
+    steady.note((STEP_S, STEP_S))
+    return steady
 
 
 def order(request_id: str = "r", migration_id: str = "m") -> MigrateOrder:

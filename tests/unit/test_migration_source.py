@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import run_out, small_engine, spec, step
-from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, order, running, sent_to
+from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, order, pace, running, sent_to
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
@@ -39,7 +39,7 @@ EVENTS: list[object] = [
     StageCopied("m", 1, 0.1),
     COMMITTED,
     Denied("m", "no"),
-    StepEnded(STEP_S),
+    StepEnded(),
     ClientAbort(FIRST_EPOCH),
     Superseded(),
     PeerFenced(),
@@ -47,13 +47,16 @@ EVENTS: list[object] = [
 ]
 
 
-def begun(
-    engine: InProcessEngine, config: MigrationConfig = CONFIG, step_s: float = STEP_S
-) -> tuple[SourceMigration, list[Send]]:
+def begun(engine: InProcessEngine, config: MigrationConfig = CONFIG) -> tuple[SourceMigration, list[Send]]:
     migration = SourceMigration(
-        order(), hello("source", engine), engine=engine, config=config, manager_address=MANAGER
+        order(),
+        hello("source", engine),
+        engine=engine,
+        config=config,
+        pace=pace(),
+        manager_address=MANAGER,
     )
-    return migration, migration.begin(1.0, step_s)
+    return migration, migration.begin(1.0)
 
 
 def at(state: SourceState) -> tuple[SourceMigration, InProcessEngine]:
@@ -67,7 +70,7 @@ def at(state: SourceState) -> tuple[SourceMigration, InProcessEngine]:
         migration.handle(StageCopied("m", 1, 0.1), 1.1)
     if state in (SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN):
         step(engine)
-        migration.handle(StepEnded(STEP_S), 1.2)
+        migration.handle(StepEnded(), 1.2)
     if state is SourceState.COMMIT_UNKNOWN:
         migration.handle(Timeout(), 7.0)
     assert migration.state is state
@@ -97,7 +100,7 @@ def test_a_running_request_goes_over_in_stages_and_then_by_commit() -> None:
 
     for _ in range(9):
         step(engine)
-        assert migration.handle(StepEnded(STEP_S), 1.1) == []
+        assert migration.handle(StepEnded(), 1.1) == []
     (second,) = messages(migration.handle(StageCopied("m", 1, 0.1), 1.2))
     blocks = engine.movable("r").blocks  # type: ignore[union-attr]
     assert isinstance(second, CopyStage)
@@ -105,10 +108,10 @@ def test_a_running_request_goes_over_in_stages_and_then_by_commit() -> None:
     assert second.reserve_blocks >= len(blocks)
 
     step(engine)
-    migration.handle(StepEnded(STEP_S), 1.3)
+    migration.handle(StepEnded(), 1.3)
     assert messages(migration.handle(StageCopied("m", 2, 0.1), 1.4)) == [CommitSoon("m", STEP_S)]
     step(engine)
-    (commit,) = messages(migration.handle(StepEnded(STEP_S), 1.5))
+    (commit,) = messages(migration.handle(StepEnded(), 1.5))
     known = engine.spec_of("r", 1.5)
     assert isinstance(commit, Commit)
     assert commit.epoch == request.epoch + 1
@@ -147,7 +150,7 @@ def test_a_request_admitted_while_the_target_answers_takes_its_kv_along() -> Non
     migration, _ = begun(engine)
     step(engine)
     step(engine)
-    migration.handle(StepEnded(STEP_S), 1.0)
+    migration.handle(StepEnded(), 1.0)
     (stage,) = messages(migration.handle(RESERVED, 1.0))
     assert isinstance(stage, CopyStage)
     assert len(stage.source_blocks) == 4
@@ -183,7 +186,7 @@ def test_after_the_last_stage_allowed_the_rest_goes_with_the_commit() -> None:
 def test_before_the_commit_the_end_of_the_request_ends_the_migration(state: SourceState) -> None:
     migration, engine = at(state)
     run_out(engine)
-    effects = migration.handle(StepEnded(STEP_S), 2.0)
+    effects = migration.handle(StepEnded(), 2.0)
     assert messages(effects, AbortMigration)
     assert ended(effects).outcome is MigrationOutcome.ABORTED
 
@@ -197,7 +200,7 @@ def test_a_preempted_request_stays(state: SourceState) -> None:
     for _ in range(50):
         if step(engine).preempted:
             break
-    effects = migration.handle(StepEnded(STEP_S), 2.0)
+    effects = migration.handle(StepEnded(), 2.0)
     assert messages(effects, AbortMigration)
     assert "preempted" in ended(effects).reason
     assert engine.holds("r")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import run_out, small_engine, spec, undisturbed
-from migration_driving import CONFIG, READ, commit, messages, reserve, stage
+from migration_driving import CONFIG, READ, commit, messages, pace, reserve, stage
 
 from llumnix.core.epochs import FIRST_EPOCH
 from llumnix.core.errors import ProtocolError, TransportError
@@ -46,7 +46,7 @@ def at(state: TargetState, engine: InProcessEngine | None = None) -> tuple[Targe
     """A migration in one of its states that are not final; two full blocks are copied but for COPYING and the
     LETTING_GO that follows it."""
     engine = engine or small_engine()
-    migration = TargetMigration(reserve(REQUEST, 3), engine=engine, config=CONFIG)
+    migration = TargetMigration(reserve(REQUEST, 3), engine=engine, config=CONFIG, pace=pace())
     migration.begin(1.0)
     migration.handle(stage(1, (4, 5), 3), 1.0)
     if state in (TargetState.RESERVED, TargetState.COMMITTING):
@@ -66,7 +66,7 @@ def reserved_blocks(engine: InProcessEngine) -> int:
 
 def test_a_request_arrives_and_goes_on_where_it_was() -> None:
     engine = small_engine()
-    migration = TargetMigration(reserve(REQUEST, 3), engine=engine, config=CONFIG)
+    migration = TargetMigration(reserve(REQUEST, 3), engine=engine, config=CONFIG, pace=pace())
     assert messages(migration.begin(1.0)) == [Reserved("m", CONFIG.reservation_s)]
     assert reserved_blocks(engine) == 3
 
@@ -91,7 +91,7 @@ def test_a_request_arrives_and_goes_on_where_it_was() -> None:
 
 def test_a_waiting_request_arrives_with_nothing_to_read() -> None:
     engine = small_engine()
-    migration = TargetMigration(reserve(REQUEST, 0), engine=engine, config=CONFIG)
+    migration = TargetMigration(reserve(REQUEST, 0), engine=engine, config=CONFIG, pace=pace())
     migration.begin(1.0)
     (answer,) = messages(migration.handle(commit((), 0, ()), 1.0))
     assert answer == Committed("m", FIRST_EPOCH + 1)
@@ -101,7 +101,7 @@ def test_a_waiting_request_arrives_with_nothing_to_read() -> None:
 def test_no_room_is_a_refusal_and_holds_nothing() -> None:
     engine = small_engine(kv_blocks=8)
     for blocks, stage_blocks in ((9, None), (3, 9)):
-        migration = TargetMigration(reserve(REQUEST, blocks), engine=engine, config=CONFIG)
+        migration = TargetMigration(reserve(REQUEST, blocks), engine=engine, config=CONFIG, pace=pace())
         effects = migration.begin(1.0)
         if stage_blocks is not None:
             effects = migration.handle(stage(1, (4, 5), stage_blocks), 1.0)
@@ -242,7 +242,7 @@ def test_every_pair_is_in_the_table_or_raises_with_the_story(state: TargetState,
 def test_the_request_adopted_is_the_one_reserved_and_what_was_generated_since() -> None:
     begun: RequestSpec = replace(REQUEST, output_tokens=OUTPUT[:3])
     engine = small_engine()
-    migration = TargetMigration(reserve(begun, 3), engine=engine, config=CONFIG)
+    migration = TargetMigration(reserve(begun, 3), engine=engine, config=CONFIG, pace=pace())
     migration.begin(1.0)
     migration.handle(commit((1, 2, 3), 12, OUTPUT[3:5], first_index=3), 1.0)
     migration.handle(ReadEnded(1, READ), 1.0)

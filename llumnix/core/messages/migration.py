@@ -41,10 +41,11 @@ class Reserve:
 @dataclass(frozen=True, slots=True)
 class Reserved:
     """Target to source: the blocks are held and will be until the reservation goes ``expires_s`` without
-    news."""
+    news. It leaves right before a step of the target; its steps take ``step_s`` (0.0: it has nothing to do)."""
 
     migration_id: str
     expires_s: float
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,12 @@ class CopyStage:
 
 @dataclass(frozen=True, slots=True)
 class StageCopied:
-    """Target to source: stage done, in ``copy_s`` seconds of reading."""
+    """Target to source: stage done, in ``copy_s`` seconds of reading. ``step_s`` as in Reserved."""
 
     migration_id: str
     stage: int
     copy_s: float
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
