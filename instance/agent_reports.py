@@ -13,7 +13,9 @@ HEARTBEAT_S = 1.0
 
 
 class LoadReporter:
-    """Keeps the pace of reports. ``changed`` marks that the next one has something to say."""
+    """Keeps the pace of reports. ``changed`` marks that the next one has something to say. ``role`` and
+    ``settings_revision`` are what the manager last told the instance, ``fault`` why it could not go by
+    that."""
 
     def __init__(self, me: InstanceHello, engine: Engine, interval_s: float, manager_address: str) -> None:
         self._me = me
@@ -24,6 +26,9 @@ class LoadReporter:
         self._last_at = float("-inf")
         self._changed = True
         self._accepted: list[str] = []
+        self.role = me.role
+        self.settings_revision = 0
+        self.fault = ""
 
     def changed(self) -> None:
         """The load is no longer what was last reported."""
@@ -36,6 +41,10 @@ class LoadReporter:
 
     def next_deadline(self) -> float:
         return self._last_at + (self._interval_s if self._changed else HEARTBEAT_S)
+
+    def due_if_changed(self) -> float:
+        """When the next report goes out at the latest if there is something to say by then."""
+        return self._last_at + self._interval_s
 
     def due(self, now: float) -> bool:
         """Whether a report should go out now."""
@@ -69,5 +78,9 @@ class LoadReporter:
             preemptions_total=load.preemptions_total,
             finished_total=load.finished_total,
             address=self._me.address,
+            role=self.role,
+            policy_fault=self.fault or load.policy_fault,
+            tenants=load.tenants,
+            settings_revision=self.settings_revision,
         )
         return Send(self._manager_address, report)
