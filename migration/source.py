@@ -102,10 +102,8 @@ class SourceMigration:
         self._kv_version = 0
         self._began = 0.0
         self._taken_out_at: float | None = None
-        self._stages = 0
-        self._stage_blocks = 0
-        self._copied = 0
-        self._moved_blocks = 0
+        self._stages = self._stage_blocks = 0
+        self._copied = self._moved_blocks = 0
         self._known_tokens = 0
         self._pace = pace
         self._steps_left = STEPS_MAX
@@ -199,7 +197,7 @@ class SourceMigration:
         self._known_tokens = movable.known_tokens
         self.state = SourceState.COPYING
         self._wait(now)
-        blocks = tuple(movable.blocks[self._copied : self._copied + fresh])
+        blocks = movable.blocks[self._copied : self._copied + fresh]
         return [self._send(CopyStage(self.order.migration_id, self._stages, blocks, wanted))]
 
     def _announce_if_next(self, now: float) -> list[Send]:
@@ -237,7 +235,7 @@ class SourceMigration:
         commit = Commit(
             migration_id=self.order.migration_id,
             epoch=next_hop(self.spec.epoch),
-            source_blocks=tuple(last),
+            source_blocks=last,
             computed_tokens=movable.computed_tokens,
             first_index=first_index,
             output_tokens=current.output_tokens[first_index:],
@@ -273,9 +271,8 @@ class SourceMigration:
         return self._end(S.ABORTED, "the target has ended", now)
 
     def _abort_here(self, event: ClientAbort, now: float) -> list[Send]:
-        if not self._engine.abort(self.order.request_id, event.epoch):
-            return []
-        return self._give_up("its client stopped the request", now)
+        stopped = self._engine.abort(self.order.request_id, event.epoch)
+        return self._give_up("its client stopped the request", now) if stopped else []
 
     def _superseded_early(self, event: object, now: float) -> list[Send]:
         return self._give_up("the request was submitted anew", now)
