@@ -7,7 +7,8 @@ step computes. Implementations: EngineCore with an executor (torch or simulated)
 from dataclasses import dataclass
 from typing import Protocol
 
-from llumnix.core.messages.control import MoveCandidate, RequestRow
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import MoveCandidate, RequestRow, TenantService
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
 
 
@@ -36,6 +37,8 @@ class EngineLoad:
     tokens_total: int
     preemptions_total: int
     finished_total: int
+    policy_fault: str = ""
+    tenants: tuple[TenantService, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,11 @@ class Engine(Protocol):
         ...
 
     def load(self) -> EngineLoad: ...
+
+    def configure(self, config: SchedulerConfig) -> None:
+        """Go by these settings of the scheduler from now on: what to offer for moves, shares of tenants.
+        Raises ConfigurationError if they cannot hold here; then nothing has changed."""
+        ...
 
     def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
         """Every request held, running ones first."""

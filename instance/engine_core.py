@@ -22,8 +22,9 @@ from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.instance.finished_outputs import FinishedOutputs
 from llumnix.instance.local_scheduler import LocalScheduler, QuietStretch
 from llumnix.instance.model_limits import ModelLimits
+from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.request import Request
-from llumnix.policies.selection import Cheapest
+from llumnix.policies.registry import selection_policy
 
 CANDIDATES_MAX = 4
 WAITING_CANDIDATES_MAX = 2
@@ -39,7 +40,7 @@ class EngineCore:
     ) -> None:
         self._limits = limits
         self._waiting_max = config.waiting_max
-        self._selection = selection or Cheapest(SchedulerConfig())
+        self._offers = MoveOffers(selection)
         self._blocks = BlockManager(limits.capacity_blocks)
         self._scheduler = LocalScheduler(
             self._blocks,
@@ -224,7 +225,11 @@ class EngineCore:
             tokens_total=self._tokens_total,
             preemptions_total=self._preemptions_total,
             finished_total=self._finished_total,
+            policy_fault=self._offers.fault,
         )
+
+    def configure(self, config: SchedulerConfig) -> None:
+        self._offers.use(selection_policy(config))
 
     def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
         scheduler = self._scheduler
@@ -258,7 +263,7 @@ class EngineCore:
             _candidate(request, waiting.blocks_of(request))
             for request in waiting.first(WAITING_CANDIDATES_MAX)
         )
-        return self._selection.select(rows, CANDIDATES_MAX)
+        return self._offers.best(rows, CANDIDATES_MAX)
 
     # A migration's source.
 

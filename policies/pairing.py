@@ -183,7 +183,8 @@ class _Round:
             f"{self._freeness(after_source):.1f}, {target.instance_id} {self._freeness(target.load):.1f} to "
             f"{self._freeness(after):.1f}"
         )
-        self.moves.append(Move(candidate.request_id, source.instance_id, target.instance_id, reason))
+        scores = tuple((side.instance_id, self._freeness(side.load)) for side in (source, target))
+        self.moves.append(Move(candidate.request_id, source.instance_id, target.instance_id, reason, scores))
         source.load, target.load = after_source, after
         source.taken.add(candidate.request_id)
         source.room -= 1

@@ -40,6 +40,8 @@ SELECTION: dict[str, type[SelectionPolicy]] = {
     "shortest": Shortest,
 }
 
+KINDS: dict[str, dict[str, Any]] = {"dispatch": DISPATCH, "pairing": PAIRING, "selection": SELECTION}
+
 # What importing or constructing other people's code may raise.
 PLUGIN_FAULTS = (
     ArithmeticError,
@@ -72,11 +74,14 @@ def selection_policy(config: SchedulerConfig) -> SelectionPolicy:
     return cast(SelectionPolicy, _build("selection", config.selection_policy, SELECTION, "select", config))
 
 
+def known_names(kind: str) -> tuple[str, ...]:
+    """Built-in names of a kind and those of entry points, of whatever kind these are."""
+    return tuple(sorted({*KINDS[kind], *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+
+
 def _build(kind: str, name: str, builtin: dict[str, Any], method: str, config: SchedulerConfig) -> object:
     def refuse(reason: str) -> ConfigurationError:
-        known = ", ".join(
-            sorted({*builtin, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
-        )
+        known = ", ".join(known_names(kind))
         return ConfigurationError(f"{kind} policy {name!r}: {reason} (known: {known}; or module:Class)")
 
     try:

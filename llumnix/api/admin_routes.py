@@ -20,8 +20,11 @@ from llumnix.core.admin import Refusal
 EVENTS_MAX = 1000
 ADMIN_BODY_BYTES_MAX = 64 << 10
 NAME_CHARS_MAX = 256
+SETTINGS_MAX = 64
+SETTING_CHARS_MAX = 32_768
 
 Name = Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)]
+SettingText = Annotated[str, Field(max_length=SETTING_CHARS_MAX)]
 B = TypeVar("B", bound=BaseModel)
 
 
@@ -48,6 +51,14 @@ class ScaleBody(_Order):
     instances: Annotated[int, Field(ge=1)]
 
 
+class PolicyBody(_Order):
+    """Go by a policy and settings of the scheduler."""
+
+    kind: Name
+    name: Name
+    settings: Annotated[dict[Name, SettingText], Field(max_length=SETTINGS_MAX)] = {}
+
+
 class AdminRoutes:
     """Everything under /admin. One per app."""
 
@@ -62,6 +73,8 @@ class AdminRoutes:
             ("/requests", self.requests),
             ("/events", self.events),
             ("/moves", self.moves),
+            ("/policy", self.policies),
+            ("/explain", self.explain),
         ):
             self.router.add_api_route(path, question, methods=["GET"])
         for path, order in (
@@ -69,6 +82,7 @@ class AdminRoutes:
             ("/drain", self.drain),
             ("/resume", self.resume),
             ("/scale", self.scale),
+            ("/policy", self.set_policy),
         ):
             self.router.add_api_route(path, order, methods=["POST"])
 
@@ -122,6 +136,22 @@ class AdminRoutes:
     async def scale(self, request: Request) -> Response:
         """Have so many instances."""
         return _answer(await self._admin.scale((await _body(request, ScaleBody)).instances))
+
+    async def policies(self) -> Response:
+        """The policies in force."""
+        return _answer(await self._admin.policies())
+
+    async def set_policy(self, request: Request) -> Response:
+        """Go by another policy or other settings."""
+        body = await _body(request, PolicyBody)
+        return _answer(await self._admin.set_policy(body.kind, body.name, body.settings))
+
+    async def explain(self, request: Request) -> Response:
+        """What was decided about ``request``."""
+        request_id = request.query_params.get("request", "")
+        if not 0 < len(request_id) <= NAME_CHARS_MAX:
+            raise refused(f"request must be an id of 1 to {NAME_CHARS_MAX} characters", "request")
+        return _answer(await self._admin.explain(request_id))
 
 
 def _answer(result: Any) -> Response:

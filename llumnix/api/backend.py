@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, MoveSeen, Refusal
+from llumnix.core.admin import (
+    ClusterSummary,
+    DecisionRow,
+    Event,
+    InstanceRow,
+    MigrationResult,
+    MoveSeen,
+    PolicyState,
+    Refusal,
+)
 from llumnix.core.errors import LlumnixError
 from llumnix.core.messages.control import RequestRow
 from llumnix.core.messages.serving import FinishReason, TokenLogprob
@@ -104,6 +113,12 @@ class Admin(Protocol):
     async def scale(self, instances: int) -> ClusterSummary | Refusal: ...
 
     async def events(self, after: int, limit: int) -> tuple[Event, ...]: ...
+
+    async def policies(self) -> PolicyState: ...
+
+    async def set_policy(self, kind: str, name: str, settings: dict[str, str]) -> PolicyState | Refusal: ...
+
+    async def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal: ...
 
 
 class Backend(Protocol):

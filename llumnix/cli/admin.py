@@ -1,32 +1,16 @@
 """Commands that ask or order a running cluster over HTTP. They start fast: nothing heavy is imported."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from llumnix.cli import tables
+from llumnix.cli import policy, tables
 from llumnix.cli.client import AdminClient, CommandFailed
+from llumnix.cli.server_options import server_options
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 FOLLOW_INTERVAL_S = 0.5
 EVENTS_PAGE = 1000
-
-Command = Callable[..., Any]
-
-
-def server_options(command: Command) -> Command:
-    """--url, --token and --json."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON for programs."),
-        click.option("--token", envvar="LLUMNIX_ADMIN_TOKEN", default="", help="Admin token of the server."),
-        click.option(
-            "--url", envvar="LLUMNIX_URL", default=DEFAULT_URL, show_default=True, help="The server."
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -120,4 +104,7 @@ def _show(columns: tuple[tables.Column, ...], rows: list[Any], as_json: bool, no
         tables.print_rows(columns, rows, nothing)
 
 
-COMMANDS: tuple[click.Command, ...] = (status, instances, requests, migrate, drain, resume, scale, events)
+COMMANDS: tuple[click.Command, ...] = (
+    *(status, instances, requests, migrate, drain, resume, scale, events),
+    *(policy.policy, policy.explain),
+)

@@ -25,11 +25,11 @@ class AdminClient:
         timeout = httpx.Timeout(QUESTION_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self._http = httpx.Client(headers=headers, timeout=timeout, trust_env=False)
 
-    def ask(self, path: str, **query: int) -> Any:
+    def ask(self, path: str, **query: int | str) -> Any:
         """GET /admin/``path``. Raises CommandFailed."""
         return self._call("GET", path, params=query)
 
-    def order(self, path: str, **body: str | int) -> Any:
+    def order(self, path: str, **body: str | int | dict[str, str]) -> Any:
         """POST /admin/``path``. Raises CommandFailed, with the reason if the order was refused."""
         timeout = httpx.Timeout(ORDER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         return self._call("POST", path, json=body, timeout=timeout)

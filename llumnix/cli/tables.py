@@ -54,6 +54,17 @@ MIGRATION_COLUMNS: tuple[Column, ...] = (
     ("paused", lambda row: f"{row['pause_s'] * 1e3:.1f} ms"),
 )
 
+DECISION_COLUMNS: tuple[Column, ...] = (
+    ("when", lambda row: f"{row['age_s']:.3f} s ago"),
+    ("decision", plain("kind")),
+    ("from", plain("source_id")),
+    ("instance", plain("instance_id")),
+    ("policy", plain("policy")),
+    ("of", lambda row: str(row["candidates"] or "")),
+    ("scores", lambda row: ", ".join(f"{name} {score:.4g}" for name, score in row["scores"])),
+    ("reason", plain("reason")),
+)
+
 
 def print_json(answer: Any) -> None:
     """The answer as one JSON value."""

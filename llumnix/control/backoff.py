@@ -23,7 +23,7 @@ class Backoff:
     goes."""
 
     def __init__(self, base_s: float) -> None:
-        self._base_s = base_s
+        self.base_s = base_s
         self._rests: dict[str, Rest] = {}
 
     def __len__(self) -> int:
@@ -31,13 +31,13 @@ class Backoff:
 
     def succeeded(self, key: str, now: float) -> None:
         """Rest for the base time; earlier failures are forgiven."""
-        self._set(key, Rest(now + self._base_s, 0))
+        self._set(key, Rest(now + self.base_s, 0))
 
     def failed(self, key: str, now: float) -> None:
         """Rest twice as long as after the last failure, at most REST_MAX_S."""
         known = self._rests.get(key)
         failures = known.failures + 1 if known else 1
-        doubled_s = self._base_s * 2.0 ** min(failures - 1, 30)
+        doubled_s = self.base_s * 2.0 ** min(failures - 1, 30)
         self._set(key, Rest(now + min(doubled_s, REST_MAX_S), failures))
 
     def forgive(self, key: str) -> None:

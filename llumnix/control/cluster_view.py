@@ -99,6 +99,12 @@ class ClusterView:
         """Records of processes not known to have ended, ordered by id."""
         return tuple(record for record in self.records() if not record.down)
 
+    def use(self, config: SchedulerConfig) -> None:
+        """Go by these settings from now on."""
+        self._config = config
+        for record in self._records.values():
+            self.refresh(record)
+
     def rank_by(self, score: Callable[[InstanceView], float]) -> None:
         """Order candidates by falling ``score`` from now on; until then it is ``queue_freeness``."""
         self._ranking = Ranking(score)

@@ -9,16 +9,22 @@ Driven by the manager actor over ZeroMQ and by the simulator: `handle` for every
 `next_deadline`, `instance_ended` when a process is known, not guessed, to have ended.
 """
 
+from collections.abc import Mapping
+
+from llumnix.control import tables
 from llumnix.control.audience import Audience
 from llumnix.control.cluster_view import DOWN_MEMORY_S, ClusterView, InstanceRecord
+from llumnix.control.decision_log import REQUESTS_MAX, DecisionLog
 from llumnix.control.effects import Answered, Effect, Logged
 from llumnix.control.orders import Orders
 from llumnix.control.placement import Placer
+from llumnix.control.policy_guard import Faults
 from llumnix.control.rescheduler import Rescheduler
-from llumnix.core.admin import ClusterSummary, InstanceRow, Refusal
+from llumnix.control.settings_in_force import SettingsInForce
+from llumnix.core.admin import ClusterSummary, DecisionRow, InstanceRow, PolicyState, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
-from llumnix.core.errors import ProtocolError
+from llumnix.core.errors import ConfigurationError, ProtocolError
 from llumnix.core.messages.control import (
     ClusterStatus,
     FrontendHello,
@@ -29,6 +35,7 @@ from llumnix.core.messages.control import (
     MigrationEnded,
     Place,
     RequestList,
+    SchedulerSettings,
     SetDraining,
 )
 
@@ -45,13 +52,18 @@ class GlobalScheduler:
     """See the module. ``address`` is where the manager takes messages, ``now`` the time of its start."""
 
     def __init__(self, config: SchedulerConfig, manager_incarnation: str, address: str, now: float) -> None:
+        self._faults = Faults()
+        self._settings = SettingsInForce(config, self._faults)
         self._config = config
         self._incarnation = manager_incarnation
         self._started_at = now
         self._cluster = ClusterView(config)
         self._audience = Audience()
-        self._placer = Placer(config, self._cluster)
-        self._rescheduler = Rescheduler(config, manager_incarnation, self._cluster)
+        self._decisions = DecisionLog()
+        self._placer = Placer(self._settings.dispatch, self._cluster, self._decisions)
+        self._rescheduler = Rescheduler(
+            config, self._settings.pairing, manager_incarnation, self._cluster, self._decisions
+        )
         self._orders = Orders(manager_incarnation, address, self._cluster, self._rescheduler)
         self._strangers: dict[str, float] = {}
         self._status_sequence = 0
@@ -80,6 +92,8 @@ class GlobalScheduler:
                 effects = self._orders.migration_ended(ended) if ended is not None else []
             case RequestList():
                 effects = self._orders.heard(message, now)
+            case SchedulerSettings():
+                effects = self._hear_settings(message)
             case _:
                 raise ProtocolError(f"a manager takes no {type(message).__name__}")
         return effects + self._status_if_due(now)
@@ -100,6 +114,7 @@ class GlobalScheduler:
         if now >= self._round_at:
             self._round_at = now + self._config.round_interval_s
             effects += self._rescheduler.round(now)
+            effects += self._faults.take()
         if now >= self._heartbeat_at:
             effects += self._heartbeat(now)
         self._ticked_at = now
@@ -145,21 +160,43 @@ class GlobalScheduler:
             *self._status_if_due(now),
         ]
 
+    def policies(self) -> PolicyState:
+        """The policies and settings in force."""
+        return self._settings.state()
+
+    def set_policy(
+        self, kind: str, name: str, settings: Mapping[str, str], now: float
+    ) -> list[Effect] | Refusal:
+        """Go by another policy of that kind, or the same with other settings, at once."""
+        if self._rebuilding(now):
+            return Refusal("the manager has just started and does not know the cluster yet; try again")
+        try:
+            self._settings.change(kind, name, settings)
+        except ConfigurationError as error:
+            return Refusal(str(error))
+        changed = "".join(f", {setting} {value}" for setting, value in settings.items())
+        fields: dict[str, str | int | float | bool] = {"kind": kind, "policy": name, **settings}
+        logged = Logged("policy_changed", f"{kind} policy is now {name}{changed}", fields)
+        return [logged, *self._use_settings()]
+
+    def explain(self, request_id: str, now: float) -> tuple[DecisionRow, ...] | Refusal:
+        """What was decided about a request, oldest first."""
+        rows = self._decisions.rows(request_id, now)
+        if rows:
+            return rows
+        return Refusal(
+            f"nothing is known of {request_id}: this manager, up for {now - self._started_at:.0f} s, has not "
+            f"decided about it, or has about {REQUESTS_MAX} others since"
+        )
+
     def instance_rows(self, now: float) -> tuple[InstanceRow, ...]:
         """The table of instances, ordered by id."""
-        return tuple(self._row(record, now) for record in self._cluster.records())
+        return tables.instance_rows(self._cluster, now)
 
     def summary(self, now: float) -> ClusterSummary:
         """The cluster in one line."""
-        live = self._cluster.live()
-        reports = [record.report for record in live if record.report is not None]
-        return ClusterSummary(
-            model=live[0].hello.model if live else "",
-            instances=len(live),
-            serving=sum(record.state is InstanceState.SERVING for record in live),
-            running=sum(report.running for report in reports),
-            waiting=sum(report.waiting for report in reports),
-            migrations_running=self._cluster.moves.running_count,
+        return tables.summary(
+            self._cluster,
             migrations_committed=self._rescheduler.committed,
             migrations_failed=self._rescheduler.failed,
             frontends=len(self._audience.frontends),
@@ -184,6 +221,8 @@ class GlobalScheduler:
         effects += self._audience.tell(hello.address)
         if record.draining:
             effects.append(Send(hello.address, SetDraining(True)))
+        if self._settings.revision:
+            effects.append(Send(hello.address, self._settings.message()))
         fields: dict[str, str | int | float | bool] = {
             "instance": hello.instance_id,
             "incarnation": hello.incarnation,
@@ -201,6 +240,9 @@ class GlobalScheduler:
         before, last = record.state, record.report
         if not self._cluster.report(record, report, now):
             return []
+        if report.policy_fault:
+            name = self._config.selection_policy
+            self._faults.note("selection", name, f"on {report.instance_id}: {report.policy_fault}", now)
         effects: list[Effect] = []
         if record.state is not before:
             self._status_due = True
@@ -214,6 +256,24 @@ class GlobalScheduler:
             text = f"{report.instance_id} is empty"
             effects.append(Logged("drained", text, {"instance": report.instance_id}))
         return effects
+
+    def _hear_settings(self, message: SchedulerSettings) -> list[Effect]:
+        try:
+            if not self._settings.hear(message):
+                return []
+        except ConfigurationError as error:
+            return [Logged("policy_error", f"settings kept by an instance cannot hold here: {error}")]
+        text = f"policies as they were before this manager started (revision {message.revision})"
+        return [Logged("policy_changed", text), *self._use_settings()]
+
+    def _use_settings(self) -> list[Effect]:
+        """Let everyone go by the settings in force."""
+        self._config = self._settings.config
+        self._cluster.use(self._config)
+        self._placer.use(self._settings.dispatch)
+        self._rescheduler.use(self._config, self._settings.pairing)
+        message = self._settings.message()
+        return [Send(address, message) for address in self._instance_addresses()]
 
     def _ask_stranger(self, address: str, now: float) -> list[Effect]:
         """Ask for a hello, unless that was done a moment ago."""
@@ -261,10 +321,8 @@ class GlobalScheduler:
             effects += self._ask_stranger(place.frontend_address, now)
         if self._rebuilding(now):
             return effects
-        answer, logged = self._placer.place(place, now)
-        effects.append(Send(place.frontend_address, answer))
-        if logged is not None:
-            effects.append(logged)
+        effects.append(Send(place.frontend_address, self._placer.place(place, now)))
+        effects += self._faults.take()
         return effects
 
     def _frontend_hello(self, hello: FrontendHello, now: float) -> list[Effect]:
@@ -307,35 +365,23 @@ class GlobalScheduler:
             if record.down:
                 if now - record.heard_at > DOWN_MEMORY_S:
                     self._cluster.forget(record)
-            elif record.report is not None and record.report.draining != record.draining:
-                effects.append(Send(record.hello.address, SetDraining(record.draining)))
+            elif record.report is not None:
+                effects += self._remind(record, record.report)
         self._strangers = {address: at for address, at in self._strangers.items() if at > now}
         return effects + self._status(now)
 
     # Inside.
 
+    def _remind(self, record: InstanceRecord, report: LoadReport) -> list[Effect]:
+        """Say again what an instance shows not to have heard."""
+        effects: list[Effect] = []
+        if report.draining != record.draining:
+            effects.append(Send(record.hello.address, SetDraining(record.draining)))
+        if report.settings_revision < self._settings.revision:
+            effects.append(Send(record.hello.address, self._settings.message()))
+        elif report.settings_revision > self._settings.revision:
+            effects.append(Send(record.hello.address, HelloWanted()))
+        return effects
+
     def _instance_addresses(self) -> tuple[str, ...]:
         return tuple(record.hello.address for record in self._cluster.live())
-
-    def _row(self, record: InstanceRecord, now: float) -> InstanceRow:
-        report, view = record.report, record.view
-        return InstanceRow(
-            instance_id=record.hello.instance_id,
-            incarnation=record.hello.incarnation,
-            role=record.hello.role,
-            state=record.state,
-            model=record.hello.model,
-            address=record.hello.address,
-            capacity_blocks=report.capacity_blocks if report else record.hello.kv_layout.blocks,
-            used_blocks=report.used_blocks + report.reserved_blocks if report else 0,
-            running=report.running if report else 0,
-            waiting=report.waiting if report else 0,
-            migrating_in=view.migrating_in if view else 0,
-            migrating_out=view.migrating_out if view else 0,
-            freeness=self._cluster.shown_freeness(record)[0],
-            step_ms=report.step_s * 1e3 if report else 0.0,
-            tokens_total=report.tokens_total if report else 0,
-            preemptions_total=report.preemptions_total if report else 0,
-            report_age_s=max(0.0, now - record.heard_at),
-            pid=record.hello.kv_endpoint.pid,
-        )

@@ -4,13 +4,12 @@ The hot path of the manager: one policy decision over an order that is kept up t
 view made anew. Called by the global scheduler only.
 """
 
-from llumnix.control.cluster_view import ClusterView
-from llumnix.control.effects import Logged
-from llumnix.core.config import SchedulerConfig
+from llumnix.control.cluster_view import ClusterView, InstanceRecord
+from llumnix.control.decision_log import Decision, DecisionLog
+from llumnix.control.policy_guard import GuardedDispatch
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import InstanceState, NotPlaced, Place, Placed
 from llumnix.core.views import RequestView
-from llumnix.policies.registry import dispatch_policy
 
 RETRY_SOON_S = 0.1
 RETRY_LATER_S = 1.0
@@ -20,19 +19,22 @@ NO_USE_S = 0.0
 class Placer:
     """Runs the dispatch policy."""
 
-    def __init__(self, config: SchedulerConfig, cluster: ClusterView) -> None:
+    def __init__(self, policy: GuardedDispatch, cluster: ClusterView, log: DecisionLog) -> None:
         self._cluster = cluster
-        self._policy = dispatch_policy(config)
-        score = getattr(self._policy, "score", None)
-        if score is not None:
-            cluster.rank_by(score)
+        self._log = log
+        self.use(policy)
 
-    def place(self, place: Place, now: float) -> tuple[Placed | NotPlaced, Logged | None]:
-        """The answer, and what an operator should know of it."""
+    def use(self, policy: GuardedDispatch) -> None:
+        """Decide by this policy from now on."""
+        self._policy = policy
+        self._cluster.rank_by(policy.score)
+
+    def place(self, place: Place, now: float) -> Placed | NotPlaced:
+        """The answer. It is in the decision log."""
         tokens = place.prompt_tokens + 1  # a request that can make no token is of no use anywhere
         candidates = self._cluster.candidates(tokens, place.exclude)
         if not candidates:
-            return self._nobody(place, tokens), None
+            return self._refused(self._nobody(place, tokens), "", now)
         first = self._cluster.get(candidates[0].instance_id)
         if first is None:
             raise InvariantError(f"{candidates[0].instance_id} is ranked without a record")
@@ -45,22 +47,47 @@ class Placer:
             execution_priority=place.execution_priority,
             tenant=place.tenant,
         )
-        decision = self._policy.place(request, candidates)
+        decision = self._policy.place(request, candidates, now)
         if decision.instance_id is None:
-            return NotPlaced(place.request_id, decision.reason, RETRY_LATER_S), None
-        logged = None
-        chosen = self._cluster.get(decision.instance_id)
-        if (
-            chosen is None
-            or chosen.state is not InstanceState.SERVING
-            or decision.instance_id in place.exclude
-            or tokens > chosen.tokens_max
-        ):
-            text = f"dispatch policy chose {decision.instance_id}, which was no candidate; took the freest"
-            logged = Logged("policy_error", text, {"request": place.request_id})
-            chosen = first
+            answer = NotPlaced(place.request_id, decision.reason, RETRY_LATER_S)
+            return self._refused(answer, self._policy.name, now)
+        chosen = self._candidate(decision.instance_id, place, tokens)
+        if chosen is None:
+            fault = f"chose {decision.instance_id!r}, which was no candidate"
+            decision = self._policy.overrule(request, candidates, fault, now)
+            chosen = self._candidate(decision.instance_id, place, tokens) or first
+        instance_id = chosen.hello.instance_id
         self._cluster.place(chosen, place.request_id, tokens, now)
-        return Placed(place.request_id, chosen.hello.instance_id, chosen.hello.address), logged
+        self._log.add(
+            place.request_id,
+            Decision(
+                now,
+                "placed",
+                "",
+                instance_id,
+                self._policy.name,
+                decision.reason,
+                decision.scores,
+                len(candidates),
+            ),
+        )
+        return Placed(place.request_id, instance_id, chosen.hello.address)
+
+    def _candidate(self, instance_id: object, place: Place, tokens: int) -> InstanceRecord | None:
+        """The record of a policy's choice, if it was one to choose."""
+        record = self._cluster.get(instance_id) if isinstance(instance_id, str) else None
+        if (
+            record is None
+            or record.state is not InstanceState.SERVING
+            or instance_id in place.exclude
+            or tokens > record.tokens_max
+        ):
+            return None
+        return record
+
+    def _refused(self, answer: NotPlaced, policy: str, now: float) -> NotPlaced:
+        self._log.add(answer.request_id, Decision(now, "not placed", "", "", policy, answer.reason))
+        return answer
 
     def _nobody(self, place: Place, tokens: int) -> NotPlaced:
         """Why there is no candidate."""

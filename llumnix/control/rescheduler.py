@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from llumnix.control.backoff import Backoff
 from llumnix.control.cluster_view import ClusterView, InstanceRecord
+from llumnix.control.decision_log import Decision, DecisionLog
 from llumnix.control.effects import Logged
 from llumnix.control.ledger import MOVES_MAX, MoveEntry
+from llumnix.control.policy_guard import GuardedPairing
 from llumnix.core.admin import MigrationResult
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
@@ -24,7 +26,6 @@ from llumnix.core.messages.control import (
 )
 from llumnix.core.views import Move
 from llumnix.policies.freeness import Load
-from llumnix.policies.registry import pairing_policy
 
 MOVE_MEMORY_S = 45.0
 ORDER_LOST_AFTER_S = 10.0
@@ -44,16 +45,29 @@ class Ended:
 class Rescheduler:
     """Orders migrations, by its rounds or for an administrator, and follows them to their end."""
 
-    def __init__(self, config: SchedulerConfig, manager_incarnation: str, cluster: ClusterView) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: GuardedPairing,
+        manager_incarnation: str,
+        cluster: ClusterView,
+        log: DecisionLog,
+    ) -> None:
         self.committed = 0
         self.failed = 0
-        self._config = config
         self._incarnation = manager_incarnation
         self._cluster = cluster
-        self._policy = pairing_policy(config)
+        self._policy = policy
+        self._log = log
         self._requests = Backoff(config.rest_s)
         self._targets = Backoff(TARGET_REST_S)
         self._orders = 0
+
+    def use(self, config: SchedulerConfig, policy: GuardedPairing) -> None:
+        """Go by these settings and this policy from now on. Rests that have begun stay as long as they
+        are."""
+        self._policy = policy
+        self._requests.base_s = config.rest_s
 
     def round(self, now: float) -> list[Send | Logged]:
         """Let the pairing policy choose, and order what it chose."""
@@ -66,10 +80,12 @@ class Rescheduler:
                 effects.append(Logged("move_ignored", f"{move.request_id} not moved: {wrong}"))
                 self._requests.failed(move.request_id, now)
             else:
-                effects += self.order(move, self._blocks(move), now)[1]
+                effects += self.order(move, self._blocks(move), now, policy=self._policy.name)[1]
         return effects
 
-    def order(self, move: Move, blocks: int, now: float) -> tuple[str, list[Send | Logged]]:
+    def order(
+        self, move: Move, blocks: int, now: float, *, policy: str = ""
+    ) -> tuple[str, list[Send | Logged]]:
         """Order a migration that ``unfit`` has nothing against. Returns its id and what to send and log."""
         source, target = self._cluster.get(move.source_id), self._cluster.get(move.target_id)
         if source is None or target is None:
@@ -78,6 +94,10 @@ class Rescheduler:
         migration_id = f"{self._incarnation}-{self._orders}"
         self._cluster.begin_move(
             MoveEntry(migration_id, move.request_id, move.source_id, move.target_id, blocks, now)
+        )
+        self._log.add(
+            move.request_id,
+            Decision(now, "move ordered", move.source_id, move.target_id, policy, move.reason, move.scores),
         )
         order = MigrateOrder(
             migration_id=migration_id,
@@ -189,6 +209,10 @@ class Rescheduler:
         return self._close(result, now)
 
     def _close(self, result: MigrationResult, now: float) -> Ended:
+        kind = f"move {result.outcome.value}"
+        self._log.add(
+            result.request_id, Decision(now, kind, result.source_id, result.target_id, "", result.reason)
+        )
         if result.outcome is MigrationOutcome.COMMITTED:
             self.committed += 1
             self._requests.succeeded(result.request_id, now)

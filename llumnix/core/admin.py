@@ -90,6 +90,33 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class DecisionRow:
+    """One decision about a request. ``kind``: placed, not placed, move ordered, or how a move ended.
+    ``source_id`` and ``policy`` are empty where there is none. ``scores`` are those of the best of
+    ``candidates`` instances, in the policy's own measure: higher is better."""
+
+    age_s: float
+    kind: str
+    source_id: str
+    instance_id: str
+    policy: str
+    reason: str
+    scores: tuple[tuple[str, float], ...]
+    candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyState:
+    """The policies in force, by kind, with every other setting of the scheduler and the names each kind
+    knows. ``revision`` counts the changes since the cluster was started."""
+
+    revision: int
+    policies: dict[str, str]
+    settings: dict[str, str | int | float | bool]
+    known: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """An administrator's order that was not carried out, and why. Nothing was changed."""
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from llumnix.core.errors import ConfigurationError
 
+TENANT_WEIGHTS_MAX = 1000
+
 
 def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
     """A field with its default, its help text and, if given, the only values allowed."""
@@ -123,12 +125,42 @@ class SchedulerConfig(Leaf):
     queue_blocks_factor: float = setting(
         4.0, "queued demand, in multiples of an instance's KV, at which it is full"
     )
+    tenant_weights: str = setting(
+        "", "shares of the cluster by tenant, as name=weight,…; a tenant not named has weight 1"
+    )
+    tenant_input_weight: float = setting(1.0, "what a prompt token counts in a tenant's service")
+    tenant_output_weight: float = setting(2.0, "what a generated token counts in a tenant's service")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.need(self.round_interval_s > 0, "round_interval_s", "above 0")
         self.need(self.high_freeness >= self.low_freeness, "high_freeness", "at least low_freeness")
         self.need(self.silent_after_s > 0, "silent_after_s", "above 0")
+        self.need(
+            self.tenant_input_weight + self.tenant_output_weight > 0,
+            "tenant_output_weight",
+            "above 0 where tenant_input_weight is 0",
+        )
+        parse_weights(self.tenant_weights)
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """``tenant_weights`` by tenant. Raises ConfigurationError naming the part that is wrong."""
+    weights: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        tenant, equals, number = part.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not equals or not tenant.strip() or not 0 < weight < float("inf"):
+            raise ConfigurationError(f"tenant_weights: {part!r} is not name=weight with a weight above 0")
+        if tenant.strip() in weights:
+            raise ConfigurationError(f"tenant_weights: {tenant.strip()!r} is named twice")
+        weights[tenant.strip()] = weight
+    if len(weights) > TENANT_WEIGHTS_MAX:
+        raise ConfigurationError(f"tenant_weights: more than {TENANT_WEIGHTS_MAX} tenants")
+    return weights
 
 
 @dataclass(frozen=True)

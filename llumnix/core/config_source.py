@@ -8,12 +8,13 @@ the nearest name.
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llumnix.core.config import Config
+from llumnix.core.config import Config, SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 
 Value = bool | int | float | str
@@ -82,13 +83,39 @@ def read_file(path: Path) -> dict[tuple[str, str], Value]:
     return values
 
 
-def build_config(flags: Mapping[tuple[str, str], Value], path: Path | None = None) -> Config:
-    """The configuration of a run: flags given by the user over the file, if any, over defaults."""
+def build_config(
+    flags: Mapping[tuple[str, str], Value], path: Path | None = None, base: Config | None = None
+) -> Config:
+    """The configuration of a run: flags over the file, if any, over ``base`` or else the defaults."""
     given = {**(read_file(path) if path else {}), **flags}
     leaves: dict[str, Any] = {}
     for section, leaf in get_type_hints(Config).items():
-        leaves[section] = leaf(**{name: value for (where, name), value in given.items() if where == section})
+        values = {name: value for (where, name), value in given.items() if where == section}
+        leaves[section] = leaf(**values) if base is None else replace(getattr(base, section), **values)
     return Config(**leaves)
+
+
+def with_settings(config: SchedulerConfig, texts: Mapping[str, str]) -> SchedulerConfig:
+    """The scheduler's settings with these replaced, each given as text. Raises ConfigurationError naming the
+    one that is wrong."""
+    known = {setting.name: setting for setting in settings() if setting.section == "scheduler"}
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        if name not in known:
+            raise ConfigurationError(f"unknown setting {name}{_nearest(name, sorted(known))}")
+        kind = known[name].kind
+        try:
+            values[name] = kind(text)
+        except ValueError:
+            raise ConfigurationError(f"{name} must be {KIND_NAMES[kind]}, got {text!r}") from None
+        if kind is float and not isfinite(values[name]):
+            raise ConfigurationError(f"{name} must be finite, got {text!r}")
+    return replace(config, **values)
+
+
+def as_texts(config: SchedulerConfig) -> tuple[tuple[str, str], ...]:
+    """Every setting of the scheduler as (name, text), as ``with_settings`` takes them."""
+    return tuple((spec.name, str(getattr(config, spec.name))) for spec in fields(config))
 
 
 def to_toml(config: Config) -> str:

@@ -82,12 +82,13 @@ class DispatchDecision:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One migration to begin, with the reason."""
+    """One migration to begin, with the reason, and how source and target scored before it."""
 
     request_id: str
     source_id: str
     target_id: str
     reason: str
+    scores: tuple[tuple[str, float], ...] = ()
 
 
 class DispatchPolicy(Protocol):

@@ -15,7 +15,15 @@ from typing import Any
 from llumnix.api.backend import ModelInfo, StreamCall
 from llumnix.api.detokenizer import TextStream
 from llumnix.api.tokenizer import TextTokenizer, load_tokenizer
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.admin import (
+    ClusterSummary,
+    DecisionRow,
+    Event,
+    InstanceRow,
+    MigrationResult,
+    PolicyState,
+    Refusal,
+)
 from llumnix.core.config import ClusterConfig, Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import RequestRow
@@ -40,9 +48,10 @@ class Generated:
 
 
 async def connect(ray_address: str = "auto") -> "Cluster":
-    """Connect to the Llumnix cluster of a Ray cluster: "auto" finds the one on this machine. Raises
-    ConfigurationError if there is none."""
-    await asyncio.to_thread(start_ray, Config(cluster=ClusterConfig(ray_address=ray_address)))
+    """Connect to the Llumnix cluster of a Ray cluster: "auto" takes the one that RAY_ADDRESS names, or else
+    the one started last on this machine; `llumnix serve` prints its address. Blocks for the second that
+    joining Ray takes. Raises ConfigurationError if there is none."""
+    start_ray(Config(cluster=ClusterConfig(ray_address=ray_address)))
     manager = find_manager()
     if manager is None:
         raise ConfigurationError(
@@ -154,6 +163,20 @@ class Cluster:
         """Have this many instances. Answered when they serve, or when the surplus ones are empty and
         stopped."""
         return await self._admin.scale(instances)
+
+    async def policies(self) -> PolicyState:
+        """The policies and scheduler settings in force."""
+        return await self._admin.policies()
+
+    async def set_policy(self, kind: str, name: str, **settings: str | int | float) -> PolicyState | Refusal:
+        """Go by another policy of a kind (dispatch, pairing, selection) or by other settings, at once."""
+        return await self._admin.set_policy(
+            kind, name, {setting: str(value) for setting, value in settings.items()}
+        )
+
+    async def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
+        """Where a request was placed and moved, and why, oldest first."""
+        return await self._admin.explain(request_id)
 
     async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
         """What happened since the event numbered ``after``, oldest first."""

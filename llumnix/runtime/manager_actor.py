@@ -16,7 +16,15 @@ from typing import TypeVar
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.admin import (
+    ClusterSummary,
+    DecisionRow,
+    Event,
+    InstanceRow,
+    MigrationResult,
+    PolicyState,
+    Refusal,
+)
 from llumnix.core.config import Config
 from llumnix.core.messages.control import InstanceHello, InstanceState, RequestRow
 from llumnix.migration.transports.base import host_identity
@@ -89,6 +97,15 @@ class ManagerActor:
 
     def resume(self, instance_id: str) -> InstanceRow | Refusal:
         return self._on_loop(lambda: self._server.set_draining(instance_id, False))
+
+    def policies(self) -> PolicyState:
+        return self._on_loop(self._server.policies)
+
+    def set_policy(self, kind: str, name: str, settings: dict[str, str]) -> PolicyState | Refusal:
+        return self._on_loop(lambda: self._server.set_policy(kind, name, settings))
+
+    def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
+        return self._on_loop(lambda: self._server.explain(request_id))
 
     def scale(self, instances: int) -> ClusterSummary | Refusal:
         """Start or drain-and-stop instances until there are ``instances``. Returns when that is so."""

@@ -11,7 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from llumnix.control.global_scheduler import Answered, GlobalScheduler, Logged
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.admin import (
+    ClusterSummary,
+    DecisionRow,
+    Event,
+    InstanceRow,
+    MigrationResult,
+    PolicyState,
+    Refusal,
+)
 from llumnix.core.config import Config
 from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError
@@ -89,6 +97,19 @@ class ManagerServer:
             return outcome
         self._perform(outcome)
         return next(row for row in self.instances() if row.instance_id == instance_id)
+
+    def policies(self) -> PolicyState:
+        return self.core.policies()
+
+    def set_policy(self, kind: str, name: str, settings: dict[str, str]) -> PolicyState | Refusal:
+        outcome = self.core.set_policy(kind, name, settings, time.monotonic())
+        if isinstance(outcome, Refusal):
+            return outcome
+        self._perform(outcome)
+        return self.policies()
+
+    def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
+        return self.core.explain(request_id, time.monotonic())
 
     # The scheduler's driver.
 

@@ -8,7 +8,15 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from llumnix.api.backend import ManagerAway
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, Refusal
+from llumnix.core.admin import (
+    ClusterSummary,
+    DecisionRow,
+    Event,
+    InstanceRow,
+    MigrationResult,
+    PolicyState,
+    Refusal,
+)
 from llumnix.core.messages.control import RequestRow
 
 CALL_TIMEOUT_S = 900.0  # scaling down waits for running requests to leave
@@ -44,6 +52,15 @@ class RayAdmin:
 
     async def events(self, after: int, limit: int) -> tuple[Event, ...]:
         return await self._call("events", after, limit)  # type: ignore[no-any-return]
+
+    async def policies(self) -> PolicyState:
+        return await self._call("policies")  # type: ignore[no-any-return]
+
+    async def set_policy(self, kind: str, name: str, settings: dict[str, str]) -> PolicyState | Refusal:
+        return await self._call("set_policy", kind, name, settings)  # type: ignore[no-any-return]
+
+    async def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
+        return await self._call("explain", request_id)  # type: ignore[no-any-return]
 
     async def _call(self, method: str, *arguments: object) -> Any:
         answer = getattr(self._manager, method).remote(*arguments).future()

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from llumnix.api.backend import FailKind, ManagerAway, ModelInfo, StreamCall, StreamFailed, TokenChunk
 from llumnix.api.server import ApiServer
 from llumnix.api.streams import Deliver, Effect, Fail, StreamTable
-from llumnix.core.admin import ClusterSummary, Event, InstanceRow, MigrationResult, MoveSeen, Refusal
+from llumnix.core.admin import (
+    ClusterSummary,
+    DecisionRow,
+    Event,
+    InstanceRow,
+    MigrationResult,
+    MoveSeen,
+    PolicyState,
+    Refusal,
+)
 from llumnix.core.config import EngineConfig, FrontendConfig
 from llumnix.core.effects import Send
 from llumnix.core.messages.control import (
@@ -135,6 +144,21 @@ class LocalAdmin:
     async def scale(self, instances: int) -> ClusterSummary | Refusal:
         self._present("scale", str(instances))
         return await self.status() if instances <= 4 else Refusal("at most 4 instances")
+
+    async def policies(self) -> PolicyState:
+        self._present()
+        return PolicyState(0, {"dispatch": "freeness"}, {"rest_s": 2.0}, {"dispatch": ("freeness", "load")})
+
+    async def set_policy(self, kind: str, name: str, settings: dict[str, str]) -> PolicyState | Refusal:
+        self._present("policy", kind, name, *settings, *settings.values())
+        return await self.policies() if name == "load" else Refusal(f"{name} unknown")
+
+    async def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
+        self._present()
+        if request_id != "r1":
+            return Refusal(f"nothing is known of {request_id}")
+        placed = DecisionRow(1.5, "placed", "", "instance-0", "freeness", "freest", (("instance-0", 8.0),), 1)
+        return (placed, DecisionRow(0.5, "move committed", "instance-0", "instance-1", "", "", (), 0))
 
     async def events(self, after: int, limit: int) -> tuple[Event, ...]:
         self._present()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+TENANTS_REPORTED_MAX = 64
+
 
 class InstanceRole(StrEnum):
     NEUTRAL = "neutral"
@@ -92,6 +94,17 @@ class MoveCandidate:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantService:
+    """What an instance did for one tenant since its start, in weighted tokens (``served_total``), where it
+    believes the tenant's virtual counter to stand, and how many of its requests it holds."""
+
+    tenant: str
+    served_total: float
+    counter: float
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since
     start.
@@ -101,8 +114,10 @@ class LoadReport:
     ``waiting_blocks`` what all waiting requests need. ``execution_priorities`` are (priority, running
     requests of it), ascending. ``accepted`` are requests taken since the previous report, so that the manager
     can drop them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
-    instance's hello. Reports repeat about every second while nothing changes: silence is how a hung instance
-    is noticed.
+    instance's hello. ``role`` is the one it was last told to play. ``policy_fault``, if not empty, says what
+    its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
+    most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by. Reports
+    repeat about every second while nothing changes: silence is how a hung instance is noticed.
     """
 
     instance_id: str
@@ -126,6 +141,10 @@ class LoadReport:
     preemptions_total: int
     finished_total: int
     address: str
+    role: InstanceRole = InstanceRole.NEUTRAL
+    policy_fault: str = ""
+    tenants: tuple[TenantService, ...] = ()
+    settings_revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +260,31 @@ class SetDraining:
     """Manager to instance: refuse (or take again) new requests and incoming migrations."""
 
     draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Manager to instance: play this role from now on, and say so in reports."""
+
+    role: InstanceRole
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """The scheduler's settings in force, as (name, text), all of them. Manager to instances when they change;
+    instance to a manager that has restarted, beside its hello, so that an administrator's choice outlives the
+    manager. The highest ``revision`` holds; 0 is how the cluster was started and is never sent."""
+
+    revision: int
+    values: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantTotals:
+    """Manager to instance, at a bounded rate: for tenants it reports, what to add to its own ``served_total``
+    to get the tenant's virtual counter in the whole cluster. At most TENANTS_REPORTED_MAX."""
+
+    offsets: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,38 @@
+"""What an instance offers to give away, by the selection policy in force. Called by the engine core for every
+load report.
+
+The policy may be other people's code: if it raises, or returns what it was not given, the default selects for
+that once, and the fault is kept for the next reports, so that the manager can tell.
+"""
+
+from collections.abc import Sequence
+
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import MoveCandidate
+from llumnix.core.views import SelectionPolicy
+from llumnix.policies.guard import attempt
+from llumnix.policies.selection import Cheapest
+
+FAULT_CHARS_MAX = 300
+
+
+class MoveOffers:
+    """``fault`` says what the policy did wrong last; empty: nothing since it is in force."""
+
+    def __init__(self, policy: SelectionPolicy | None) -> None:
+        self._default: SelectionPolicy = Cheapest(SchedulerConfig())
+        self.use(policy or self._default)
+
+    def use(self, policy: SelectionPolicy) -> None:
+        """Select by this policy from now on."""
+        self._policy = policy
+        self.fault = ""
+
+    def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
+        """At most ``limit`` of ``rows``, best first."""
+        chosen, fault = attempt(self._policy.select, rows, limit)
+        if isinstance(chosen, tuple) and len(chosen) <= limit and all(row in rows for row in chosen):
+            return chosen
+        name = type(self._policy).__name__
+        self.fault = f"{name} {fault or f'returned {chosen!r}'}"[:FAULT_CHARS_MAX]
+        return self._default.select(rows, limit)

@@ -1,0 +1,65 @@
+"""What was decided about each request, and why: the answer to ``llumnix explain``.
+
+Bounded twice: the requests decided about most lately, and the latest decisions about each. A placement adds
+one entry on the manager's hot path, so entries are kept as they come and turned into rows only when somebody
+asks. Filled by the placer and the rescheduler.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from math import isfinite
+
+from llumnix.core.admin import DecisionRow
+
+REQUESTS_MAX = 10_000
+DECISIONS_MAX = 32
+
+
+@dataclass(slots=True)
+class Decision:
+    """One entry; fields as in DecisionRow."""
+
+    at: float
+    kind: str
+    source_id: str
+    instance_id: str
+    policy: str
+    reason: str
+    scores: tuple[tuple[str, float], ...] = ()
+    candidates: int = 0
+
+
+class DecisionLog:
+    """Decisions by request id, the request longest without one first."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, deque[Decision]] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request_id: str, decision: Decision) -> None:
+        """Enter one; the oldest make room for it."""
+        decisions = self._requests.pop(request_id, None)
+        if decisions is None:
+            decisions = deque(maxlen=DECISIONS_MAX)
+            if len(self._requests) >= REQUESTS_MAX:
+                del self._requests[next(iter(self._requests))]
+        decisions.append(decision)
+        self._requests[request_id] = decisions
+
+    def rows(self, request_id: str, now: float) -> tuple[DecisionRow, ...]:
+        """All that is kept about a request, oldest first. A draining instance has no finite score to show."""
+        return tuple(
+            DecisionRow(
+                now - one.at,
+                one.kind,
+                one.source_id,
+                one.instance_id,
+                one.policy,
+                one.reason,
+                tuple((name, score) for name, score in one.scores if isfinite(score)),
+                one.candidates,
+            )
+            for one in self._requests.get(request_id, ())
+        )

@@ -1,0 +1,117 @@
+"""Policies as they run: other people's code, whose faults end here.
+
+A policy that raises, or returns what is no decision, is overruled by the default of its kind for that one
+decision, and that is told: at once, then at most once a minute for each kind, with the number of times.
+Nothing it returns is used unchecked. Called by the placer, the rescheduler and the scaler.
+"""
+
+from collections.abc import Callable
+from math import isfinite
+
+from llumnix.control.cluster_view import queue_freeness
+from llumnix.control.effects import Logged
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.views import ClusterSnapshot, DispatchDecision, InstanceView, Move, RequestView
+from llumnix.policies.dispatch import FreenessDispatch
+from llumnix.policies.guard import attempt
+from llumnix.policies.pairing import FreenessPairing
+from llumnix.policies.registry import dispatch_policy, pairing_policy
+
+SPEAK_AGAIN_S = 60.0
+TEXT_MAX = 300
+
+
+class Faults:
+    """Faults of the running policies, by kind, until they are told."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[float, int]] = {}
+        self._pending: list[Logged] = []
+
+    def note(self, kind: str, name: str, what: str, now: float) -> None:
+        """One more fault."""
+        told_at, untold = self._told.get(kind, (float("-inf"), 0))
+        if now - told_at < SPEAK_AGAIN_S:
+            self._told[kind] = told_at, untold + 1
+            return
+        self._told[kind] = now, 0
+        again = f" ({untold} more times in the last {now - told_at:.0f} s)" if untold else ""
+        text = f"{kind} policy {name!r} {what[:TEXT_MAX]}{again}; the default decided instead"
+        self._pending.append(Logged("policy_error", text, {"kind": kind, "policy": name}))
+
+    def take(self) -> list[Logged]:
+        """What there is to tell."""
+        pending, self._pending = self._pending, []
+        return pending
+
+
+class GuardedDispatch:
+    """The dispatch policy that the configuration names. Raises ConfigurationError if it cannot be had."""
+
+    def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
+        self.name = config.dispatch_policy
+        self._policy = dispatch_policy(config)
+        self._default = FreenessDispatch(config)
+        self._faults = faults
+        self._score: Callable[[InstanceView], float] | None = getattr(self._policy, "score", None)
+        self._score_fault = ""
+
+    @property
+    def score(self) -> Callable[[InstanceView], float]:
+        """What candidates are ordered by."""
+        return queue_freeness if self._score is None else self._checked_score
+
+    def place(
+        self, request: RequestView, candidates: tuple[InstanceView, ...], now: float
+    ) -> DispatchDecision:
+        """The policy's decision, or the default's."""
+        decision, fault = attempt(self._policy.place, request, candidates)
+        if self._score_fault:
+            self._faults.note("dispatch", self.name, self._score_fault, now)
+            self._score_fault = ""
+        if isinstance(decision, DispatchDecision) and isinstance(decision.reason, str):
+            return decision
+        return self.overrule(request, candidates, fault or f"returned {decision!r}", now)
+
+    def overrule(
+        self, request: RequestView, candidates: tuple[InstanceView, ...], fault: str, now: float
+    ) -> DispatchDecision:
+        """Tell what is wrong with the policy's decision, and let the default decide."""
+        self._faults.note("dispatch", self.name, fault, now)
+        freest = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
+        return self._default.place(request, tuple(freest))
+
+    def _checked_score(self, view: InstanceView) -> float:
+        assert self._score is not None
+        score, fault = attempt(self._score, view)
+        if not fault and isinstance(score, int | float) and isfinite(score):
+            return score
+        self._score_fault = fault or f"scored {view.instance_id} {score!r}"
+        return view.queue_freeness
+
+
+class GuardedPairing:
+    """The pairing policy that the configuration names. Raises ConfigurationError if it cannot be had."""
+
+    def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
+        self.name = config.pairing_policy
+        self._policy = pairing_policy(config)
+        self._default = FreenessPairing(config)
+        self._faults = faults
+        self._moves_max = config.moves_per_round_max
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        """The policy's moves, or the default's; at most ``moves_per_round_max``."""
+        moves, fault = attempt(self._policy.pair, cluster)
+        if not fault and isinstance(moves, tuple):
+            if all(map(_is_move, moves)):
+                return moves[: self._moves_max]
+            fault = f"returned {moves!r}"
+        self._faults.note("pairing", self.name, fault, cluster.now)
+        return self._default.pair(cluster)
+
+
+def _is_move(move: object) -> bool:
+    return isinstance(move, Move) and all(
+        isinstance(part, str) for part in (move.request_id, move.source_id, move.target_id, move.reason)
+    )

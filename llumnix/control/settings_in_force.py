@@ -1,0 +1,69 @@
+"""The scheduler's settings as they are now: those the cluster was started with, changed by administrators.
+
+A change is checked as a whole before anything of it holds, and gets a revision one above the last. Instances
+keep the settings of the highest revision and tell them to a manager that has restarted, so they are not lost
+with it. Called by the global scheduler only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from llumnix.control.policy_guard import Faults, GuardedDispatch, GuardedPairing
+from llumnix.core.admin import PolicyState
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.config_source import as_texts, with_settings
+from llumnix.core.errors import ConfigurationError
+from llumnix.core.messages.control import SchedulerSettings
+from llumnix.policies.registry import KINDS, known_names, selection_policy
+
+REVISION_MAX = 1 << 53
+POLICY_SUFFIX = "_policy"
+
+
+class SettingsInForce:
+    """See the module. ``dispatch`` and ``pairing`` are the policies that ``config`` names. Raises
+    ConfigurationError if one cannot be had."""
+
+    def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
+        self.revision = 0
+        self._faults = faults
+        self._use(config)
+
+    def change(self, kind: str, name: str, settings: Mapping[str, str]) -> None:
+        """Another policy of that kind, and these settings. Raises ConfigurationError; then nothing has
+        changed."""
+        if kind not in KINDS:
+            raise ConfigurationError(f"there is no kind of policy {kind!r}; there are {', '.join(KINDS)}")
+        for setting in settings:
+            if setting.endswith(POLICY_SUFFIX):
+                raise ConfigurationError(f"{setting} is no setting of a policy but names one")
+        self._use(with_settings(self.config, {**settings, kind + POLICY_SUFFIX: name}))
+        self.revision += 1
+
+    def hear(self, message: SchedulerSettings) -> bool:
+        """An instance says what an earlier manager told it. True: that is newer than what held here. Raises
+        ConfigurationError if it cannot hold here."""
+        if not self.revision < message.revision < REVISION_MAX:
+            return False
+        self._use(with_settings(self.config, dict(message.values)))
+        self.revision = message.revision
+        return True
+
+    def message(self) -> SchedulerSettings:
+        """For the instances."""
+        return SchedulerSettings(self.revision, as_texts(self.config))
+
+    def state(self) -> PolicyState:
+        """For administrators."""
+        names = [spec.name for spec in fields(self.config)]
+        return PolicyState(
+            revision=self.revision,
+            policies={kind: getattr(self.config, kind + POLICY_SUFFIX) for kind in KINDS},
+            settings={name: getattr(self.config, name) for name in names if not name.endswith(POLICY_SUFFIX)},
+            known={kind: known_names(kind) for kind in KINDS},
+        )
+
+    def _use(self, config: SchedulerConfig) -> None:
+        dispatch, pairing = GuardedDispatch(config, self._faults), GuardedPairing(config, self._faults)
+        selection_policy(config)  # the instances need it: refused here, before it reaches them
+        self.config, self.dispatch, self.pairing = config, dispatch, pairing

@@ -1,0 +1,18 @@
+"""The one place where other people's code may raise whatever it likes. Called wherever a policy runs: by the
+manager's guards (control/policy_guard.py) and by engines (instance/move_offers.py)."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def attempt(
+    function: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> tuple[Result | None, str]:
+    """Call it: its result and "", or None and what went wrong."""
+    try:
+        return function(*arguments, **named), ""
+    except Exception as error:  # whatever a plug-in raises, the process goes on
+        return None, f"raised {type(error).__name__}: {error}"
