@@ -3,17 +3,16 @@ before a command needs it."""
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 
 from llumnix import __version__
-from llumnix.cli import admin
-from llumnix.core.config import Config
-from llumnix.core.config_source import Setting, Value, build_config, settings, to_toml
+from llumnix.cli import admin, simulate
+from llumnix.cli.config_flags import config_options, resolve
+from llumnix.core.config_source import Value, to_toml
 from llumnix.core.errors import LlumnixError
 
 BENCHMARKS = {
@@ -22,43 +21,6 @@ BENCHMARKS = {
     "migration": "downtime of live migrations against other ways to move",
 }
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-ENVIRONMENT = {"admin_token": "LLUMNIX_ADMIN_TOKEN"}
-
-
-def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for each setting, and --config FILE. Settings left out are None."""
-    for setting in reversed(settings()):
-        command = click.option(
-            f"--{setting.flag}/--no-{setting.flag}" if setting.kind is bool else f"--{setting.flag}",
-            _parameter(setting),
-            type=click.Choice(setting.choices) if setting.choices else setting.kind,
-            default=None,
-            envvar=ENVIRONMENT.get(setting.name),
-            help=f"{setting.help} [{_default(setting)}]",
-            metavar=None if setting.choices or setting.kind is bool else setting.kind.__name__.upper(),
-        )(command)
-    path = click.Path(exists=True, dir_okay=False, path_type=Path)
-    return click.option("--config", "config_file", type=path, help="TOML file with settings; flags win.")(
-        command
-    )
-
-
-def _parameter(setting: Setting) -> str:
-    return f"{setting.section}__{setting.name}"
-
-
-def _default(setting: Setting) -> str:
-    return "empty" if setting.default == "" else str(setting.default)
-
-
-def resolve(config_file: Path | None, given: dict[str, Value | None]) -> Config:
-    """The configuration from a command's parameters."""
-    flags: dict[tuple[str, str], Value] = {}
-    for parameter, value in given.items():
-        if value is not None:
-            section, _, name = parameter.partition("__")
-            flags[section, name] = value
-    return build_config(flags, config_file)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -112,7 +74,7 @@ def bench() -> None:
     """Measure something, and write it as JSON."""
 
 
-for _command in admin.COMMANDS:
+for _command in (*admin.COMMANDS, simulate.command):
     cli.add_command(_command)
 
 

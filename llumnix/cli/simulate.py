@@ -1,0 +1,155 @@
+"""``llumnix simulate``: a cluster in virtual time, by preset or by options; table, JSON, plots, HTML."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llumnix.cli.config_flags import config_options, resolve
+from llumnix.core.config import Config
+from llumnix.core.config_source import Value
+from llumnix.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from llumnix.sim.presets import Case
+
+PRESETS = ("osdi24-serving", "osdi24-priorities", "osdi24-autoscaling")
+REQUESTS, PRESET_REQUESTS = 1000, 10_000
+
+
+@click.command("simulate")
+@click.argument("preset", type=click.Choice(PRESETS), required=False)
+@click.option(
+    "--lengths", "traces", multiple=True, help="S-S … L-L, sharegpt, burstgpt or IN:OUT; repeatable."
+)
+@click.option("--rate", "rates", type=float, multiple=True, help="Requests per second; repeatable.")
+@click.option(
+    "--cv", type=float, default=1.0, show_default=True, help="Burstiness of arrivals; 1 is Poisson."
+)
+@click.option("--requests", type=int, default=None, help=f"How many [{REQUESTS}; presets {PRESET_REQUESTS}].")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Arrivals from a file: Azure CSV, Mooncake JSONL."
+)
+@click.option(
+    "--policy", "policies", multiple=True, help="Side by side: a name, or DISPATCH/PAIRING; repeatable."
+)
+@click.option("--high-share", type=float, default=0.0, show_default=True, help="Share of high priority.")
+@click.option(
+    "--tenant", "tenants", multiple=True, metavar="NAME=WEIGHT", help="Share of requests; repeatable."
+)
+@click.option("--turns", type=float, default=1.0, show_default=True, help="Mean turns of a conversation.")
+@click.option("--think", "think_s", type=float, default=10.0, show_default=True, help="Mean pause, seconds.")
+@click.option(
+    "--cost-model", default="llama-7b-a10", show_default=True, help="Preset, FILE.json, MODEL@DEVICE."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
+)
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write PNG plots there.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report there.")
+@config_options
+def command(
+    preset: str | None,
+    json_file: Path | None,
+    plots: Path | None,
+    html: Path | None,
+    config_file: Path | None,
+    jobs: int,
+    **given: Any,
+) -> None:
+    """Run a cluster in virtual time and show what its clients would see.
+
+    PRESET reruns a published experiment. Without one, options describe the workload. Settings of the
+    scheduler, engines and so on are those of serve."""
+    from llumnix.cli.simulate_output import show, write_json
+    from llumnix.sim.runs import run_cases
+
+    own = {name: given.pop(name) for name in tuple(given) if "__" not in name}
+    cases = _cases(preset, own, config_file, given)
+    results = _with_progress(cases, lambda progress: run_cases(cases, jobs, own["seed"], progress))
+    show(results)
+    if json_file is not None:
+        write_json(json_file, preset, own, results)
+    if plots is not None or html is not None:
+        from llumnix.sim.plots import write_html, write_plots
+
+        if plots is not None:
+            write_plots(results, plots)
+        if html is not None:
+            write_html(results, html)
+
+
+def _cases(
+    preset: str | None, own: dict[str, Any], config_file: Path | None, given: dict[str, Value | None]
+) -> "list[Case]":
+    from llumnix.sim import presets
+
+    if preset is None:
+        return _generic(own, resolve(config_file, given, presets.GENERIC_CONFIG))
+    config = resolve(config_file, given, presets.PAPER_CONFIG)
+    count, seed = own["requests"] or PRESET_REQUESTS, own["seed"]
+    if preset == "osdi24-serving":
+        return presets.serving(
+            own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config
+        )
+    if preset == "osdi24-priorities":
+        return presets.priorities(own["rates"], own["policies"], count=count, seed=seed, config=config)
+    raise ConfigurationError("osdi24-autoscaling needs a scaling policy, which there is none of yet")
+
+
+def _generic(own: dict[str, Any], config: Config) -> "list[Case]":
+    from llumnix.sim.presets import Case, with_policy
+    from llumnix.sim.roofline import cost_model
+    from llumnix.sim.traces import read_trace
+    from llumnix.sim.workload import Conversations, Mix, Synthetic, Workload
+
+    cost = cost_model(own["cost_model"])
+    workloads: list[Workload] = []
+    if own["trace"] is not None:
+        workloads.append(read_trace(own["trace"], cost.max_model_len, own["requests"]))
+    else:
+        mix = Mix(own["high_share"], 1, tuple(_tenant(text) for text in own["tenants"]))
+        talk = Conversations(own["turns"], own["think_s"]) if own["turns"] != 1 else None
+        workloads += [
+            Synthetic(
+                lengths=lengths,
+                rate=rate,
+                count=own["requests"] or REQUESTS,
+                seed=own["seed"],
+                cv=own["cv"],
+                tokens_max=cost.max_model_len,
+                mix=mix,
+                conversations=talk,
+            )
+            for lengths in own["traces"] or ("M-M",)
+            for rate in own["rates"] or (1.0,)
+        ]
+    named = own["policies"] or (f"{config.scheduler.dispatch_policy}/{config.scheduler.pairing_policy}",)
+    return [
+        Case(policy, with_policy(config, policy), cost, workload)
+        for workload in workloads
+        for policy in named
+    ]
+
+
+def _tenant(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight or 1)
+    except ValueError:
+        raise ConfigurationError(f"--tenant {text}: the weight must be a number") from None
+
+
+def _with_progress(cases: "Sequence[Case]", run: Callable[[Callable[[int], None]], Any]) -> Any:
+    """Run with a bar on stderr that counts requests."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    total = sum(case.workload.requests for case in cases)
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        return run(lambda done: bar.update(task, advance=done))

@@ -1,0 +1,1 @@
+"""The simulator: the production classes in virtual time, under simulated load and faults."""

@@ -1,0 +1,147 @@
+"""What things cost in virtual time: steps and KV copies of one (model, device).
+
+A step that decodes d requests with r tokens of context between them and prefills p tokens takes
+
+    max(weights_ms, token_ms * p) + attention_ms * a + request_ms * d + context_ms * r
+
+The weights are read once a step; prefilling p tokens hides that behind computing once it takes longer.
+``a`` is, over all prefill chunks from position s to e, the sum of e² - s²: attention's quadratic part.
+Each preset says where its numbers come from; none was fitted to what a simulation gave.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llumnix.core.errors import ConfigurationError
+from llumnix.core.messages.control import KvLayout
+from llumnix.instance.executor import Chunk
+
+BLOCK_COPY_MIN_S = 1e-4
+KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+KIND_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """See the module. ``copy_ms`` per token of KV moved between instances; ``capacity_tokens`` of KV."""
+
+    name: str
+    source: str
+    weights_ms: float
+    token_ms: float
+    attention_ms: float
+    request_ms: float
+    context_ms: float
+    copy_ms: float
+    capacity_tokens: int
+    max_model_len: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                value = getattr(self, name)
+                raise ConfigurationError(f"cost model {self.name}: {name} must be {allowed}, got {value!r}")
+
+        for field in fields(self):
+            value, kind = getattr(self, field.name), KINDS[field.type]
+            need(isinstance(value, kind) and not isinstance(value, bool), field.name, KIND_NAMES[field.type])
+        for name in ("attention_ms", "request_ms", "context_ms", "copy_ms", "token_ms"):
+            need(getattr(self, name) >= 0, name, "at least 0")
+        need(self.weights_ms > 0, "weights_ms", "above 0")
+        for name in ("capacity_tokens", "max_model_len", "layers", "kv_heads", "head_dim"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        need(self.dtype in ("float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16")
+
+    def step_s(self, decodes: int, context: int, prefill: int, attended: int) -> float:
+        """Seconds that a step takes; see the module."""
+        compute_ms = self.token_ms * prefill
+        base_ms = compute_ms if compute_ms > self.weights_ms else self.weights_ms
+        return (
+            base_ms + self.attention_ms * attended + self.request_ms * decodes + self.context_ms * context
+        ) * 1e-3
+
+    def plan_s(self, chunks: tuple[Chunk, ...]) -> float:
+        """Seconds that a plan takes; 0 for an empty one."""
+        decodes = context = prefill = attended = 0
+        for chunk in chunks:
+            end = chunk.start + chunk.count
+            if chunk.count == 1 and chunk.request.prefilled:
+                decodes += 1
+                context += end
+            else:
+                prefill += chunk.count
+                attended += end * end - chunk.start * chunk.start
+        return self.step_s(decodes, context, prefill, attended) if chunks else 0.0
+
+    def layout(self, block_size: int, capacity_tokens: int = 0) -> KvLayout:
+        """The KV pool of one instance; 0 takes the model's own capacity."""
+        return KvLayout(
+            blocks=(capacity_tokens or self.capacity_tokens) // block_size,
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            block_size=block_size,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+        )
+
+    def copy_s(self, blocks: int, block_size: int) -> float:
+        """Seconds to read so many blocks from another instance."""
+        return max(BLOCK_COPY_MIN_S, self.copy_ms * block_size * blocks * 1e-3)
+
+
+LLAMA_7B_WEIGHT_BYTES = 13.48e9
+LLAMA_7B_KV_BYTES = 524_288
+STEP_MS_AT_8K, CONTEXT_AT_8K = 43.2, 8192
+A10_BYTES_PER_MS = (LLAMA_7B_WEIGHT_BYTES + CONTEXT_AT_8K * LLAMA_7B_KV_BYTES) / STEP_MS_AT_8K
+
+LLAMA_7B_A10 = CostModel(
+    name="llama-7b-a10",
+    source="Llumnix (OSDI'24), figure 10: prefill(n) = 0.21 n + 4.2e-6 n² ms; decode step = 43.2 + 0.27 d ms "
+    "for d requests with 8k tokens between them, split by bytes read: 13.48 GB of weights, 512 KiB of KV per "
+    "token; KV copy 0.2 ms per token; 13,616 tokens of KV",
+    weights_ms=LLAMA_7B_WEIGHT_BYTES / A10_BYTES_PER_MS,
+    token_ms=0.21,
+    attention_ms=4.2e-6,
+    request_ms=0.27,
+    context_ms=LLAMA_7B_KV_BYTES / A10_BYTES_PER_MS,
+    copy_ms=0.2,
+    capacity_tokens=13_616,
+    max_model_len=13_616,
+    layers=32,
+    kv_heads=32,
+    head_dim=128,
+    dtype="float16",
+)
+
+
+def read_cost_model(path: Path) -> CostModel:
+    """A cost model from a JSON file with CostModel's fields. Raises ConfigurationError naming file and
+    field."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: a cost model is an object")
+    names = {field.name for field in fields(CostModel)}
+    for name in sorted(values.keys() - names):
+        raise ConfigurationError(f"{path}: unknown field {name}")
+    for name in sorted(names - values.keys()):
+        raise ConfigurationError(f"{path}: field {name} is missing")
+    try:
+        return CostModel(**values)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def to_json(model: CostModel) -> str:
+    """The file that read_cost_model takes."""
+    return json.dumps(asdict(model), indent=2) + "\n"

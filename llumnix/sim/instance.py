@@ -1,0 +1,337 @@
+"""One simulated instance: engine core and agent, driven as the engine thread of a real one drives them.
+
+Between two steps it hands over what came in, lets deadlines pass, then begins the next step, whose end is an
+event. In quiet mode it does whole stretches of steps at once and keeps their tokens to itself until their
+frontend needs them: when a request ends, starts, moves or is asked for, and every FLUSH_S. A message
+that arrives in the middle cuts the stretch at the end of the step under way, as it would have waited for that
+step. Both modes decide the same; a test compares them. Quiet mode is for networks without faults only.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llumnix.core.config import EngineConfig, MigrationConfig
+from llumnix.core.effects import Send
+from llumnix.core.errors import InvariantError, TransportError
+from llumnix.core.messages.control import (
+    InstanceHello,
+    InstanceRole,
+    KvEndpoint,
+    MigrationEnded,
+    MigrationOutcome,
+)
+from llumnix.core.messages.serving import TokenBatch, TokenDelta
+from llumnix.core.views import SelectionPolicy
+from llumnix.instance.agent import Agent
+from llumnix.instance.engine import StepResult
+from llumnix.instance.engine_core import EngineCore
+from llumnix.instance.executor import StepPlan
+from llumnix.instance.model_limits import ModelLimits
+from llumnix.migration.events import StartRead
+from llumnix.migration.transports.base import ReadStats
+from llumnix.sim.checks import OwnerCheck
+from llumnix.sim.clock import Clock
+from llumnix.sim.cost import CostModel
+from llumnix.sim.links import Links, ReadDone
+from llumnix.sim.network import Network
+from llumnix.sim.record import Recorder
+from llumnix.sim.tokens import EOS_TOKEN, VOCAB_SIZE, sample, sample_chunks
+
+FLUSH_S = 1.0
+STRETCH_MAX = 4096
+FINAL_READ_WAIT_S = 1.0  # as in the runtime
+SLEEP_MIN_S = 1e-6
+
+
+class Machine:
+    """What all instances of a simulation share."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        network: Network,
+        links: Links,
+        recorder: Recorder,
+        owners: OwnerCheck,
+        cost: CostModel,
+        engine: EngineConfig,
+        migration: MigrationConfig,
+        selection: SelectionPolicy,
+        report_interval_s: float,
+        manager_address: str,
+        quiet: bool,
+    ) -> None:
+        self.clock, self.network, self.links = clock, network, links
+        self.recorder, self.owners, self.cost = recorder, owners, cost
+        self.engine, self.migration, self.selection = engine, migration, selection
+        self.report_interval_s, self.manager_address, self.quiet = report_interval_s, manager_address, quiet
+        self.layout = cost.layout(engine.block_size, engine.kv_blocks * engine.block_size)
+        longest = engine.max_model_len or cost.max_model_len
+        self.limits = ModelLimits(
+            capacity_blocks=self.layout.blocks,
+            block_size=engine.block_size,
+            max_model_len=min(longest, cost.max_model_len, self.layout.blocks * engine.block_size),
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=frozenset((EOS_TOKEN,)),
+        )
+        self.committed = 0
+
+
+class Instance:
+    """See the module. ``slowness`` multiplies the time of steps begun from now on."""
+
+    def __init__(
+        self, machine: Machine, instance_id: str, incarnation: str, role: InstanceRole = InstanceRole.NEUTRAL
+    ) -> None:
+        self.address = f"{instance_id}/{incarnation}"
+        self.alive = True
+        self.slowness = 1.0
+        self.steps = 0
+        self.engine = EngineCore(machine.limits, machine.engine, machine.selection)
+        self.hello = InstanceHello(
+            instance_id=instance_id,
+            incarnation=incarnation,
+            address=self.address,
+            role=role,
+            model=machine.cost.name,
+            max_model_len=self.engine.max_model_len,
+            kv_layout=machine.layout,
+            kv_endpoint=KvEndpoint("simulated", 1, -1, self.address, ""),
+        )
+        self.agent = Agent(
+            self.hello, self.engine, machine.migration, machine.report_interval_s, machine.manager_address
+        )
+        self._machine = machine
+        self._clock = machine.clock
+        self._inbox: list[tuple[object, float]] = []
+        self._final_reads: set[tuple[str, int]] = set()
+        self._stepping = False
+        self._event = 0  # the only wake-up or end of a step that still counts
+        self._wake_at = 0.0
+        self._ends: list[float] = []
+        self._durations: list[float] = []
+        self._sent: dict[str, tuple[str, int]] = {}
+        self._flush_at = self._clock.now + FLUSH_S
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._machine.network.attach(self.address, self.receive)
+        self._perform(self.agent.start(self._clock.now))
+        self._between_steps()
+
+    def receive(self, message: object) -> None:
+        """A message or the end of a read has come in."""
+        if not self.alive:
+            return
+        self._inbox.append((message, self._clock.now))
+        if not self._stepping:
+            self._between_steps()
+        elif len(self._ends) > 1:
+            self._cut()
+
+    def crash(self) -> None:
+        """The process dies between two messages; what it sent before stays sent."""
+        if self._ends:
+            done = bisect_left(self._ends, self._clock.now)
+            self._advance(self._ends[:done], self._durations[:done])
+        self._flush()
+        self.alive = False
+        self._machine.network.detach(self.address)
+
+    def slow_down(self, factor: float) -> None:
+        """Steps begun from now on take ``factor`` times as long as the cost model says."""
+        if len(self._ends) > 1:
+            self._cut()
+        self.slowness = factor
+
+    # The engine thread's loop.
+
+    def _between_steps(self) -> None:
+        now = self._clock.now
+        while self._inbox:
+            inbox, self._inbox = self._inbox, []
+            for item, arrived_at in inbox:
+                if isinstance(item, ReadDone):
+                    self._final_reads.discard((item.migration_id, item.stage))
+                    outcome = item.outcome
+                    self._perform(self.agent.read_ended(item.migration_id, item.stage, outcome, now))
+                else:
+                    self._perform(self.agent.handle(item, now, arrived_at))
+        self._perform(self.agent.tick(now))
+        if self._machine.quiet and (self.agent.migrating or now >= self._flush_at):
+            self._flush()
+        if not self.engine.has_work():
+            self._sleep_until(self.agent.next_deadline() or now + 1.0)
+            return
+        hold = now + FINAL_READ_WAIT_S if self._final_reads else self.agent.hold_until(now)
+        if hold is not None:
+            self._sleep_until(hold)
+        elif not (self._machine.quiet and self._begin_stretch(now)):
+            self._begin_step(now)
+
+    def _sleep_until(self, when: float) -> None:
+        when = max(when, self._clock.now + SLEEP_MIN_S)
+        if self._event and self._wake_at == when:
+            return
+        self._event += 1
+        self._wake_at = when
+        self._clock.at(when, self._wake, self._event)
+
+    def _wake(self, event: int) -> None:
+        if self.alive and not self._stepping and event == self._event:
+            self._wake_at = 0.0
+            self._between_steps()
+
+    def _begin_step(self, now: float) -> None:
+        plan = self.engine.schedule(now)
+        duration_s = self._machine.cost.plan_s(plan.chunks) * self.slowness
+        self._stepping = True
+        self._event += 1
+        self._wake_at = 0.0
+        self._clock.at(now + duration_s, self._end_step, (plan, now, duration_s))
+
+    def _end_step(self, step: tuple[StepPlan, float, float]) -> None:
+        if not self.alive:
+            return
+        plan, began, duration_s = step
+        now = self._clock.now
+        self._stepping = False
+        self.steps += 1
+        result = self.engine.apply(plan, sample_chunks(plan.chunks), now, duration_s)
+        for request_id in result.preempted:
+            self._machine.recorder.preempted(request_id, began)
+        if self._machine.quiet:
+            result = self._note_tokens(result, now)
+        else:
+            self._machine.owners.decoded(self.address, result)
+        self._perform(self.agent.after_step(result, now))
+        self._between_steps()
+
+    # Quiet stretches.
+
+    def _begin_stretch(self, now: float) -> bool:
+        """Begin all quiet steps up to the one after which a report is due. False: there are no two."""
+        deadline = self.agent.quiet_until()
+        if deadline is None or deadline <= now:
+            return False
+        cost, slowness = self._machine.cost, self.slowness
+        least_s = cost.weights_ms * 1e-3 * slowness
+        quiet = self.engine.quiet(min(STRETCH_MAX, int((deadline - now) / least_s) + 2))
+        if quiet.steps < 2:
+            return False
+        ends, durations, context = [], [], quiet.context_tokens
+        at = now
+        for _ in range(quiet.steps):
+            duration_s = cost.step_s(quiet.requests, context, 0, 0) * slowness
+            context += quiet.requests
+            at += duration_s
+            durations.append(duration_s)
+            ends.append(at)
+            if at >= deadline:
+                break
+        self._stepping = True
+        self._ends, self._durations = ends, durations
+        self._await_end()
+        return True
+
+    def _await_end(self) -> None:
+        self._event += 1
+        self._wake_at = 0.0
+        self._clock.at(self._ends[-1], self._end_stretch, self._event)
+
+    def _cut(self) -> None:
+        """End the stretch with the step under way."""
+        steps = bisect_left(self._ends, self._clock.now) + 1
+        if steps < len(self._ends):
+            del self._ends[steps:], self._durations[steps:]
+            self._await_end()
+
+    def _end_stretch(self, event: int) -> None:
+        if not self.alive or event != self._event:
+            return
+        self._stepping = False
+        ends, durations = self._ends, self._durations
+        self._ends, self._durations = [], []
+        self._advance(ends, durations)
+        self._perform(self.agent.after_quiet_steps(durations, self._clock.now))
+        self._between_steps()
+
+    def _advance(self, ends: list[float], durations: list[float]) -> None:
+        if not ends:
+            return
+        self.steps += len(ends)
+        latency_s, stretch = self._machine.network.latency_s, self._machine.recorder.stretch
+        first, last = ends[0] + latency_s, ends[-1] + latency_s
+        longest_s, steps = max(durations[1:], default=0.0), len(ends)
+        for request_id in self.engine.advance(durations, sample):
+            stretch(request_id, first, last, steps, longest_s)
+
+    # Tokens kept back.
+
+    def _note_tokens(self, result: StepResult, now: float) -> StepResult:
+        """The result with those tokens only that have to be sent now."""
+        token, sent, at = self._machine.recorder.token, self._sent, now + self._machine.network.latency_s
+        deltas: dict[str, list[TokenDelta]] = {}
+        everything = self.agent.migrating
+        for address, produced in result.deltas.items():
+            now_due: list[TokenDelta] = []
+            for delta in produced:
+                request_id = delta.request_id
+                token(request_id, at)
+                known = sent.get(request_id)
+                if delta.finish_reason is None and known is not None and not everything:
+                    continue
+                if known is not None and known[1] < delta.first_index:
+                    delta = self.engine.output_since(request_id, known[1]) or delta
+                now_due.append(delta)
+                if delta.finish_reason is None:
+                    sent[request_id] = (address, delta.first_index + len(delta.tokens))
+                else:
+                    sent.pop(request_id, None)
+            if now_due:
+                deltas[address] = now_due
+        return replace(result, deltas=deltas)
+
+    def _flush(self) -> None:
+        """Send every token that was kept back."""
+        self._flush_at = self._clock.now + FLUSH_S
+        batches: dict[str, list[TokenDelta]] = {}
+        for request_id, (address, index) in list(self._sent.items()):
+            delta = self.engine.output_since(request_id, index)
+            if delta is None:
+                del self._sent[request_id]
+            elif delta.tokens:
+                batches.setdefault(address, []).append(delta)
+                self._sent[request_id] = (address, index + len(delta.tokens))
+        for address, deltas in batches.items():
+            batch = TokenBatch(self.hello.instance_id, tuple(deltas))
+            self._machine.network.send(address, batch)
+
+    # Effects.
+
+    def _perform(self, effects: Sequence[object]) -> None:
+        send = self._machine.network.send
+        for effect in effects:
+            if isinstance(effect, Send):
+                message = effect.message
+                if isinstance(message, MigrationEnded) and message.outcome is MigrationOutcome.COMMITTED:
+                    self._machine.recorder.moved(message.request_id)
+                    self._machine.committed += 1
+                send(effect.address, message)
+            elif isinstance(effect, StartRead):
+                if effect.final:
+                    self._final_reads.add((effect.migration_id, effect.stage))
+                self._machine.links.read(self, effect)
+
+    def read_done(self, order: StartRead, outcome: ReadStats | TransportError) -> None:
+        """A read has returned; for the links."""
+        self.receive(ReadDone(order.migration_id, order.stage, outcome))
+
+    def check(self) -> None:
+        """Raise InvariantError unless engine and agent agree with themselves and each other."""
+        self.engine.check()
+        self.agent.check()
+        if self._final_reads and not self.agent.migrating:
+            raise InvariantError(f"{self.address} waits for reads of no migration")

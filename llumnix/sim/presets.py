@@ -1,0 +1,116 @@
+"""The published experiments, as sets of runs.
+
+Each preset is a list of cases: a workload and a configuration, by a name that says which policy it is. Cases
+of one preset share workloads and seeds. The cluster is the paper's: 16 instances of LLaMA-7B on A10, block
+size 16, queues without bounds, whole prompts in one step as its engine had them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, FrontendConfig, SchedulerConfig
+from llumnix.core.errors import ConfigurationError
+from llumnix.sim.cost import LLAMA_7B_A10, CostModel
+from llumnix.sim.workload import Mix, Synthetic, Workload
+
+PAPER_RATES: dict[str, tuple[float, ...]] = {
+    "S-S": (32, 33, 34, 35, 36),
+    "M-M": (7.4, 7.5, 7.6, 7.7, 7.8),
+    "L-L": (2.6, 2.7, 2.8, 2.9, 3.0),
+    "S-L": (),
+    "L-S": (),
+}
+"""Rates of figure 11 as we have them; where there are none, they have to be given."""
+
+UNBOUNDED = 1_000_000
+REPORT_INTERVAL_S = 0.25
+PAPER_CONFIG = Config(
+    engine=EngineConfig(
+        kind="simulated",
+        step_tokens_max=LLAMA_7B_A10.max_model_len,
+        batch_max=256,
+        waiting_max=UNBOUNDED,
+    ),
+    scheduler=SchedulerConfig(queue_blocks_factor=float(UNBOUNDED)),
+    frontend=FrontendConfig(requests_max=UNBOUNDED),
+    cluster=ClusterConfig(instances=16, report_interval_s=REPORT_INTERVAL_S),
+)
+
+GENERIC_CONFIG = Config(
+    engine=EngineConfig(kind="simulated"), cluster=ClusterConfig(report_interval_s=REPORT_INTERVAL_S)
+)
+"""Where runs by options start: the defaults of serve, but for the rarer load reports."""
+
+POLICIES: dict[str, tuple[str, str]] = {
+    "round-robin": ("round-robin", "none"),
+    "load": ("load", "none"),
+    "llumnix-dispatch": ("freeness", "none"),
+    "llumnix": ("freeness", "freeness"),
+}
+"""Names of policies side by side: (dispatch, pairing)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run of a preset."""
+
+    policy: str
+    config: Config
+    cost: CostModel
+    workload: Workload
+
+
+def with_policy(config: Config, policy: str) -> Config:
+    """A configuration under one of POLICIES, or under ``dispatch/pairing`` by their own names."""
+    pair = POLICIES.get(policy) or tuple(policy.split("/"))
+    if len(pair) != 2:
+        known = ", ".join(POLICIES)
+        raise ConfigurationError(f"unknown policy {policy!r}; there are {known}, or DISPATCH/PAIRING")
+    scheduler = replace(config.scheduler, dispatch_policy=pair[0], pairing_policy=pair[1])
+    return replace(config, scheduler=scheduler)
+
+
+def serving(
+    traces: Sequence[str],
+    rates: Sequence[float],
+    policies: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    config: Config,
+) -> list[Case]:
+    """``osdi24-serving``: Poisson arrivals, every trace at every rate under every policy."""
+    cases = []
+    for trace in traces or ("S-S", "M-M", "L-L"):
+        if trace not in PAPER_RATES:
+            raise ConfigurationError(f"unknown trace {trace!r}; there are {', '.join(PAPER_RATES)}")
+        chosen = rates or PAPER_RATES[trace]
+        if not chosen:
+            raise ConfigurationError(f"the paper's rates for {trace} are not known: give --rate")
+        for rate in chosen:
+            workload = Synthetic(trace, rate, count, seed)
+            cases += [
+                Case(policy, with_policy(config, policy), LLAMA_7B_A10, workload)
+                for policy in policies or POLICIES
+            ]
+    return cases
+
+
+HIGH_SHARE, PRIORITY_RATE, PRIORITY_CVS = 0.1, 6.0, (2.0, 4.0, 6.0, 8.0)
+
+
+def priorities(
+    rates: Sequence[float], policies: Sequence[str], *, count: int, seed: int, config: Config
+) -> list[Case]:
+    """``osdi24-priorities``: bursty M-M arrivals, a tenth of high priority; priorities used, and ignored."""
+    cases = []
+    for rate in rates or (PRIORITY_RATE,):
+        for cv in PRIORITY_CVS:
+            mix = Mix(high_share=HIGH_SHARE)
+            workload = Synthetic("M-M", rate, count, seed, cv=cv, mix=mix)
+            blind = replace(workload, mix=replace(mix, high_priority=0))
+            for policy in policies or ("llumnix",):
+                ours = with_policy(config, policy)
+                cases.append(Case(policy, ours, LLAMA_7B_A10, workload))
+                cases.append(Case(f"{policy}, priorities ignored", ours, LLAMA_7B_A10, blind))
+    return cases

@@ -1,0 +1,42 @@
+"""The tokens of simulated requests: a function of (seed, position), made in runs at the speed of a slice.
+
+A fixed table of pseudo-random tokens is read from a place that the seed decides, so a token that is lost,
+doubled, out of order or of another request shows. None of them is an end token.
+"""
+
+from llumnix.instance.executor import Chunk, SampledToken
+from llumnix.instance.request import Request
+from llumnix.instance.simulated_executor import EOS_TOKEN, VOCAB_SIZE, simulated_token
+
+__all__ = ["EOS_TOKEN", "VOCAB_SIZE", "prompt_tokens", "sample", "sample_chunks", "tokens_of"]
+
+TABLE_SEED = 7
+PLACES = 4093
+LENGTH_MAX = 1 << 15
+_TABLE = bytes(simulated_token(TABLE_SEED, position) for position in range(PLACES + LENGTH_MAX))
+_SAMPLED = tuple(SampledToken(token) for token in range(VOCAB_SIZE))
+
+
+def tokens_of(seed: int, start: int, count: int) -> bytes:
+    """The tokens of a request at positions ``start … start + count - 1`` of prompt + output."""
+    place = seed % PLACES + start
+    return _TABLE[place : place + count]
+
+
+def prompt_tokens(seed: int, length: int) -> tuple[int, ...]:
+    """A prompt: the request's first tokens."""
+    return tuple(tokens_of(seed, 0, length))
+
+
+def sample(request: Request, count: int) -> bytes:
+    """The next ``count`` tokens of a request; for EngineCore.advance."""
+    return tokens_of(request.sampling.seed, len(request.tokens), count)
+
+
+def sample_chunks(chunks: tuple[Chunk, ...]) -> list[SampledToken]:
+    """What a plan's sampling chunks produce, in its order."""
+    return [
+        _SAMPLED[_TABLE[chunk.request.sampling.seed % PLACES + len(chunk.request.tokens)]]
+        for chunk in chunks
+        if chunk.samples
+    ]
