@@ -76,6 +76,7 @@ class Faults:
     late: float = 0.0
     late_s: float = 0.5
     failed_reads: float = 0.0
+    read_s: tuple[float, float] = (0.0005, 0.03)
     crashes: int = 0
     crash_near_commit: float = 0.0
 
@@ -87,8 +88,8 @@ class Node:
         self.world = world
         self.address = f"{name}/{incarnation}"
         self.alive = True
-        self.executor = SimulatedExecutor(ENGINE)
-        self.engine = EngineCore(ModelLimits.of(self.executor, ENGINE), ENGINE)
+        self.executor = SimulatedExecutor(world.engine)
+        self.engine = EngineCore(ModelLimits.of(self.executor, world.engine), world.engine)
         self.hello = InstanceHello(
             instance_id=name,
             incarnation=incarnation,
@@ -99,7 +100,7 @@ class Node:
             kv_layout=self.executor.kv_layout,
             kv_endpoint=KvEndpoint("host", 1, -1, self.address, ""),
         )
-        self.agent = Agent(self.hello, self.engine, MIGRATION, 0.05, MANAGER_ADDRESS)
+        self.agent = Agent(self.hello, self.engine, world.migration, 0.05, MANAGER_ADDRESS)
         self.kv: list[list[KvStamp | None]] = [
             [None] * ENGINE.block_size for _ in range(self.executor.kv_layout.blocks)
         ]
@@ -151,7 +152,7 @@ class Node:
         plan = self.engine.schedule(self.world.now)
         for chunk in plan.chunks:
             self._compute(chunk.request, chunk.start, chunk.count, chunk.samples)
-        duration = self.executor.cost_s(plan) * self.world.random.uniform(0.9, 1.3)
+        duration = self.executor.cost_s(plan) * self.world.random.uniform(*self.world.slowness)
         self._stepping = True
         self.world.at(self.world.now + duration, lambda: self._end_step(plan, duration))
 
@@ -201,8 +202,21 @@ class Client:
 class World:
     """See the module. ``run`` does it all and raises AssertionError at the first broken promise."""
 
-    def __init__(self, seed: int, faults: Faults, *, instances: int = 3, requests: int = 8) -> None:
+    def __init__(
+        self,
+        seed: int,
+        faults: Faults,
+        *,
+        instances: int = 3,
+        requests: int = 8,
+        engine: EngineConfig = ENGINE,
+        migration: MigrationConfig = MIGRATION,
+        slowness: tuple[float, float] = (0.9, 1.3),
+    ) -> None:
         self.random = random.Random(seed)
+        self.engine = engine
+        self.migration = migration
+        self.slowness = slowness
         self.now = 0.0
         self.faults = faults
         self.outcomes: dict[MigrationOutcome, int] = dict.fromkeys(MigrationOutcome, 0)
@@ -257,7 +271,7 @@ class World:
                 node.receive(message)
 
     def _read(self, node: Node, order: StartRead) -> None:
-        duration = self.random.uniform(0.0005, 0.03)
+        duration = self.random.uniform(*self.faults.read_s)
         fails = self.random.random() < self.faults.failed_reads
 
         def end() -> None:
@@ -387,6 +401,10 @@ class World:
         assert owner is node, f"{request_id} at {epoch} decoded by {owner.address} and {node.address}"
 
     # A run.
+
+    def run_for(self, seconds: float) -> None:
+        """Let time pass."""
+        self._run_until(self.now + seconds)
 
     def run(self) -> None:
         """Faults first, then healing: all requests must end, with the right tokens and nothing left
