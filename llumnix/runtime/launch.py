@@ -80,15 +80,19 @@ def start_ray(config: Config) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.cluster.ray_address
     try:
-        if config.cluster.ray_address:
-            ray.init(address=config.cluster.ray_address, namespace=NAMESPACE, log_to_driver=False)
+        if address:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
         else:
             ray.init(
                 namespace=NAMESPACE, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
             )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise ConfigurationError(f"Ray did not start: {error}") from error
+        if not address:
+            raise ConfigurationError(f"Ray did not start: {error}") from error
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
+        raise ConfigurationError(f"cannot join the Ray cluster {address!r}: {error}{hint}") from error
     return True
 
 
@@ -159,7 +163,8 @@ async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer)
         manager_address=description.manager_address,
     )
     try:
-        print(f"{model.name} on {config.cluster.instances} instances: {server.url}/v1", flush=True)
+        where = f"{server.url}/v1, Ray {ray.get_runtime_context().gcs_address}"
+        print(f"{model.name} on {config.cluster.instances} instances: {where}", flush=True)
         await server.serve(ClusterBackend(frontend, RayAdmin(cluster.manager), model))
     finally:
         await frontend.close()

@@ -56,6 +56,7 @@ class Served:
     def __init__(self, port: int, process: "subprocess.Popen[str]") -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.process = process
+        self.ray_address = ""
 
     def cli(self, *arguments: str, fails: bool = False) -> str:
         """Run an admin command; its output, or its error if it is to fail."""
@@ -105,6 +106,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                     break
             except httpx.TransportError:
                 time.sleep(0.2)
+        served.ray_address = log.read_text().strip().rpartition(" ")[2]
         yield served
         below = descendants(process.pid)
         assert below
@@ -230,7 +232,11 @@ def test_the_cluster_grows_and_shrinks_without_losing_a_request(served: Served) 
 
 def test_the_ray_api_example_runs(served: Served) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "ray_api.py")], capture_output=True, text=True, timeout=120
+        [sys.executable, str(ROOT / "examples" / "ray_api.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "RAY_ADDRESS": served.ray_address, "RAY_AUTH_MODE": "token"},
     )
     assert done.returncode == 0, done.stderr
     assert "outcome=<MigrationOutcome.COMMITTED: 'committed'>" in done.stdout

@@ -70,7 +70,7 @@ async def test_float32_greedy_tokens_equal_transformers_with_migrations_in_the_m
     async with local_cluster(real_config("float32", "auto")) as cluster:
         outputs, committed = await generate(cluster, prompts, moving=True, name="g", temperature=0.0)
         await cluster.idle()
-    assert committed >= 10
+    assert committed >= 4
     reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         for prompt, output in zip(prompts, outputs, strict=True):
