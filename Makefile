@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check serve bench install clean
+.PHONY: demo test check serve bench sim install clean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,9 @@ bench: $(INSTALLED)
 	$(BIN)/llumnix bench engine --json out/engine.json
 	$(BIN)/llumnix bench migration --json out/migration.json
 	$(BIN)/llumnix bench frontend --json out/frontend.json
+
+sim: $(INSTALLED)
+	$(BIN)/llumnix simulate faults --seeds 3000
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -14,7 +14,7 @@ from llumnix.core.errors import ConfigurationError
 if TYPE_CHECKING:
     from llumnix.sim.presets import Case
 
-PRESETS = ("osdi24-serving", "osdi24-priorities", "osdi24-autoscaling")
+PRESETS = ("osdi24-serving", "osdi24-priorities", "osdi24-autoscaling", "faults")
 REQUESTS, PRESET_REQUESTS = 1000, 10_000
 
 
@@ -44,6 +44,9 @@ REQUESTS, PRESET_REQUESTS = 1000, 10_000
     "--cost-model", default="llama-7b-a10", show_default=True, help="Preset, FILE.json, MODEL@DEVICE."
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=200, show_default=True, help="Stories of faults."
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
@@ -62,11 +65,15 @@ def command(
 ) -> None:
     """Run a cluster in virtual time and show what its clients would see.
 
-    PRESET reruns a published experiment. Without one, options describe the workload. Settings of the
+    PRESET reruns a published experiment; faults runs --seeds small clusters in which much goes wrong, from
+    --seed on, and checks every promise. Without one, options describe the workload. Settings of the
     scheduler, engines and so on are those of serve."""
     from llumnix.cli.simulate_output import show, write_json
     from llumnix.sim.runs import run_cases
 
+    if preset == "faults":
+        _tell_stories(given["seed"], given["seeds"])
+        return
     own = {name: given.pop(name) for name in tuple(given) if "__" not in name}
     cases = _cases(preset, own, config_file, given)
     results = _with_progress(cases, lambda progress: run_cases(cases, jobs, own["seed"], progress))
@@ -80,6 +87,22 @@ def command(
             write_plots(results, plots)
         if html is not None:
             write_html(results, html)
+
+
+def _tell_stories(first: int, count: int) -> None:
+    """Run stories of faults; the first that ends badly is reported with the command that replays it."""
+    from llumnix.cli.simulate_output import show_stories
+    from llumnix.sim.faults import Story, run_seed
+
+    stories: list[Story] = []
+    try:
+        for seed in range(first, first + count):
+            stories.append(run_seed(seed))
+    finally:
+        if len(stories) < count:
+            seed = first + len(stories)
+            click.echo(f"replay with: llumnix simulate faults --seed {seed} --seeds 1", err=True)
+    show_stories(stories)
 
 
 def _cases(

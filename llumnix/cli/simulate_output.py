@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from llumnix import __version__
 from llumnix.cli.tables import Row, print_rows
+from llumnix.sim.faults import Story
 from llumnix.sim.runs import Result
 
 
@@ -39,6 +41,15 @@ COLUMNS: tuple[tuple[str, Any], ...] = (
 def show(results: Sequence[Result]) -> None:
     """The table, one line a run."""
     print_rows(COLUMNS, [result.summary for result in results], "nothing was simulated")
+
+
+def show_stories(stories: Sequence[Story]) -> None:
+    """The sums over stories that all ended well, one line a field."""
+    print(f"{'stories':<22} {len(stories)}")
+    for field in fields(Story):
+        if field.name != "seed":
+            total = sum(getattr(story, field.name) for story in stories)
+            print(f"{field.name.removesuffix('_s').replace('_', ' '):<22} {total:g}")
 
 
 def write_json(path: Path, preset: str | None, options: dict[str, Any], results: Sequence[Result]) -> None:

@@ -41,7 +41,7 @@ class Client:
 
 class ClientSide:
     """One frontend. ``timed``: it notes when tokens arrive. ``on_close`` hears of every request that is
-    over."""
+    over; ``turns_to_come`` are being thought about."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class ClientSide:
         self._manager_address = manager_address
         self._timed = timed
         self._on_close = on_close
+        self.turns_to_come = 0
         self._clients: dict[str, Client] = {}
         self._hello_at = 0.0
 
@@ -74,6 +75,13 @@ class ClientSide:
         self._begin(
             number, Client(number, arrival.prompt_tokens, arrival.output_tokens, arrival, arrival.turns)
         )
+
+    def abort_one(self, choose: Callable[[list[str]], str]) -> None:
+        """A client, chosen by request id, goes away."""
+        if self._clients:
+            request_id = choose(list(self._clients))
+            self._perform(self.table.abort(request_id, self._clock.now))
+            self._close(request_id, failed=True)
 
     def instance_lost(self, address: str) -> None:
         """The connection to an instance broke."""
@@ -139,10 +147,12 @@ class ClientSide:
             later = Client(
                 client.seed, said + turn.new_tokens, turn.output_tokens, client.arrival, client.turns_left[1:]
             )
+            self.turns_to_come += 1
             self._clock.at(self._clock.now + turn.think_s, self._next_turn, (record.number, later))
         self._on_close()
 
     def _next_turn(self, turn: tuple[int, Client]) -> None:
+        self.turns_to_come -= 1
         self._begin(turn[0] + TURN_STEP, turn[1])
 
 

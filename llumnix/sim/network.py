@@ -33,12 +33,13 @@ class MessageFaults:
 
 
 class Network:
-    """Carries messages to whoever is at an address; those to nobody are lost."""
+    """Carries messages to whoever is at an address; those to nobody are lost. ``on_send`` sees each first."""
 
     def __init__(self, clock: Clock, seed: int, latency_s: float = LATENCY_S) -> None:
         self.latency_s = latency_s
         self.messages = 0
         self.faults = MessageFaults()
+        self.on_send: Callable[[str, object], None] | None = None
         self._clock = clock
         self._random = random.Random(f"network {seed}")
         self._receivers: dict[str, Callable[[Any], None]] = {}
@@ -54,6 +55,8 @@ class Network:
     def send(self, address: str, message: object) -> None:
         """Hand a message over to the network."""
         self.messages += 1
+        if self.on_send is not None:
+            self.on_send(address, message)
         if self.faults.none:
             self._clock.at(self._clock.now + self.latency_s, self._deliver, (address, message))
             return

@@ -63,6 +63,11 @@ class SchedulerHost:
             if isinstance(outcome, list):
                 self._perform(outcome)
 
+    def migrate(self, request_id: str, target_id: str) -> None:
+        """As an administrator would order it; nobody waits for the answer."""
+        if self.core is not None:
+            self._perform(self.core.ask_migrate(request_id, target_id, self._clock.now)[1])
+
     def _receive(self, message: object) -> None:
         if self.core is not None:
             if isinstance(message, LoadReport):

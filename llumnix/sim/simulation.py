@@ -129,11 +129,8 @@ class Simulation:
     @property
     def over(self) -> bool:
         """Whether all requests have come and gone."""
-        return self._all_arrived and not self.recorder.live and not self._talking
-
-    @property
-    def _talking(self) -> bool:
-        return self.recorder.opened < self.settings.workload.requests
+        talking = any(frontend.turns_to_come for frontend in self.frontends)
+        return self._all_arrived and not self.recorder.live and not talking
 
     def boot(self, instance_id: str) -> Instance:
         """A new process for an instance."""

@@ -1,0 +1,68 @@
+"""Hundreds of stories of faults end well, the same seed tells the same story, and the checkers have teeth."""
+
+import pytest
+
+from llumnix.api import streams
+from llumnix.core.errors import InvariantError
+from llumnix.instance.engine_core import EngineCore
+from llumnix.sim.checks import check_tokens
+from llumnix.sim.faults import run_seed
+from llumnix.sim.tokens import tokens_of
+
+SEEDS, CHUNK = 200, 25
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_every_story_ends_well(first: int) -> None:
+    for seed in range(first, first + CHUNK):
+        finished = False
+        try:
+            run_seed(seed)
+            finished = True
+        finally:
+            if not finished:
+                print(f"replay with: llumnix simulate faults --seed {seed} --seeds 1")
+
+
+def test_stories_are_eventful_and_repeat_themselves() -> None:
+    stories = [run_seed(seed) for seed in range(12)]
+    assert stories == [run_seed(seed) for seed in range(12)]
+    for name in ("finished", "continued", "migrations", "crashes", "manager_restarts", "preemptions"):
+        assert sum(getattr(story, name) for story in stories) > 3, name
+    assert len({(story.virtual_s, story.migrations) for story in stories}) == len(stories)
+
+
+def stories_that_fail(seeds: int) -> list[str]:
+    """What the first stories complain of."""
+    complaints = []
+    for seed in range(seeds):
+        try:
+            run_seed(seed)
+        except InvariantError as error:
+            complaints.append(str(error))
+    return complaints
+
+
+def test_two_owners_in_one_epoch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "next_generation", lambda epoch: epoch)
+    assert any("in epoch" in complaint for complaint in stories_that_fail(6))
+
+
+def test_leaked_reservations_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineCore, "cancel_reservation", lambda self, migration_id: None)
+    assert any("reserved" in complaint for complaint in stories_that_fail(6))
+
+
+def test_a_client_that_is_never_told_the_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams.StreamTable, "tick", lambda self, now: [])
+    assert any("still open" in complaint for complaint in stories_that_fail(6))
+
+
+def test_wrong_tokens_are_noticed() -> None:
+    right = tuple(tokens_of(seed=5, start=7, count=9))
+    check_tokens("r", 5, 4, 3, right)
+    swapped = (*right[:3], right[4], right[3], *right[5:])
+    for wrong in (right[::-1], right[1:], (right[0], *right), swapped):
+        if wrong != right:
+            with pytest.raises(InvariantError, match="wrong tokens from 3"):
+                check_tokens("r", 5, 4, 3, wrong)
