@@ -28,11 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 REQUESTS = 16
-KV_BLOCKS = 160  # per instance: the burst just fits one, which leaves the scheduler something to do
+KV_BLOCKS = 128  # per instance: the burst just fits one, which leaves the scheduler something to do
 TOKENS = (48, 64, 80, 96)
 START_TIMEOUT_S = 150.0
 RUN_TIMEOUT_S = 120.0
 COMMAND_EVERY_S = 0.5
+TOKENS_LEFT_MIN = 16  # a request about to end is not worth an order
 
 QUESTIONS = (
     "Why is the sky blue?",
@@ -119,7 +120,7 @@ async def watch(http: httpx.AsyncClient, seen: Observed) -> None:
                 moved = event["fields"]["outcome"] == "committed"
                 seen.committed += moved
                 seen.failed += not moved
-            console.print(f"  [dim]{event['kind']:<20}[/dim] {event['text']}")
+            console.print(f"  [dim]{event['kind']:<18}[/dim] {event['text']}", soft_wrap=True)
         for row in (await http.get("/admin/instances")).json()["data"]:
             if row["running"]:
                 seen.step_ms.append(row["step_ms"])
@@ -127,16 +128,16 @@ async def watch(http: httpx.AsyncClient, seen: Observed) -> None:
 
 
 async def order_moves(http: httpx.AsyncClient) -> None:
-    """An operator who moves the longest-running request to the other instance, again and again."""
+    """An operator who moves the request with most left to say to the other instance, again and again."""
     while True:
         await asyncio.sleep(COMMAND_EVERY_S)
         rows = (await http.get("/admin/requests")).json()["data"]
-        running = [row for row in rows if row["status"] == "running" and row["output_tokens"] >= 4]
-        if not running:
+        running = [row for row in rows if row["status"] == "running" and row["output_tokens"] > 0]
+        row = max(running, key=lambda row: row["max_tokens"] - row["output_tokens"], default=None)
+        if row is None or row["max_tokens"] - row["output_tokens"] < TOKENS_LEFT_MIN:
             continue
-        row = min(running, key=lambda row: row["output_tokens"])
         target = "i1" if row["instance_id"] == "i0" else "i0"
-        console.print(f"[bold]$ llumnix migrate {row['request_id']} --to {target}[/bold]")
+        console.print(f"[bold]$ llumnix migrate {row['request_id']} --to {target}[/bold]", soft_wrap=True)
         await http.post("/admin/migrate", json={"request_id": row["request_id"], "target_id": target})
 
 

@@ -86,7 +86,11 @@ def start_ray(config: Config) -> bool:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
         else:
             ray.init(
-                namespace=NAMESPACE, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+                address="local",  # without it, Ray would join whatever cluster was started last on this machine
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
             )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         if not address:
