@@ -166,6 +166,7 @@ class Agent:
         due."""
         if result.tokens:
             self._pace.note((result.duration_s,))
+            self._reports.changed()
         effects: list[Effect] = [
             Send(address, TokenBatch(self._me.instance_id, tuple(deltas)))
             for address, deltas in result.deltas.items()
@@ -177,6 +178,7 @@ class Agent:
         """The engine has advanced by several steps at once, none but the last of which ended at
         ``quiet_until`` or later."""
         self._pace.note(durations_s)
+        self._reports.changed()
         return self._report_if_due(now)
 
     def tick(self, now: float) -> list[Effect]:

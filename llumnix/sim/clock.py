@@ -16,6 +16,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.events = 0
+        self._stopped = False
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
 
     def at(self, when: float, action: Callable[[Any], None], argument: Any = None) -> None:
@@ -23,9 +24,14 @@ class Clock:
         self.events += 1
         heappush(self._heap, (when, self.events, action, argument))
 
+    def stop(self) -> None:
+        """Let ``run`` return after the event that is happening now."""
+        self._stopped = True
+
     def run(self, until: float = inf, events_max: int = 1 << 62) -> bool:
-        """Let at most ``events_max`` events happen that are due before ``until``. False: none is left."""
-        heap = self._heap
+        """Let at most ``events_max`` events happen that are due by ``until``, or up to ``stop``. False: none
+        of them is left."""
+        heap, self._stopped = self._heap, False
         for _ in range(events_max):
             if not heap:
                 return False
@@ -36,4 +42,6 @@ class Clock:
             if when > self.now:
                 self.now = when
             action(argument)
+            if self._stopped:
+                break
         return True

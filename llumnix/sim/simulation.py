@@ -167,3 +167,5 @@ class Simulation:
 
     def _closed(self) -> None:
         self.finished_at = self.clock.now
+        if self.over:
+            self.clock.stop()

@@ -1,0 +1,87 @@
+"""Doing stretches of steps at once decides and shows what single steps do, and a seed decides everything."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig
+from llumnix.sim.cost import LLAMA_7B_A10
+from llumnix.sim.record import COLUMNS
+from llumnix.sim.simulation import Settings, Simulation
+from llumnix.sim.summary import summarize, timeline_of
+from llumnix.sim.workload import Conversations, Mix, Synthetic, Workload
+
+
+def settings(workload: Workload, *, quiet: bool = True, pairing: str = "freeness") -> Settings:
+    """Three small instances that run out of memory now and then."""
+    config = Config(
+        engine=EngineConfig(kind="simulated", kv_blocks=90, max_model_len=1400, step_tokens_max=256),
+        scheduler=SchedulerConfig(pairing_policy=pairing, queue_blocks_factor=1000.0),
+        cluster=ClusterConfig(instances=3, report_interval_s=0.2),
+    )
+    return Settings(config, LLAMA_7B_A10, workload, seed=3, quiet=quiet)
+
+
+def run(what: Settings) -> Simulation:
+    simulation = Simulation(what)
+    simulation.run()
+    return simulation
+
+
+BUSY = Synthetic("120:260", 1.6, 60, seed=5, cv=2.0, mix=Mix(0.2, 1, (("a", 1.0), ("b", 3.0))))
+
+
+@pytest.mark.parametrize(
+    ("workload", "pairing"),
+    [
+        (BUSY, "freeness"),
+        (BUSY, "none"),
+        (Synthetic("S-S", 2.0, 80, seed=1, tokens_max=1400), "freeness"),
+        (Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0), tokens_max=1400), "none"),
+    ],
+    ids=["busy", "no-moves", "power-law", "conversations"],
+)
+def test_stretches_are_their_single_steps(workload: Workload, pairing: str) -> None:
+    fast = run(settings(workload, pairing=pairing))
+    slow = run(settings(workload, pairing=pairing, quiet=False))
+    for name in COLUMNS:
+        assert list(fast.recorder.columns[name]) == pytest.approx(
+            list(slow.recorder.columns[name]), rel=1e-12, abs=1e-9
+        ), name
+    assert fast.scheduler.logged == slow.scheduler.logged
+    assert summarize(fast) == summarize(slow)
+    steps = [sum(instance.steps for instance in one.instances.values()) for one in (fast, slow)]
+    assert steps[0] == steps[1]
+    assert fast.clock.events < slow.clock.events
+
+
+def test_the_busy_workload_has_it_all() -> None:
+    summary = summarize(run(settings(BUSY)))
+    assert summary["migrations"] and summary["preemptions"] and summary["finished"] == 60
+    assert summary["by_priority"].keys() == {"0", "1"}
+    assert summary["tokens_by_tenant"]["b"] > summary["tokens_by_tenant"]["a"]
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    def told(seed: int) -> str:
+        simulation = run(settings(replace(BUSY, seed=seed)))
+        return json.dumps([summarize(simulation), timeline_of(simulation)])
+
+    assert told(5) == told(5) != told(6)
+
+
+def test_a_crash_in_a_stretch_loses_no_token_and_doubles_none() -> None:
+    simulation = Simulation(settings(BUSY))
+    simulation.start()
+    for at, name in ((8.0, "i0"), (11.03, "i1"), (15.5, "i0")):
+        simulation.clock.run(until=at)
+        gone = simulation.instances[name]
+        simulation.kill(gone)
+        simulation.scheduler.instance_ended(name, gone.hello.incarnation)
+        simulation.boot(name)
+    while not simulation.over:
+        simulation.clock.run(events_max=500)
+    simulation.settle()
+    assert simulation.recorder.finished == 60
+    assert sum(frontend.table.stats.continued for frontend in simulation.frontends) > 3
