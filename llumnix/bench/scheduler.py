@@ -1,0 +1,228 @@
+"""How fast the global scheduler decides, by number of instances: `llumnix bench scheduler`.
+
+The scheduler runs as in the manager, in this process, without sockets: load reports and placements come in
+alternately, as under load, and a rescheduling round every 250 ms of virtual time. A dispatch decision is one
+Place from its arrival to its answer; a report is its bytes decoded and taken in; a round is one tick in which
+a round is due, orders and expiries included. Loads are drawn with a fixed seed so that a part of the
+instances wants to give requests away in every round.
+"""
+
+import gc
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from llumnix.bench.machine import describe_machine
+from llumnix.control.global_scheduler import GlobalScheduler
+from llumnix.core.codec import decode, encode
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.errors import ConfigurationError
+from llumnix.core.messages.control import (
+    FrontendHello,
+    InstanceHello,
+    InstanceRole,
+    KvEndpoint,
+    KvLayout,
+    LoadReport,
+    MoveCandidate,
+    Place,
+)
+
+INSTANCES = (16, 64, 256, 1024, 4096)
+CAPACITY_BLOCKS = 851  # LLaMA-7B on a 24 GB card, 16 tokens a block
+REPORT_GAP_S = 0.02
+ROUND_S = 0.25
+BATCH_MAX = 60
+FRONTEND = "tcp://frontend:1"
+WARM_UP_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Decisions of one cluster size. Times as in the module."""
+
+    instances: int
+    dispatch_us_p50: float
+    dispatch_us_p99: float
+    decisions_per_s: float
+    reports_per_s: float
+    round_ms_p50: float
+    round_ms_p99: float
+
+
+class Cluster:
+    """Instances that only say what they are told to, and the scheduler they say it to."""
+
+    def __init__(self, config: SchedulerConfig, instances: int, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._sequence = 0
+        self._accepted: dict[str, list[str]] = {}
+        self.core = GlobalScheduler(config, "bench", "tcp://manager:1", 0.0)
+        self.ids = [f"i{number}" for number in range(instances)]
+        self.core.handle(FrontendHello("f", FRONTEND), 0.0)
+        for instance_id in self.ids:
+            self.core.handle(_hello(instance_id), 0.0)
+            self.core.handle(self.report(instance_id), 0.0)
+
+    def report(self, instance_id: str) -> LoadReport:
+        """The next report of an instance: a new random load, and what was placed there since."""
+        self._sequence += 1
+        running = self._random.randint(1, BATCH_MAX)
+        used = int(CAPACITY_BLOCKS * self._random.uniform(0.3, 1.0))
+        waiting = self._random.choice((0, 0, 0, 1, 4))
+        size = max(1, used // running)
+        candidates = tuple(
+            MoveCandidate(f"{instance_id}-{self._sequence}-{number}", size, 0, False, 16 * size, 16, 0.0)
+            for number in range(4)
+        )
+        return LoadReport(
+            instance_id=instance_id,
+            incarnation="a",
+            sequence=self._sequence,
+            capacity_blocks=CAPACITY_BLOCKS,
+            used_blocks=used,
+            reserved_blocks=0,
+            head_blocks=8 if waiting else 0,
+            waiting_blocks=8 * waiting,
+            running=running,
+            waiting=waiting,
+            migrating_in=0,
+            migrating_out=0,
+            draining=False,
+            execution_priorities=((0, running),),
+            candidates=candidates,
+            accepted=tuple(self._accepted.pop(instance_id, ())),
+            step_s=0.045,
+            tokens_total=0,
+            preemptions_total=0,
+            finished_total=0,
+            address=f"tcp://{instance_id}",
+        )
+
+    def placed(self, instance_id: str, request_id: str) -> None:
+        """The instance will confirm this request with its next report."""
+        self._accepted.setdefault(instance_id, []).append(request_id)
+
+    def turns(self) -> Iterator[str]:
+        """Instances in the order in which they report."""
+        while True:
+            order = list(self.ids)
+            self._random.shuffle(order)
+            yield from order
+
+
+def run(config: SchedulerConfig, instances: int, *, decisions: int, rounds: int, seed: int) -> Result:
+    """Measure one cluster size. Garbage collection runs as it would in the manager."""
+    cluster = Cluster(config, instances, seed)
+    core, turns = cluster.core, cluster.turns()
+    dispatch_ns: list[int] = []
+    report_ns: list[int] = []
+    round_ns: list[int] = []
+    now, number = 0.0, 0
+    gc.collect()
+    gc.freeze()
+    for _ in range(rounds):
+        for _ in range(max(1, decisions // rounds)):
+            number += 1
+            instance_id = next(turns)
+            data = encode(cluster.report(instance_id))
+            begun = perf_counter_ns()
+            core.handle(decode(data), now)
+            report_ns.append(perf_counter_ns() - begun)
+            place = Place(FRONTEND, f"r{number}", 200, 256, 0, 0, "")
+            begun = perf_counter_ns()
+            answer = core.handle(place, now)[-1]
+            dispatch_ns.append(perf_counter_ns() - begun)
+            cluster.placed(answer.message.instance_id, place.request_id)  # type: ignore[union-attr]
+        now += ROUND_S
+        begun = perf_counter_ns()
+        core.tick(now)
+        round_ns.append(perf_counter_ns() - begun)
+    gc.unfreeze()
+    dispatch, reports, ticks = (_warm(series) for series in (dispatch_ns, report_ns, round_ns))
+    return Result(
+        instances=instances,
+        dispatch_us_p50=_percentile(dispatch, 50) / 1e3,
+        dispatch_us_p99=_percentile(dispatch, 99) / 1e3,
+        decisions_per_s=1e9 * len(dispatch) / sum(dispatch),
+        reports_per_s=1e9 * len(reports) / sum(reports),
+        round_ms_p50=_percentile(ticks, 50) / 1e6,
+        round_ms_p99=_percentile(ticks, 99) / 1e6,
+    )
+
+
+def _hello(instance_id: str) -> InstanceHello:
+    layout = KvLayout(CAPACITY_BLOCKS, 32, 32, 16, 128, "float16")
+    endpoint = KvEndpoint("host", 1, -1, f"pool-{instance_id}", f"tcp://kv-{instance_id}")
+    return InstanceHello(
+        instance_id, "a", f"tcp://{instance_id}", InstanceRole.NEUTRAL, "model", 8192, layout, endpoint
+    )
+
+
+def _warm(series: list[int]) -> list[int]:
+    return series[int(len(series) * WARM_UP_SHARE) :]
+
+
+def _percentile(series: list[int], percent: int) -> float:
+    ordered = sorted(series)
+    return float(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)])
+
+
+def _show(results: list[Result]) -> None:
+    table = Table("instances", "dispatch p50", "p99 µs", "decisions/s", "reports/s", "round p50", "p99 ms")
+    for row in results:
+        table.add_row(
+            str(row.instances),
+            f"{row.dispatch_us_p50:.1f}",
+            f"{row.dispatch_us_p99:.1f}",
+            f"{row.decisions_per_s:,.0f}",
+            f"{row.reports_per_s:,.0f}",
+            f"{row.round_ms_p50:.2f}",
+            f"{row.round_ms_p99:.2f}",
+        )
+    Console().print(table)
+
+
+@click.command(name="scheduler")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option(
+    "--instances", type=click.IntRange(1, 10_000), multiple=True, help="Only this many; repeatable."
+)
+@click.option("--decisions", type=click.IntRange(100), default=20_000, show_default=True, help="Per size.")
+@click.option("--rounds", type=click.IntRange(10), default=200, show_default=True, help="Per size.")
+@click.option("--dispatch-policy", default="freeness", show_default=True, help="A name or module:Class.")
+@click.option("--seed", default=0, show_default=True, help="Of the loads.")
+def command(
+    json_path: Path | None,
+    instances: tuple[int, ...],
+    decisions: int,
+    rounds: int,
+    dispatch_policy: str,
+    seed: int,
+) -> None:
+    """Time per decision of the global scheduler, by number of instances."""
+    config = replace(SchedulerConfig(), dispatch_policy=dispatch_policy)
+    machine = describe_machine()
+    try:
+        results = [
+            run(config, count, decisions=decisions, rounds=rounds, seed=seed)
+            for count in instances or INSTANCES
+        ]
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from error
+    _show(results)
+    report: dict[str, Any] = {
+        "config": {**asdict(config), "decisions": decisions, "rounds": rounds, "seed": seed},
+        "machine": machine,
+        "results": [asdict(row) for row in results],
+    }
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
