@@ -19,6 +19,7 @@ BENCHMARKS = {
     "engine": "tokens per second and step times of one engine",
     "frontend": "a thousand streaming clients on a simulated cluster",
     "migration": "downtime of live migrations against other ways to move",
+    "scheduler": "time per decision of the global scheduler, by number of instances",
 }
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
