@@ -79,6 +79,26 @@ class CostModel:
                 attended += end * end - chunk.start * chunk.start
         return self.step_s(decodes, context, prefill, attended) if chunks else 0.0
 
+    def decode_steps(
+        self, decodes: int, context: int, *, begin: float, until: float, most: int, slowness: float
+    ) -> tuple[list[float], list[float]]:
+        """Ends and durations, in seconds, of steps that only decode, from ``begin`` up to the first that ends
+        at ``until`` or later: bit for bit those that ``step_s`` gives one by one."""
+        base_ms = self.weights_ms + self.request_ms * decodes
+        context_ms = self.context_ms
+        ends: list[float] = []
+        durations: list[float] = []
+        at = begin
+        for _ in range(most):
+            duration_s = (base_ms + context_ms * context) * 1e-3 * slowness
+            context += decodes
+            at += duration_s
+            durations.append(duration_s)
+            ends.append(at)
+            if at >= until:
+                break
+        return ends, durations
+
     def layout(self, block_size: int, capacity_tokens: int = 0) -> KvLayout:
         """The KV pool of one instance; 0 takes the model's own capacity."""
         return KvLayout(

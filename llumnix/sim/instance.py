@@ -221,18 +221,15 @@ class Instance:
         quiet = self.engine.quiet(min(STRETCH_MAX, int((deadline - now) / least_s) + 2))
         if quiet.steps < 2:
             return False
-        ends, durations, context = [], [], quiet.context_tokens
-        at = now
-        for _ in range(quiet.steps):
-            duration_s = cost.step_s(quiet.requests, context, 0, 0) * slowness
-            context += quiet.requests
-            at += duration_s
-            durations.append(duration_s)
-            ends.append(at)
-            if at >= deadline:
-                break
+        self._ends, self._durations = cost.decode_steps(
+            quiet.requests,
+            quiet.context_tokens,
+            begin=now,
+            until=deadline,
+            most=quiet.steps,
+            slowness=slowness,
+        )
         self._stepping = True
-        self._ends, self._durations = ends, durations
         self._await_end()
         return True
 

@@ -1,5 +1,6 @@
 """Several simulations, one after the other or in several processes, and what is kept of each."""
 
+import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from llumnix.sim.simulation import Settings, Simulation
 from llumnix.sim.summary import columns_of, latencies, summarize, timeline_of
 
 QUANTILES = 201
+COLLECT_AFTER = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,13 @@ def run_case(case: Case, seed: int, progress: Callable[[int], None] | None = Non
             progress(done - seen)
         seen = done
 
-    simulation.run(step)
+    gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_AFTER)  # next to nothing here forms cycles, and there is much to look through
+    try:
+        simulation.run(step)
+    finally:
+        gc.set_threshold(*before)
     columns = columns_of(simulation)
     config = asdict(case.config)
     return Result(
