@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 REQUESTS = 16
-KV_BLOCKS = 128  # per instance: the burst just fits one, which leaves the scheduler something to do
+KV_BLOCKS = 112  # per instance: the burst just fits one, which leaves the scheduler something to do
 TOKENS = (48, 64, 80, 96)
 START_TIMEOUT_S = 150.0
 RUN_TIMEOUT_S = 120.0
-COMMAND_EVERY_S = 0.5
+COMMAND_EVERY_S = 2.0
 TOKENS_LEFT_MIN = 16  # a request about to end is not worth an order
 
 QUESTIONS = (
