@@ -94,6 +94,7 @@ def run(
                 "decode_step_migrating_ms_p50": _percentile([s * 1e3 for s in moved.steps_migrating_s], 50),
                 "decode_step_migrating_unheld_ms": mean(unheld[length].steps_migrating_s) * 1e3,
                 "decode_step_unheld_ms": mean(unheld[length].steps_s) * 1e3,
+                "downtimes_ms": [round(downtime, 3) for downtime in downtimes],
                 "migration_ms_p50": _percentile([m.duration_s * 1e3 for m in moved.moves], 50),
             }
         )
@@ -117,14 +118,17 @@ def _live(
         driver = Driver(pair, ear, batch=BATCH, batch_tokens=BATCH_TOKENS, seed=seed)
         measured, extra = {}, {}
         for length in lengths:
-            measured[length] = driver.measure(length, repeats)
-            bulk = [s for name in pair.hellos for s in pair.reads(name) if s.kv_bytes >= BULK_BYTES]
-            size = max((stats.kv_bytes for stats in bulk), default=BULK_BYTES)
-            extra[length] = {
-                "copy_gb_s": _percentile([s.kv_bytes / s.duration_s / 1e9 for s in bulk], 50),
-                "memcpy_gb_s": pair.memcpy_gb_s("a", size),
-                "recompute_s": driver.recompute_s(length, 3 if length <= LONG_RECOMPUTE else 1),
-            }
+            copied: dict[str, Any] = {}
+
+            def copy_speeds(copied: dict[str, Any] = copied) -> None:
+                bulk = [s for name in pair.hellos for s in pair.reads(name) if s.kv_bytes >= BULK_BYTES]
+                size = max((stats.kv_bytes for stats in bulk), default=BULK_BYTES)
+                copied["copy_gb_s"] = _percentile([s.kv_bytes / s.duration_s / 1e9 for s in bulk], 50)
+                copied["memcpy_gb_s"] = pair.memcpy_gb_s("a", size)
+
+            measured[length] = driver.measure(length, repeats, copy_speeds)
+            copied["recompute_s"] = driver.recompute_s(length, 3 if length <= LONG_RECOMPUTE else 1)
+            extra[length] = copied
     finally:
         pair.close()
     return measured, extra

@@ -109,8 +109,9 @@ class Driver:
         self._batch_tokens = batch_tokens
         self._count = 0
 
-    def measure(self, length: int, repeats: int) -> Measured:
-        """Move a request of ``length`` prompt tokens ``repeats`` times between the two instances."""
+    def measure(self, length: int, repeats: int, still_busy: Callable[[], None] = lambda: None) -> Measured:
+        """Move a request of ``length`` prompt tokens ``repeats`` times between the two instances.
+        ``still_busy`` is called after that, with all requests still running."""
         staying = [
             (name, self._submit(name, self._batch_tokens)) for name in NAMES for _ in range(self._batch)
         ]
@@ -135,6 +136,7 @@ class Driver:
                 windows.append((ordered, first_there[0]))
                 here, there = there, here
         finished = time.monotonic()
+        still_busy()
         for _, request_id in staying:
             times = [h.at for h in self._ear.tokens[request_id] if begun <= h.at <= finished]
             for before, after in itertools.pairwise(times):
