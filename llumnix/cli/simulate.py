@@ -113,7 +113,7 @@ def _cases(
     if preset is None:
         return _generic(own, resolve(config_file, given, presets.GENERIC_CONFIG))
     config = resolve(config_file, given, presets.PAPER_CONFIG)
-    count, seed = own["requests"] or PRESET_REQUESTS, own["seed"]
+    count, seed = PRESET_REQUESTS if own["requests"] is None else own["requests"], own["seed"]
     if preset == "osdi24-serving":
         return presets.serving(
             own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config
@@ -140,7 +140,7 @@ def _generic(own: dict[str, Any], config: Config) -> "list[Case]":
             Synthetic(
                 lengths=lengths,
                 rate=rate,
-                count=own["requests"] or REQUESTS,
+                count=REQUESTS if own["requests"] is None else own["requests"],
                 seed=own["seed"],
                 cv=own["cv"],
                 tokens_max=cost.max_model_len,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, FrontendConfig, SchedulerConfig
 from llumnix.core.errors import ConfigurationError
+from llumnix.policies.registry import dispatch_policy, pairing_policy, selection_policy
 from llumnix.sim.cost import LLAMA_7B_A10, CostModel
 from llumnix.sim.workload import Mix, Synthetic, Workload
 
@@ -67,6 +68,9 @@ def with_policy(config: Config, policy: str) -> Config:
         known = ", ".join(POLICIES)
         raise ConfigurationError(f"unknown policy {policy!r}; there are {known}, or DISPATCH/PAIRING")
     scheduler = replace(config.scheduler, dispatch_policy=pair[0], pairing_policy=pair[1])
+    dispatch_policy(scheduler)  # a name that means nothing is refused before anything runs
+    pairing_policy(scheduler)
+    selection_policy(scheduler)
     return replace(config, scheduler=scheduler)
 
 

@@ -45,6 +45,8 @@ def read_trace(path: Path, tokens_max: int, count: int | None = None) -> Trace:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8: {error}") from error
+    if count is not None and count < 1:
+        raise ConfigurationError(f"there must be at least one request, got {count}")
     if not rows:
         raise ConfigurationError(f"{path} has no requests")
     rows.sort(key=lambda row: row[0])

@@ -1,0 +1,82 @@
+"""``llumnix simulate`` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llumnix.cli.main import main
+
+SMALL = ["simulate", "--lengths", "60:40", "--requests", "25", "--instances", "2", "--rate", "2"]
+
+
+def test_a_run_prints_a_table_and_writes_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = ["--json", f"{tmp_path}/r.json", "--plots", f"{tmp_path}/plots", "--html", f"{tmp_path}/r.html"]
+    assert main([*SMALL, "--policy", "llumnix", *outputs]) == 0
+    table = capsys.readouterr().out
+    assert "llumnix" in table and "60:40 at 2/s" in table
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [row["policy"] for row in result["results"]] == ["llumnix"]
+    assert all(row["finished"] == 25 and row["failed"] == 0 for row in result["results"])
+    assert result["results"][0]["config"]["cluster"]["instances"] == 2
+    pictures = list((tmp_path / "plots").glob("*.png"))
+    assert len(pictures) == 3 and all(one.read_bytes().startswith(b"\x89PNG") for one in pictures)
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert main([*SMALL, "--seed", "4", "--json", f"{tmp_path}/{name}.json"]) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert main([*SMALL, "--seed", "5", "--json", f"{tmp_path}/c.json"]) == 0
+    assert (tmp_path / "c.json").read_bytes() != (tmp_path / "a.json").read_bytes()
+
+
+def test_presets_run_at_given_rates(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    arguments = ["osdi24-serving", "--lengths", "S-L", "--rate", "9", "--requests", "6"]
+    assert main(["simulate", *arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [row["policy"] for row in rows] == ["round-robin", "load", "llumnix-dispatch", "llumnix"]
+    arguments = ["osdi24-priorities", "--rate", "9", "--requests", "9"]
+    assert main(["simulate", *arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert len(rows) == 8 and "by_priority" in rows[0] and "by_priority" not in rows[1]
+
+
+def test_traces_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 30, "output_length": 4}\n' * 5)
+    assert main(["simulate", "--trace", str(trace), "--instances", "1"]) == 0
+    assert "t.jsonl" in capsys.readouterr().out
+
+
+def test_stories_of_faults_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "faults", "--seed", "3", "--seeds", "2"]) == 0
+    assert "stories                2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--lengths", "Q-Q"], "unknown lengths 'Q-Q'"),
+        (["--rate", "-1"], "rate must be above 0"),
+        (["--policy", "best"], "unknown policy 'best'"),
+        (["--policy", "best/none"], "dispatch policy 'best'"),
+        (["--cost-model", "x@y"], "unknown cost model"),
+        (["--tenant", "a=b"], "weight must be a number"),
+        (["--trace", "none.csv"], "cannot read none.csv"),
+        (["osdi24-serving", "--lengths", "S-L"], "give --rate"),
+        (["osdi24-serving", "--lengths", "X"], "unknown trace"),
+        (["--requests", "0"], "at least one request"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
