@@ -17,6 +17,7 @@ from typing import Any
 from llumnix.core.config import MigrationConfig, SchedulerConfig
 from llumnix.core.config_source import with_settings
 from llumnix.core.effects import Send
+from llumnix.core.epochs import EPOCH_MAX
 from llumnix.core.errors import ConfigurationError, ProtocolError, TransportError
 from llumnix.core.messages.control import (
     Fenced,
@@ -29,6 +30,7 @@ from llumnix.core.messages.control import (
     SchedulerSettings,
     SetDraining,
     SetRole,
+    TenantTotals,
 )
 from llumnix.core.messages.migration import (
     AbortMigration,
@@ -102,6 +104,7 @@ class Agent:
             SetDraining: self._set_draining,
             SetRole: self._set_role,
             SchedulerSettings: self._use_settings,
+            TenantTotals: self._hear_tenants,
             Fenced: self._fenced,
             ListRequests: self._list_requests,
             Reserve: lambda message, now: self._incoming.reserve(message, self._draining, now),
@@ -235,7 +238,9 @@ class Agent:
         for request_id, index in message.requests:
             delta = self._engine.output_since(request_id, max(0, index))
             departed = self._outgoing.departed(request_id)
-            if departed is not None and (delta is None or departed.epoch > delta.epoch):
+            if self._outgoing.stuck(request_id, now):
+                unknown.append(request_id)
+            elif departed is not None and (delta is None or departed.epoch > delta.epoch):
                 moved.append(Send(message.frontend_address, departed))
             elif delta is None:
                 unknown.append(request_id)
@@ -245,6 +250,14 @@ class Agent:
         effects: list[Effect] = [*moved, Send(message.frontend_address, reply)]
         if deltas:
             effects.append(Send(message.frontend_address, TokenBatch(self._me.instance_id, tuple(deltas))))
+        return effects
+
+    def frontend_lost(self, address: str, now: float) -> list[Effect]:
+        """The connection to a frontend broke: nobody waits for its requests any more. Should it live after all,
+        it finds them unknown here and continues them."""
+        effects: list[Effect] = []
+        for request_id in self._engine.requests_of(address):
+            effects += self._abort(Abort(request_id, EPOCH_MAX), now)
         return effects
 
     # The manager.
@@ -276,6 +289,10 @@ class Agent:
         else:
             self._reports.fault = ""
         return [self._report(now)]
+
+    def _hear_tenants(self, message: TenantTotals, now: float) -> list[Effect]:
+        self._engine.hear_tenants(message)
+        return []
 
     def _fenced(self, message: Fenced, now: float) -> list[Effect]:
         effects: list[Effect] = [*self._outgoing.fenced(message.instance_id, message.incarnation, now)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate, RequestRow, TenantService
+from llumnix.core.messages.control import MoveCandidate, RequestRow, TenantService, TenantTotals
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
 
 
@@ -86,6 +86,10 @@ class Engine(Protocol):
         """Drop a request held at ``epoch`` or below and free its blocks at once. False: not held."""
         ...
 
+    def requests_of(self, frontend_address: str) -> tuple[str, ...]:
+        """Requests held for this frontend."""
+        ...
+
     def holds(self, request_id: str) -> bool:
         """Whether the request is waiting, running or taken out for a commit here."""
         ...
@@ -99,6 +103,10 @@ class Engine(Protocol):
     def configure(self, config: SchedulerConfig) -> None:
         """Go by these settings of the scheduler from now on: what to offer for moves, shares of tenants.
         Raises ConfigurationError if they cannot hold here; then nothing has changed."""
+        ...
+
+    def hear_tenants(self, totals: TenantTotals) -> None:
+        """What the cluster's other instances did for tenants."""
         ...
 
     def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from llumnix.core.config import EngineConfig, SchedulerConfig
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import MoveCandidate, RequestRow
+from llumnix.core.messages.control import MoveCandidate, RequestRow, TenantTotals
 from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.block_manager import BlockManager
@@ -80,7 +80,7 @@ class EngineCore:
         number."""
         deltas: dict[str, list[TokenDelta]] = {}
         finished: list[str] = []
-        prefilling = self._scheduler.prefilling
+        prefilling, tenants = self._scheduler.prefilling, self._scheduler.tenants
         results = iter(sampled)
         computed = taken = 0
         for chunk in plan.chunks:
@@ -94,6 +94,7 @@ class EngineCore:
                 raise InvariantError(f"the executor returned {taken} tokens, too few for the plan")
             taken += 1
             request.tokens.append(result.token)
+            tenants.generated(request.tenant, 1)
             generated = len(request.tokens) - request.prompt_len
             reason = self._finish_reason(request, result.token, generated)
             delta = _delta(request, result, generated - 1, reason)
@@ -173,6 +174,10 @@ class EngineCore:
         self._forget(request)
         return True
 
+    def requests_of(self, frontend_address: str) -> tuple[str, ...]:
+        held = self._requests.values()
+        return tuple(request.request_id for request in held if request.frontend_address == frontend_address)
+
     def holds(self, request_id: str) -> bool:
         return request_id in self._requests
 
@@ -184,11 +189,13 @@ class EngineCore:
         self._finished.drop(spec.request_id)
         request = Request.from_spec(spec, now)
         self._requests[request.request_id] = request
+        self._scheduler.tenants.came(request.tenant)
         return request
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._scheduler.drop(request)
+        self._scheduler.tenants.left(request.tenant)
 
     def _queue_refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
         waiting = len(self._scheduler.waiting) - (spec.request_id in self._scheduler.waiting)
@@ -226,15 +233,20 @@ class EngineCore:
             preemptions_total=self._preemptions_total,
             finished_total=self._finished_total,
             policy_fault=self._offers.fault,
+            tenants=scheduler.tenants.report(),
         )
 
     def configure(self, config: SchedulerConfig) -> None:
         self._offers.use(selection_policy(config))
+        self._scheduler.tenants.configure(config)
+
+    def hear_tenants(self, totals: TenantTotals) -> None:
+        self._scheduler.tenants.hear(totals.offsets)
 
     def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
         scheduler = self._scheduler
         held = [*scheduler.running_requests(), *scheduler.taken_out.values(), *scheduler.waiting]
-        return tuple(_row(request, instance_id, now) for request in held)
+        return tuple(request.row(instance_id, now) for request in held)
 
     def output_since(self, request_id: str, index: int) -> TokenDelta | None:
         request = self._requests.get(request_id)
@@ -374,21 +386,4 @@ def _candidate(request: Request, blocks: int) -> MoveCandidate:
         known,
         known - request.prompt_len,
         request.arrived_at,
-    )
-
-
-def _row(request: Request, instance_id: str, now: float) -> RequestRow:
-    return RequestRow(
-        request_id=request.request_id,
-        instance_id=instance_id,
-        status=request.status,
-        tenant=request.tenant,
-        scheduling_priority=request.scheduling_priority,
-        execution_priority=request.execution_priority,
-        prompt_tokens=request.prompt_len,
-        output_tokens=request.output_len,
-        max_tokens=request.sampling.max_tokens,
-        blocks=len(request.blocks),
-        preemptions=request.preemptions,
-        age_s=max(0.0, now - request.arrived_at),
     )

@@ -9,9 +9,9 @@ taken out by a migration (its KV, if any, stays where it is). Called by the engi
   left. It gets all those blocks at once, so no prefill can block halfway. Nothing overtakes a head that does
   not fit.
 - When a running request needs a block and none is free, the running request of lowest execution priority,
-  then of latest arrival, is preempted; that may be the one that asks. So the first in that order is never
-  preempted for another, always advances, and everything ends. A preempted request waits again at its old
-  arrival.
+  then of the tenant served most, then of latest arrival, is preempted; that may be the one that asks. So the
+  first in that order is never preempted for another, always advances, and everything ends. A preempted
+  request waits again at its old arrival.
 - Batch slots are counted for reservations and taken-out requests too: whatever returns or arrives has its
   place.
 """
@@ -19,11 +19,13 @@ taken out by a migration (its KV, if any, stays where it is). Called by the engi
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import RequestStatus
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.executor import Chunk
 from llumnix.instance.request import Request
+from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.waiting_queue import WaitingQueue
 
 WATERMARK_SHARE = 0.01
@@ -46,9 +48,16 @@ class LocalScheduler:
     """See the module. ``priorities`` counts the running requests of each execution priority."""
 
     def __init__(
-        self, blocks: BlockManager, *, block_size: int, step_tokens_max: int, batch_max: int
+        self,
+        blocks: BlockManager,
+        *,
+        block_size: int,
+        step_tokens_max: int,
+        batch_max: int,
+        tenants: TenantCounters | None = None,
     ) -> None:
-        self.waiting = WaitingQueue(block_size)
+        self.tenants = tenants or TenantCounters(SchedulerConfig())
+        self.waiting = WaitingQueue(block_size, self.tenants.counter)
         self.prefilling: dict[str, Request] = {}
         self.decoding: dict[str, Request] = {}
         self.taken_out: dict[str, Request] = {}
@@ -143,6 +152,9 @@ class LocalScheduler:
             if head is None or not self._admissible(head):
                 break
             self.waiting.remove(head)
+            if not head.charged:
+                head.charged = True
+                self.tenants.admitted(head.tenant, head.prompt_len)
             self._blocks.grow(head.request_id, self.waiting.blocks_of(head))
             head.blocks = self._blocks.table(head.request_id)
             self.join(head)
@@ -156,7 +168,7 @@ class LocalScheduler:
         if self.prefilling or not self.decoding:
             return NOT_QUIET
         head = self.waiting.head()
-        if head is not None and self._admissible(head):
+        if head is not None and (not self.waiting.settled or self._admissible(head)):
             return NOT_QUIET
         context = 0
         for request in self.decoding.values():
@@ -185,6 +197,7 @@ class LocalScheduler:
         for request in self.decoding.values():
             request.tokens.extend(sample(request, steps))
             request.computed_tokens += steps
+            self.tenants.generated(request.tenant, steps)
 
     def _growth(self, steps: int) -> int:
         """Blocks that the decoding requests take in the next ``steps`` steps."""
@@ -217,7 +230,7 @@ class LocalScheduler:
                 continue  # was itself preempted for one before it
             missing = self.waiting.blocks_of(request) - len(request.blocks)
             while not self._blocks.grow(request.request_id, missing):
-                victim = max(self.running_requests(), key=_preemption_rank)
+                victim = max(self.running_requests(), key=self._preemption_rank)
                 self._preempt(victim)
                 preempted.append(victim.request_id)
                 if victim is request:
@@ -255,7 +268,7 @@ class LocalScheduler:
         self._kv_versions += 1
         return self._kv_versions
 
-
-def _preemption_rank(request: Request) -> tuple[int, float, str]:
-    """The highest goes first."""
-    return -request.execution_priority, request.arrived_at, request.request_id
+    def _preemption_rank(self, request: Request) -> tuple[int, float, float, str]:
+        """The highest goes first."""
+        counter = self.tenants.counter(request.tenant)
+        return -request.execution_priority, counter, request.arrived_at, request.request_id

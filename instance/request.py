@@ -7,7 +7,7 @@ exactly one token more than it has computed, the one sampled last.
 
 from dataclasses import dataclass, field
 
-from llumnix.core.messages.control import RequestStatus
+from llumnix.core.messages.control import RequestRow, RequestStatus
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.core.sampling import SamplingParams
 
@@ -15,7 +15,8 @@ from llumnix.core.sampling import SamplingParams
 @dataclass(slots=True, eq=False)
 class Request:
     """Mutable state of one request. ``kv_version`` grows each time its KV is given up (preemption), so that a
-    migration in progress notices that what it copied no longer counts."""
+    migration in progress notices that what it copied no longer counts. ``charged``: its prompt is in its
+    tenant's service already; what is computed again is no service."""
 
     request_id: str
     epoch: int
@@ -32,6 +33,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     kv_version: int = 0
     preemptions: int = 0
+    charged: bool = False
 
     @classmethod
     def from_spec(cls, spec: RequestSpec, now: float) -> "Request":
@@ -47,6 +49,7 @@ class Request:
             arrived_at=now - spec.waited_s,
             tokens=[*spec.prompt_tokens, *spec.output_tokens],
             prompt_len=len(spec.prompt_tokens),
+            charged=bool(spec.output_tokens),
         )
 
     def to_spec(self, now: float) -> RequestSpec:
@@ -62,6 +65,23 @@ class Request:
             execution_priority=self.execution_priority,
             tenant=self.tenant,
             waited_s=max(0.0, now - self.arrived_at),
+        )
+
+    def row(self, instance_id: str, now: float) -> RequestRow:
+        """The request as an administrator sees it."""
+        return RequestRow(
+            request_id=self.request_id,
+            instance_id=instance_id,
+            status=self.status,
+            tenant=self.tenant,
+            scheduling_priority=self.scheduling_priority,
+            execution_priority=self.execution_priority,
+            prompt_tokens=self.prompt_len,
+            output_tokens=self.output_len,
+            max_tokens=self.sampling.max_tokens,
+            blocks=len(self.blocks),
+            preemptions=self.preemptions,
+            age_s=max(0.0, now - self.arrived_at),
         )
 
     @property

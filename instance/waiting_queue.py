@@ -1,40 +1,47 @@
 """The requests waiting on one instance, in the order in which they are to be admitted.
 
-Order: higher scheduling priority first, then earlier arrival, then id. Knows the KV blocks all of them will
-need, for load reports. A waiting request's tokens do not change, so neither does its need. Called by the
-local scheduler.
+Order: higher scheduling priority first; within one, the tenant that has been served least; within a tenant,
+earlier arrival, then id. Service changes while requests wait, so tenants are compared when the head is asked
+for; each tenant's own order is kept. Knows the KV blocks all of them will need, for load reports. A waiting
+request's tokens do not change, so neither does its need. Called by the local scheduler.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from llumnix.instance.request import Request
 
-Rank = tuple[int, float, str]
-
-
-def _rank(request: Request) -> Rank:
-    return -request.scheduling_priority, request.arrived_at, request.request_id
+Rank = tuple[float, str]
+Key = tuple[int, str]
 
 
 class WaitingQueue:
-    """See the module. ``blocks`` is what the prefills of all requests in it need together."""
+    """See the module. ``blocks`` is what the prefills of all requests in it need together; ``counter`` says
+    where a tenant stands, lower goes first."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, counter: Callable[[str], float]) -> None:
         self.blocks = 0
         self._block_size = block_size
-        self._ranks: list[Rank] = []
+        self._counter = counter
+        self._ranks: dict[Key, list[Rank]] = {}
         self._requests: dict[str, Request] = {}
 
     def __len__(self) -> int:
-        return len(self._ranks)
+        return len(self._requests)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
     def __iter__(self) -> Iterator[Request]:
-        return (self._requests[rank[2]] for rank in self._ranks)
+        for key in sorted(self._ranks, key=self._urgency):
+            for _, request_id in self._ranks[key]:
+                yield self._requests[request_id]
+
+    @property
+    def settled(self) -> bool:
+        """Whether service to tenants cannot change who is the head."""
+        return len(self._ranks) <= 1
 
     def blocks_of(self, request: Request) -> int:
         """Blocks that the KV of all its known tokens fills."""
@@ -42,20 +49,35 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         """Add a request at its place."""
-        insort(self._ranks, _rank(request))
+        insort(self._ranks.setdefault(_key(request), []), (request.arrived_at, request.request_id))
         self._requests[request.request_id] = request
         self.blocks += self.blocks_of(request)
 
     def remove(self, request: Request) -> None:
         """Take out a request that is in the queue."""
-        del self._ranks[bisect_left(self._ranks, _rank(request))]
+        key = _key(request)
+        ranks = self._ranks[key]
+        del ranks[bisect_left(ranks, (request.arrived_at, request.request_id))]
+        if not ranks:
+            del self._ranks[key]
         del self._requests[request.request_id]
         self.blocks -= self.blocks_of(request)
 
     def head(self) -> Request | None:
         """The request to be admitted next."""
-        return self._requests[self._ranks[0][2]] if self._ranks else None
+        if not self._ranks:
+            return None
+        key = next(iter(self._ranks)) if len(self._ranks) == 1 else min(self._ranks, key=self._urgency)
+        return self._requests[self._ranks[key][0][1]]
 
     def first(self, count: int) -> list[Request]:
-        """The ``count`` requests to be admitted next."""
+        """The ``count`` requests that would be admitted next, were service to stand still."""
         return list(islice(self, count))
+
+    def _urgency(self, key: Key) -> tuple[int, float, Rank]:
+        priority, tenant = key
+        return priority, self._counter(tenant), self._ranks[key][0]
+
+
+def _key(request: Request) -> Key:
+    return -request.scheduling_priority, request.tenant

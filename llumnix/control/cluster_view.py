@@ -87,6 +87,11 @@ class ClusterView:
 
     # Lookup.
 
+    @property
+    def size(self) -> int:
+        """How many records there are."""
+        return len(self._records)
+
     def get(self, instance_id: str) -> InstanceRecord | None:
         """The record, down ones included."""
         return self._records.get(instance_id)

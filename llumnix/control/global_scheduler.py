@@ -21,6 +21,7 @@ from llumnix.control.placement import Placer
 from llumnix.control.policy_guard import Faults
 from llumnix.control.rescheduler import Rescheduler
 from llumnix.control.settings_in_force import SettingsInForce
+from llumnix.control.tenant_ledger import TenantLedger
 from llumnix.core.admin import ClusterSummary, DecisionRow, InstanceRow, PolicyState, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
@@ -65,6 +66,7 @@ class GlobalScheduler:
             config, self._settings.pairing, manager_incarnation, self._cluster, self._decisions
         )
         self._orders = Orders(manager_incarnation, address, self._cluster, self._rescheduler)
+        self._tenants = TenantLedger(now)
         self._strangers: dict[str, float] = {}
         self._status_sequence = 0
         self._status_at = now - STATUS_GAP_S
@@ -244,6 +246,8 @@ class GlobalScheduler:
             name = self._config.selection_policy
             self._faults.note("selection", name, f"on {report.instance_id}: {report.policy_fault}", now)
         effects: list[Effect] = []
+        if report.tenants:
+            effects += self._tenants.report(report, self._cluster.size, now)
         if record.state is not before:
             self._status_due = True
             if before is InstanceState.SILENT:
@@ -293,6 +297,7 @@ class GlobalScheduler:
             for ended in self._rescheduler.instance_ended(instance_id, now):
                 effects += self._orders.migration_ended(ended)
             self._cluster.end(record, now)
+            self._tenants.instance_ended(instance_id)
             effects += self._orders.instance_ended(instance_id, now)
             self._status_due = True
         fields: dict[str, str | int | float | bool] = {"instance": instance_id, "incarnation": incarnation}

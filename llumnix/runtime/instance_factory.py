@@ -17,7 +17,6 @@ from llumnix.migration.transports import inprocess
 from llumnix.migration.transports.base import host_identity
 from llumnix.migration.transports.factory import Readers
 from llumnix.migration.transports.zmq_server import BlockServer
-from llumnix.policies.registry import selection_policy
 from llumnix.runtime.instance_server import InstanceServer
 from llumnix.runtime.model_info import served_name
 
@@ -55,7 +54,8 @@ class Instance:
         self._executor = executor
         inprocess.offer(executor.pool)
         self._blocks = BlockServer(executor.pool, config.cluster.bind_host)
-        engine = InProcessEngine(executor, config.engine, selection_policy(config.scheduler))
+        engine = InProcessEngine(executor, config.engine)
+        engine.configure(config.scheduler)
 
         def make_agent(address: str) -> Agent:
             hello = InstanceHello(

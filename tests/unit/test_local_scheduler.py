@@ -25,7 +25,7 @@ def held(engine: InProcessEngine, status: RequestStatus) -> list[str]:
 
 
 def test_queue_order_is_priority_then_arrival_then_id() -> None:
-    queue = WaitingQueue(4)
+    queue = WaitingQueue(4, lambda tenant: 0.0)
     order = [("d", 5, 9.0), ("a", 0, 1.0), ("b", 0, 2.0), ("c", 0, 2.0)]
     requests = {}
     for name, priority, arrived in (order[2], order[0], order[3], order[1]):
@@ -199,6 +199,7 @@ def test_the_watermark_scales_with_the_pool() -> None:
     )
     assert scheduler.spare_blocks() == 0, "an idle instance admits whatever fits"
     request = Request.from_spec(spec("a"), 0.0)
+    scheduler.tenants.came(request.tenant)
     scheduler.enqueue(request)
     scheduler.plan()
     assert scheduler.spare_blocks() == 10
