@@ -15,6 +15,7 @@ epoch seen wins, anything lower is told to stop.
 HOP_BITS = 20
 HOP_MAX = (1 << HOP_BITS) - 1
 FIRST_EPOCH = 1 << HOP_BITS
+EPOCH_MAX = (1 << 63) - 1
 
 
 def next_generation(epoch: int) -> int:
