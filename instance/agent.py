@@ -29,7 +29,6 @@ from llumnix.core.messages.control import (
     RequestStatus,
     SchedulerSettings,
     SetDraining,
-    SetRole,
     TenantTotals,
 )
 from llumnix.core.messages.migration import (
@@ -102,7 +101,6 @@ class Agent:
             HelloWanted: self._hello,
             MigrateOrder: self._outgoing.order,
             SetDraining: self._set_draining,
-            SetRole: self._set_role,
             SchedulerSettings: self._use_settings,
             TenantTotals: self._hear_tenants,
             Fenced: self._fenced,
@@ -268,11 +266,6 @@ class Agent:
 
     def _set_draining(self, message: SetDraining, now: float) -> list[Effect]:
         self._draining = message.draining
-        return [self._report(now)]
-
-    def _set_role(self, message: SetRole, now: float) -> list[Effect]:
-        self._me = replace(self._me, role=message.role)
-        self._reports.role = message.role
         return [self._report(now)]
 
     def _use_settings(self, message: SchedulerSettings, now: float) -> list[Effect]:

@@ -13,9 +13,9 @@ HEARTBEAT_S = 1.0
 
 
 class LoadReporter:
-    """Keeps the pace of reports. ``changed`` marks that the next one has something to say. ``role`` and
-    ``settings_revision`` are what the manager last told the instance, ``fault`` why it could not go by
-    that."""
+    """Keeps the pace of reports. ``changed`` marks that the next one has something to say.
+    ``settings_revision`` is that of the settings the manager last told, ``fault`` why they cannot hold
+    here."""
 
     def __init__(self, me: InstanceHello, engine: Engine, interval_s: float, manager_address: str) -> None:
         self._me = me
@@ -26,7 +26,6 @@ class LoadReporter:
         self._last_at = float("-inf")
         self._changed = True
         self._accepted: list[str] = []
-        self.role = me.role
         self.settings_revision = 0
         self.fault = ""
 
@@ -78,7 +77,6 @@ class LoadReporter:
             preemptions_total=load.preemptions_total,
             finished_total=load.finished_total,
             address=self._me.address,
-            role=self.role,
             policy_fault=self.fault or load.policy_fault,
             tenants=load.tenants,
             settings_revision=self.settings_revision,

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.views import DispatchPolicy, PairingPolicy, SelectionPolicy
+from llumnix.core.views import DispatchPolicy, PairingPolicy, ScalingPolicy, SelectionPolicy
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
+from llumnix.policies.scaling import FreenessScaling, NoScaling
 from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest, Shortest
 
 ENTRY_POINT_GROUP = "llumnix.policies"
@@ -40,7 +41,14 @@ SELECTION: dict[str, type[SelectionPolicy]] = {
     "shortest": Shortest,
 }
 
-KINDS: dict[str, dict[str, Any]] = {"dispatch": DISPATCH, "pairing": PAIRING, "selection": SELECTION}
+SCALING: dict[str, type[ScalingPolicy]] = {"freeness": FreenessScaling, "none": NoScaling}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dispatch": DISPATCH,
+    "pairing": PAIRING,
+    "scaling": SCALING,
+    "selection": SELECTION,
+}
 
 # What importing or constructing other people's code may raise.
 PLUGIN_FAULTS = (
@@ -72,6 +80,11 @@ def pairing_policy(config: SchedulerConfig) -> PairingPolicy:
 def selection_policy(config: SchedulerConfig) -> SelectionPolicy:
     """The policy named by ``selection_policy``. Raises ConfigurationError."""
     return cast(SelectionPolicy, _build("selection", config.selection_policy, SELECTION, "select", config))
+
+
+def scaling_policy(config: SchedulerConfig) -> ScalingPolicy:
+    """The policy named by ``scaling_policy``. Raises ConfigurationError."""
+    return cast(ScalingPolicy, _build("scaling", config.scaling_policy, SCALING, "scale", config))
 
 
 def known_names(kind: str) -> tuple[str, ...]:

@@ -25,4 +25,12 @@ class Logged:
     fields: dict[str, str | int | float | bool] = field(default_factory=dict)
 
 
-Effect = Send | Answered | Logged
+@dataclass(frozen=True, slots=True)
+class ScaleTo:
+    """Have so many instances: start more, or drain and stop those with the fewest requests."""
+
+    instances: int
+    reason: str
+
+
+Effect = Send | Answered | Logged | ScaleTo

@@ -20,6 +20,7 @@ from llumnix.control.orders import Orders
 from llumnix.control.placement import Placer
 from llumnix.control.policy_guard import Faults
 from llumnix.control.rescheduler import Rescheduler
+from llumnix.control.scaler import Scaler
 from llumnix.control.settings_in_force import SettingsInForce
 from llumnix.control.tenant_ledger import TenantLedger
 from llumnix.core.admin import ClusterSummary, DecisionRow, InstanceRow, PolicyState, Refusal
@@ -67,6 +68,7 @@ class GlobalScheduler:
         )
         self._orders = Orders(manager_incarnation, address, self._cluster, self._rescheduler)
         self._tenants = TenantLedger(now)
+        self._scaler = Scaler(config, self._settings.scaling, self._cluster, now)
         self._strangers: dict[str, float] = {}
         self._status_sequence = 0
         self._status_at = now - STATUS_GAP_S
@@ -116,6 +118,7 @@ class GlobalScheduler:
         if now >= self._round_at:
             self._round_at = now + self._config.round_interval_s
             effects += self._rescheduler.round(now)
+            effects += self._scaler.round(now)
             effects += self._faults.take()
         if now >= self._heartbeat_at:
             effects += self._heartbeat(now)
@@ -276,6 +279,7 @@ class GlobalScheduler:
         self._cluster.use(self._config)
         self._placer.use(self._settings.dispatch)
         self._rescheduler.use(self._config, self._settings.pairing)
+        self._scaler.use(self._config, self._settings.scaling)
         message = self._settings.message()
         return [Send(address, message) for address in self._instance_addresses()]
 

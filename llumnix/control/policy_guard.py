@@ -11,11 +11,18 @@ from math import isfinite
 from llumnix.control.cluster_view import queue_freeness
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.views import ClusterSnapshot, DispatchDecision, InstanceView, Move, RequestView
+from llumnix.core.views import (
+    ClusterSnapshot,
+    DispatchDecision,
+    InstanceView,
+    Move,
+    RequestView,
+    ScalingDecision,
+)
 from llumnix.policies.dispatch import FreenessDispatch
 from llumnix.policies.guard import attempt
 from llumnix.policies.pairing import FreenessPairing
-from llumnix.policies.registry import dispatch_policy, pairing_policy
+from llumnix.policies.registry import dispatch_policy, pairing_policy, scaling_policy
 
 SPEAK_AGAIN_S = 60.0
 TEXT_MAX = 300
@@ -109,6 +116,23 @@ class GuardedPairing:
             fault = f"returned {moves!r}"
         self._faults.note("pairing", self.name, fault, cluster.now)
         return self._default.pair(cluster)
+
+
+class GuardedScaling:
+    """The scaling policy that the configuration names. Raises ConfigurationError if it cannot be had."""
+
+    def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
+        self.name = config.scaling_policy
+        self._policy = scaling_policy(config)
+        self._faults = faults
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision:
+        """The policy's decision; no change where it fails."""
+        decision, fault = attempt(self._policy.scale, cluster)
+        if isinstance(decision, ScalingDecision) and type(decision.change) is int:
+            return decision
+        self._faults.note("scaling", self.name, fault or f"returned {decision!r}", cluster.now)
+        return ScalingDecision(0, "")
 
 
 def _is_move(move: object) -> bool:

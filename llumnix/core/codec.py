@@ -40,7 +40,6 @@ TAGS: dict[int, type] = {
     31: control.Fenced,
     32: control.ListRequests,
     33: control.RequestList,
-    34: control.SetRole,
     35: control.SchedulerSettings,
     36: control.TenantTotals,
     40: migration.Reserve,

@@ -125,6 +125,14 @@ class SchedulerConfig(Leaf):
     queue_blocks_factor: float = setting(
         4.0, "queued demand, in multiples of an instance's KV, at which it is full"
     )
+    scaling_policy: str = setting(
+        "none", "when instances are added and removed: none, freeness or module:Class"
+    )
+    scale_low_freeness: float = setting(10.0, "mean freeness below which an instance is added")
+    scale_high_freeness: float = setting(60.0, "mean freeness above which one is drained and stopped")
+    scale_cooldown_s: float = setting(30.0, "least time between two changes of the number of instances")
+    scale_instances_min: int = setting(1, "fewest instances that scaling leaves")
+    scale_instances_max: int = setting(8, "most instances that scaling asks for")
     tenant_weights: str = setting(
         "", "shares of the cluster by tenant, as name=weight,…; a tenant not named has weight 1"
     )
@@ -142,6 +150,16 @@ class SchedulerConfig(Leaf):
             "above 0 where tenant_input_weight is 0",
         )
         parse_weights(self.tenant_weights)
+        self.need(
+            self.scale_high_freeness > self.scale_low_freeness,
+            "scale_high_freeness",
+            "above scale_low_freeness",
+        )
+        self.need(
+            1 <= self.scale_instances_min <= self.scale_instances_max,
+            "scale_instances_min",
+            "within 1 and scale_instances_max",
+        )
 
 
 def parse_weights(text: str) -> dict[str, float]:

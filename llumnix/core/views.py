@@ -91,6 +91,14 @@ class Move:
     scores: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ScalingDecision:
+    """How many instances more (or, negative, less) there should be, with the reason."""
+
+    change: int
+    reason: str
+
+
 class DispatchPolicy(Protocol):
     """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in
     falling order of ``queue_freeness``, then by id. A policy that also has ``score(view) -> float`` gets them
@@ -109,3 +117,9 @@ class SelectionPolicy(Protocol):
     """Chooses, on an instance, which of its requests it would give away first."""
 
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]: ...
+
+
+class ScalingPolicy(Protocol):
+    """Chooses, once a round, whether the cluster should grow or shrink."""
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision: ...

@@ -129,6 +129,7 @@ class ManagerActor:
             port=port,
             on_hello=self._hello,
             on_lost=self._lost,
+            on_scale=self._scale_by_itself,
         )
 
     def _on_loop(self, function: Callable[[], T]) -> T:
@@ -145,6 +146,16 @@ class ManagerActor:
             if entry["namespace"] == NAMESPACE and entry["name"].startswith(INSTANCE_PREFIX)
         ]
         return sorted(found, key=lambda name: (len(name), name))
+
+    def _scale_by_itself(self, instances: int) -> None:
+        task = asyncio.create_task(self._scale_and_note(instances), name="scale")
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
+
+    async def _scale_and_note(self, instances: int) -> None:
+        outcome = await self._scale(min(instances, self._config.cluster.instances_max))
+        if isinstance(outcome, Refusal):
+            self._server.note("scaling_failed", outcome.reason)
 
     async def _scale(self, instances: int) -> ClusterSummary | Refusal:
         async with self._scaling:

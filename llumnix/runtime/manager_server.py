@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+from llumnix.control.effects import ScaleTo
 from llumnix.control.global_scheduler import Answered, GlobalScheduler, Logged
 from llumnix.core.admin import (
     ClusterSummary,
@@ -33,7 +34,8 @@ QUERY_TIMEOUT_S = 60.0  # a bound above the scheduler's own
 
 class ManagerServer:
     """Runs the global scheduler until `close`. ``on_hello`` hears of every instance that introduces itself,
-    ``on_lost`` of every bus address whose connection broke."""
+    ``on_lost`` of every bus address whose connection broke, ``on_scale`` of how many instances the scaling
+    policy wants."""
 
     def __init__(
         self,
@@ -43,10 +45,12 @@ class ManagerServer:
         port: int,
         on_hello: Callable[[InstanceHello], None],
         on_lost: Callable[[str], None],
+        on_scale: Callable[[int], None] | None = None,
     ) -> None:
         self.events = EventLog()
         self._queries: dict[str, asyncio.Future[object]] = {}
         self._on_hello = on_hello
+        self._on_scale = on_scale
         self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=on_lost, port=port)
         self.address = self._bus.address
         self.core = GlobalScheduler(config.scheduler, incarnation, self.address, time.monotonic())
@@ -139,6 +143,9 @@ class ManagerServer:
                 self._bus.send(effect.address, effect.message)
             elif isinstance(effect, Logged):
                 self.events.append(time.time(), effect.kind, effect.text, dict(effect.fields))
+            elif isinstance(effect, ScaleTo):
+                if self._on_scale is not None:
+                    self._on_scale(effect.instances)
             elif isinstance(effect, Answered):
                 future = self._queries.get(effect.query_id)
                 if future is not None and not future.done():

@@ -114,7 +114,7 @@ class LoadReport:
     ``waiting_blocks`` what all waiting requests need. ``execution_priorities`` are (priority, running
     requests of it), ascending. ``accepted`` are requests taken since the previous report, so that the manager
     can drop them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
-    instance's hello. ``role`` is the one it was last told to play. ``policy_fault``, if not empty, says what
+    instance's hello. ``policy_fault``, if not empty, says what
     its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
     most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by. Reports
     repeat about every second while nothing changes: silence is how a hung instance is noticed.
@@ -141,7 +141,6 @@ class LoadReport:
     preemptions_total: int
     finished_total: int
     address: str
-    role: InstanceRole = InstanceRole.NEUTRAL
     policy_fault: str = ""
     tenants: tuple[TenantService, ...] = ()
     settings_revision: int = 0
@@ -260,13 +259,6 @@ class SetDraining:
     """Manager to instance: refuse (or take again) new requests and incoming migrations."""
 
     draining: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SetRole:
-    """Manager to instance: play this role from now on, and say so in reports."""
-
-    role: InstanceRole
 
 
 @dataclass(frozen=True, slots=True)
