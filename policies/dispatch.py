@@ -8,7 +8,7 @@ from zlib import crc32
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
-from llumnix.policies.freeness import Load
+from llumnix.policies.freeness import free_blocks
 
 SCORES_MAX = 8
 
@@ -25,7 +25,7 @@ class FreenessDispatch:
         best = candidates[:SCORES_MAX]
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
         for view in best:
-            if Load.of(view).free_blocks >= request.blocks:
+            if free_blocks(view) >= request.blocks:
                 reason = "freest" if view is best[0] else f"freest with {request.blocks} free blocks"
                 return DispatchDecision(view.instance_id, scores, reason)
         return DispatchDecision(best[0].instance_id, scores, "freest; it will wait for blocks")
@@ -55,7 +55,7 @@ class LeastLoaded:
 
     def score(self, view: InstanceView) -> float:
         """Blocks wanted, as a share of those there are; negative, since higher is better."""
-        return (Load.of(view).free_blocks - view.capacity_blocks) / max(1, view.capacity_blocks)
+        return (free_blocks(view) - view.capacity_blocks) / max(1, view.capacity_blocks)
 
     def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
         """The first: candidates come in order of the score."""

@@ -241,13 +241,14 @@ class ClusterView:
     # Inside.
 
     def _view(self, record: InstanceRecord) -> InstanceView | None:
-        report, load = record.report, _load(record, record.state is InstanceState.DRAINING)
+        report, state = record.report, record.state
+        load = _load(record, state is InstanceState.DRAINING)
         if report is None or load is None:
             return None
         return InstanceView(
             instance_id=report.instance_id,
             role=record.hello.role,
-            state=record.state,
+            state=state,
             capacity_blocks=report.capacity_blocks,
             used_blocks=report.used_blocks + report.reserved_blocks,
             head_blocks=report.head_blocks,

@@ -5,7 +5,7 @@ one entry on the manager's hot path, so entries are kept as they come and turned
 asks. Filled by the placer and the rescheduler.
 """
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from math import isfinite
 
@@ -33,20 +33,24 @@ class DecisionLog:
     """Decisions by request id, the request longest without one first."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, deque[Decision]] = {}
+        # An OrderedDict gives up its oldest at once; a dict would step over all it gave up before.
+        self._requests: OrderedDict[str, list[Decision]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def add(self, request_id: str, decision: Decision) -> None:
         """Enter one; the oldest make room for it."""
-        decisions = self._requests.pop(request_id, None)
+        decisions = self._requests.get(request_id)
         if decisions is None:
-            decisions = deque(maxlen=DECISIONS_MAX)
             if len(self._requests) >= REQUESTS_MAX:
-                del self._requests[next(iter(self._requests))]
+                self._requests.popitem(last=False)
+            self._requests[request_id] = [decision]
+            return
+        self._requests.move_to_end(request_id)
         decisions.append(decision)
-        self._requests[request_id] = decisions
+        if len(decisions) > DECISIONS_MAX:
+            del decisions[0]
 
     def rows(self, request_id: str, now: float) -> tuple[DecisionRow, ...]:
         """All that is kept about a request, oldest first. A draining instance has no finite score to show."""
