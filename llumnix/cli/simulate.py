@@ -120,7 +120,9 @@ def _cases(
         )
     if preset == "osdi24-priorities":
         return presets.priorities(own["rates"], own["policies"], count=count, seed=seed, config=config)
-    raise ConfigurationError("osdi24-autoscaling needs a scaling policy, which there is none of yet")
+    return presets.autoscaling(
+        own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config
+    )
 
 
 def _generic(own: dict[str, Any], config: Config) -> "list[Case]":

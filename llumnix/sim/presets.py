@@ -118,3 +118,28 @@ def priorities(
                 cases.append(Case(policy, ours, LLAMA_7B_A10, workload))
                 cases.append(Case(f"{policy}, priorities ignored", ours, LLAMA_7B_A10, blind))
     return cases
+
+
+SCALED_RATE, SCALED_CVS, SCALED_START = 2.0, (1.0, 4.0), 4
+
+
+def autoscaling(
+    traces: Sequence[str],
+    rates: Sequence[float],
+    policies: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    config: Config,
+) -> list[Case]:
+    """``osdi24-autoscaling``: the number of instances follows the load, up to 16; with and without moves."""
+    scheduler = replace(config.scheduler, scaling_policy="freeness", scale_instances_max=16)
+    cluster = replace(config.cluster, instances=SCALED_START)
+    scaled = replace(config, scheduler=scheduler, cluster=cluster)
+    return [
+        Case(policy, with_policy(scaled, policy), LLAMA_7B_A10, Synthetic(trace, rate, count, seed, cv=cv))
+        for trace in traces or ("L-L",)
+        for rate in rates or (SCALED_RATE,)
+        for cv in SCALED_CVS
+        for policy in policies or ("load", "llumnix")
+    ]

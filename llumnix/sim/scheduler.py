@@ -4,6 +4,7 @@ that may be restarted and then knows nothing."""
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from llumnix.control.effects import ScaleTo
 from llumnix.control.global_scheduler import GlobalScheduler, Logged
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
@@ -17,7 +18,8 @@ TICK_MIN_S = 0.005
 
 
 class SchedulerHost:
-    """See the module. ``on_report`` sees every load report that the scheduler takes in."""
+    """See the module. ``on_report`` sees every load report that the scheduler takes in, ``on_scale`` hears
+    how many instances there should be."""
 
     def __init__(
         self,
@@ -25,11 +27,12 @@ class SchedulerHost:
         network: Network,
         config: SchedulerConfig,
         on_report: Callable[[LoadReport], None],
+        on_scale: Callable[[int], None],
     ) -> None:
         self.logged: Counter[str] = Counter()
         self.core: GlobalScheduler | None = None
         self._clock, self._network, self._config = clock, network, config
-        self._on_report = on_report
+        self._on_report, self._on_scale = on_report, on_scale
         self._starts = 0
         self._dead: list[tuple[str, str]] = []
 
@@ -88,3 +91,5 @@ class SchedulerHost:
                 self._network.send(effect.address, effect.message)
             elif isinstance(effect, Logged):
                 self.logged[effect.kind] += 1
+            elif isinstance(effect, ScaleTo):
+                self._on_scale(effect.instances)

@@ -15,6 +15,7 @@ from llumnix.sim.checks import OwnerCheck, check_idle
 from llumnix.sim.clients import ClientSide
 from llumnix.sim.clock import Clock
 from llumnix.sim.cost import CostModel
+from llumnix.sim.fleet import Fleet
 from llumnix.sim.instance import Instance, Machine
 from llumnix.sim.links import Links
 from llumnix.sim.network import Network
@@ -54,7 +55,9 @@ class Simulation:
         self.recorder = Recorder()
         self.timeline = Timeline(self.clock)
         self.instances: dict[str, Instance] = {}
-        self.scheduler = SchedulerHost(self.clock, self.network, config.scheduler, self._reported)
+        self.scheduler = SchedulerHost(
+            self.clock, self.network, config.scheduler, self._reported, Fleet(self).scale_to
+        )
         self.links = Links(
             self.clock,
             settings.seed,

@@ -40,8 +40,8 @@ class Timeline:
         self._reports[report.instance_id] = report
 
     def instance_up(self, instance_id: str) -> None:
-        """It costs money from now on."""
-        self._since[instance_id] = self.clock.now
+        """It costs money from now on, if it does not already."""
+        self._since.setdefault(instance_id, self.clock.now)
 
     def instance_down(self, instance_id: str) -> None:
         """It has ended."""
