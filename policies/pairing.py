@@ -72,10 +72,12 @@ class DefragmentPairing:
 
 @dataclass(slots=True)
 class _Side:
-    """An instance in this round: its load as planned so far, and how many more moves it may take part in."""
+    """An instance in this round: its load as planned so far with that load's queue freeness, and how many
+    more moves it may take part in."""
 
     view: InstanceView
     load: Load
+    score: float
     room: int
     taken: set[str] = field(default_factory=set)
 
@@ -127,7 +129,7 @@ class _Round:
                 return False
             if target.load.freeness(config.headroom_blocks) <= config.high_freeness:
                 return False
-            worse = min(self._freeness(source.load), self._freeness(target.load))
+            worse = min(source.score, target.score)
             improves = min(self._freeness(after_source), self._freeness(after)) > worse
             return improves and self._freeness(after) > config.low_freeness
 
@@ -161,7 +163,7 @@ class _Round:
             return False
         ranked = sorted(
             (side for side in targets if side.room > 0 and side.instance_id not in self._gave),
-            key=lambda side: (-self._freeness(side.load), side.instance_id),
+            key=lambda side: (-side.score, side.instance_id),
         )
         for candidate in source.view.candidates:
             if candidate.request_id in source.taken or candidate.request_id in self._resting:
@@ -179,13 +181,14 @@ class _Round:
         reason = (
             f"draining {source.instance_id}"
             if source.load.draining
-            else f"freeness {source.instance_id} {self._freeness(source.load):.1f} to "
-            f"{self._freeness(after_source):.1f}, {target.instance_id} {self._freeness(target.load):.1f} to "
+            else f"freeness {source.instance_id} {source.score:.1f} to "
+            f"{self._freeness(after_source):.1f}, {target.instance_id} {target.score:.1f} to "
             f"{self._freeness(after):.1f}"
         )
-        scores = tuple((side.instance_id, self._freeness(side.load)) for side in (source, target))
+        scores = tuple((side.instance_id, side.score) for side in (source, target))
         self.moves.append(Move(candidate.request_id, source.instance_id, target.instance_id, reason, scores))
         source.load, target.load = after_source, after
+        source.score, target.score = self._freeness(after_source), self._freeness(after)
         source.taken.add(candidate.request_id)
         source.room -= 1
         target.room -= 1
@@ -194,7 +197,8 @@ class _Round:
         return True
 
     def _side(self, view: InstanceView, moving: int) -> _Side:
-        return _Side(view, Load.of(view), self._config.moves_per_instance_max - moving)
+        load = Load.of(view)
+        return _Side(view, load, self._freeness(load), self._config.moves_per_instance_max - moving)
 
     def _freeness(self, load: Load) -> float:
         return load.queue_freeness(self._config.headroom_blocks)
