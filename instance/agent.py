@@ -236,7 +236,7 @@ class Agent:
         for request_id, index in message.requests:
             delta = self._engine.output_since(request_id, max(0, index))
             departed = self._outgoing.departed(request_id)
-            if self._outgoing.stuck(request_id, now):
+            if self._outgoing.stuck(request_id):
                 unknown.append(request_id)
             elif departed is not None and (delta is None or departed.epoch > delta.epoch):
                 moved.append(Send(message.frontend_address, departed))
@@ -251,8 +251,8 @@ class Agent:
         return effects
 
     def frontend_lost(self, address: str, now: float) -> list[Effect]:
-        """The connection to a frontend broke: nobody waits for its requests any more. Should it live after all,
-        it finds them unknown here and continues them."""
+        """The connection to a frontend broke: nobody waits for its requests any more. Should it live after
+        all, it finds them unknown here and continues them."""
         effects: list[Effect] = []
         for request_id in self._engine.requests_of(address):
             effects += self._abort(Abort(request_id, EPOCH_MAX), now)

@@ -59,6 +59,12 @@ class OutgoingMigrations:
         """Whether a migration of this request is running."""
         return request_id in self._by_request
 
+    def stuck(self, request_id: str) -> bool:
+        """Whether its commit has gone unanswered for so long that its frontend had better continue it
+        elsewhere: a new generation outdates both sides, whichever holds it."""
+        migration = self._by_request.get(request_id)
+        return migration is not None and migration.state is SourceState.COMMIT_UNKNOWN
+
     def departed(self, request_id: str) -> Moved | None:
         """Where a request went that left lately, as its frontend was told."""
         departure = self._departed.get(request_id)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llumnix.cli import policy, tables
-from llumnix.cli.client import AdminClient, CommandFailed
+from llumnix.cli.client import AdminClient, CommandFailed, NotNow
 from llumnix.cli.server_options import server_options
 
 FOLLOW_INTERVAL_S = 0.5
@@ -84,7 +84,12 @@ def events(follow: bool, after: int, url: str, token: str, as_json: bool) -> Non
     """Print what happened in the cluster. With --json --follow, one JSON object a line."""
     client = AdminClient(url, token)
     while True:
-        page = client.ask("events", after=after, limit=EVENTS_PAGE)["data"]
+        try:
+            page = client.ask("events", after=after, limit=EVENTS_PAGE)["data"]
+        except NotNow:
+            if not follow:
+                raise
+            page = []
         if as_json and not follow:
             tables.print_json(page)
             return

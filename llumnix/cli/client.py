@@ -9,11 +9,15 @@ from llumnix.core.errors import LlumnixError
 
 CONNECT_TIMEOUT_S = 5.0
 QUESTION_TIMEOUT_S = 30.0
-ORDER_TIMEOUT_S = 600.0  # scaling up waits for models to load
+ORDER_TIMEOUT_S = 1000.0  # scaling waits for models to load, or for requests to leave
 
 
 class CommandFailed(LlumnixError):
     """The command could not be carried out; the text is all the user sees."""
+
+
+class NotNow(CommandFailed):
+    """The server is there but cannot answer at the moment, as while the manager restarts."""
 
 
 class AdminClient:
@@ -55,4 +59,5 @@ class AdminClient:
         if not isinstance(problem, dict) or "message" not in problem:
             raise CommandFailed(f"{self._url} is no llumnix server: it answered {response.status_code}")
         hint = "; give it with --token or LLUMNIX_ADMIN_TOKEN" if response.status_code == 401 else ""
-        raise CommandFailed(f"{problem['message']}{hint}")
+        kind = NotNow if response.status_code == 503 else CommandFailed
+        raise kind(f"{problem['message']}{hint}")

@@ -110,9 +110,10 @@ class Cluster:
         ConfigurationError for settings out of range, StreamFailed if the cluster cannot take the request."""
         tokens = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
+            limit = self.model.max_model_len
             raise ConfigurationError(
-                f"prompt of {len(tokens)} tokens and max_tokens {max_tokens} must make 2 to "
-                f"{self.model.max_model_len} tokens"
+                f"a prompt of {len(tokens)} tokens and max_tokens {max_tokens}: the prompt may not be empty, "
+                f"and both together have room for {limit} tokens"
             )
         sampling.setdefault("seed", secrets.randbelow(SEED_MAX))
         name = request_id or f"gen-{uuid.uuid4().hex}"

@@ -25,17 +25,17 @@ class Frontend:
     """Opens streams until `close`. Must be made and used in one event loop."""
 
     def __init__(self, config: Config, *, frontend_id: str, manager_address: str) -> None:
-        self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=self._lost)
+        self.bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=self._lost)
         self._manager_address = manager_address
-        self._hello = FrontendHello(frontend_id, self._bus.address)
-        self.table = StreamTable(frontend_id, self._bus.address, manager_address, config.frontend)
+        self._hello = FrontendHello(frontend_id, self.bus.address)
+        self.table = StreamTable(frontend_id, self.bus.address, manager_address, config.frontend)
         self._streams: dict[str, BusStream] = {}
         self._ticker = asyncio.create_task(self._tick(), name="frontend-tick")
 
     @property
     def address(self) -> str:
         """Where this frontend takes messages."""
-        return self._bus.address
+        return self.bus.address
 
     @property
     def ready(self) -> bool:
@@ -53,13 +53,18 @@ class Frontend:
         if self._streams.pop(request_id, None) is not None:
             self._perform(self.table.abort(request_id, time.monotonic()))
 
-    async def close(self) -> None:
-        """Cancel what still runs, so that instances free it, and leave."""
-        for request_id in list(self._streams):
+    def stop(self) -> None:
+        """Stop every sequence that still runs, so that instances free it, and tell its consumer."""
+        for request_id, stream in list(self._streams.items()):
             self.cancel(request_id)
+            stream.fail(StreamFailed(FailKind.LOST, "the server is being stopped"))
+
+    async def close(self) -> None:
+        """Stop what still runs, and leave."""
+        self.stop()
         self._ticker.cancel()
         await asyncio.gather(self._ticker, return_exceptions=True)
-        self._bus.close()
+        self.bus.close()
 
     def _handle(self, message: object) -> None:
         self._perform(self.table.handle(message, time.monotonic()))
@@ -73,7 +78,7 @@ class Frontend:
         while True:
             now = time.monotonic()
             if now >= hello_at:
-                self._bus.send(self._manager_address, self._hello)
+                self.bus.send(self._manager_address, self._hello)
                 hello_at = now + HELLO_INTERVAL_S
             self._perform(self.table.tick(now))
             wait_s = min(TICK_MAX_S, self.table.next_deadline() - now)
@@ -82,7 +87,7 @@ class Frontend:
     def _perform(self, effects: Sequence[object]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
-                self._bus.send(effect.address, effect.message)
+                self.bus.send(effect.address, effect.message)
             elif isinstance(effect, Deliver):
                 self._deliver(effect)
             elif isinstance(effect, Fail):

@@ -42,6 +42,13 @@ class ReadEnded:
     outcome: ReadStats | TransportError
 
 
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The bus's word that a connection broke. A frontend's requests have no reader any more then."""
+
+    address: str
+
+
 class InstanceServer:
     """Runs one instance until `close`. ``on_failure`` is called, on the engine thread, when it cannot go
     on."""
@@ -95,6 +102,7 @@ class InstanceServer:
 
     def _peer_lost(self, address: str) -> None:
         log.info("lost the connection to %s", address)
+        self._post(PeerLost(address))
 
     def _send_all(self, sends: Sequence[Send]) -> None:
         for send in sends:
@@ -139,6 +147,8 @@ class InstanceServer:
             if isinstance(item, ReadEnded):
                 self._final_reads.discard((item.migration_id, item.stage))
                 self._perform(self._agent.read_ended(item.migration_id, item.stage, item.outcome, now))
+            elif isinstance(item, PeerLost):
+                self._perform(self._agent.frontend_lost(item.address, now))
             elif item is not None:
                 self._perform(self._agent.handle(item, now, arrived_at))
         return came

@@ -81,18 +81,20 @@ def start_ray(config: Config) -> bool:
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.ray_address
+    if address not in ("", "auto"):
+        os.environ.pop("RAY_ADDRESS", None)  # Ray would prefer it to the address it is given
     try:
         if address:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
-        else:
+        else:  # without "local" Ray would join whatever cluster was started last on this machine
             ray.init(
-                address="local",  # without it, Ray would join whatever cluster was started last on this machine
+                address="local",
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare one when its node does not come up
         if not address:
             raise ConfigurationError(f"Ray did not start: {error}") from error
         hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
@@ -156,9 +158,6 @@ def serve(config: Config) -> int:
 
 async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer) -> None:
     """Answer HTTP until a signal says to stop."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.stop)
     description: ClusterDescription = await cluster.manager.describe.remote()
     model = model_info(config.engine, config.frontend.served_model_name, description.max_model_len)
     frontend = Frontend(
@@ -166,12 +165,20 @@ async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer)
         frontend_id=f"http-{uuid.uuid4().hex[:8]}",
         manager_address=description.manager_address,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop_serving, server, frontend)
     try:
         where = f"{server.url}/v1, Ray {ray.get_runtime_context().gcs_address}"
         print(f"{model.name} on {config.cluster.instances} instances: {where}", flush=True)
         await server.serve(ClusterBackend(frontend, RayAdmin(cluster.manager), model))
     finally:
         await frontend.close()
+
+
+def stop_serving(server: ApiServer, frontend: Frontend) -> None:
+    """End the streams with a word to their clients, then the server."""
+    frontend.stop()
+    server.stop()
 
 
 @contextlib.contextmanager

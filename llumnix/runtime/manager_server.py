@@ -29,6 +29,7 @@ from llumnix.observe.event_log import EventLog
 from llumnix.runtime.bus import Bus
 
 TICK_MAX_S = 0.25
+EVENTS_PER_S_MAX = 100  # over a manager's whole life; bursts do not matter
 QUERY_TIMEOUT_S = 60.0  # a bound above the scheduler's own
 
 
@@ -47,13 +48,14 @@ class ManagerServer:
         on_lost: Callable[[str], None],
         on_scale: Callable[[int], None] | None = None,
     ) -> None:
-        self.events = EventLog()
+        self.events = EventLog(first=int(time.time()) * EVENTS_PER_S_MAX)
         self._queries: dict[str, asyncio.Future[object]] = {}
         self._on_hello = on_hello
         self._on_scale = on_scale
         self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=on_lost, port=port)
         self.address = self._bus.address
         self.core = GlobalScheduler(config.scheduler, incarnation, self.address, time.monotonic())
+        self.note("manager_up", f"manager {incarnation} listens at {self.address}", incarnation=incarnation)
         self._ticker = asyncio.create_task(self._tick(), name="manager-tick")
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ from local_cluster import LocalCluster, expected, local_cluster, simulated_confi
 from llumnix.api.backend import FailKind, StreamCall, StreamFailed
 from llumnix.core.admin import MigrationResult, Refusal
 from llumnix.core.sampling import SamplingParams
+from llumnix.runtime.frontend import Frontend
 from llumnix.runtime.manager_server import ManagerServer
 
 pytestmark = pytest.mark.e2e
@@ -103,6 +104,26 @@ async def test_a_client_that_goes_away_frees_its_blocks_wherever_its_request_is(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.asyncio
+async def test_requests_of_a_frontend_that_died_are_dropped() -> None:
+    config = simulated_config()
+    async with local_cluster(config) as cluster:
+        doomed = Frontend(config, frontend_id="doomed", manager_address=cluster.manager.address)
+        await asyncio.sleep(0.2)
+        orphans = [asyncio.create_task(stream(doomed, f"o{n}", tokens=3000, seed=n)) for n in range(4)]
+        living = asyncio.create_task(stream(cluster.frontend, "r", tokens=300))
+        async with asyncio.timeout(10):
+            while cluster.manager.summary().running < 5:
+                await asyncio.sleep(0.02)
+        doomed.bus.close()  # no goodbye, as after a SIGKILL
+        assert await living == expected(tokens=300)
+        await cluster.idle()
+        for orphan in orphans:
+            orphan.cancel()
+        await asyncio.gather(*orphans, return_exceptions=True)
+        await doomed.close()
 
 
 @pytest.mark.asyncio

@@ -347,7 +347,7 @@ def test_a_request_that_comes_back_is_here() -> None:
     assert not [message for message in answers if isinstance(message, Moved)]
 
 
-def test_an_undecided_request_counts_as_held() -> None:
+def test_an_undecided_request_counts_as_held_until_its_target_has_been_silent_too_long() -> None:
     cluster = Cluster()
     cluster.tell("source", Submit(spec("r", max_tokens=20)))
     cluster.steps("source", 3)
@@ -361,9 +361,23 @@ def test_an_undecided_request_counts_as_held() -> None:
 
     asked = source.tick(2.0 + CONFIG.answer_timeout_s)
     assert QueryCommit("m", SOURCE) in [e.message for e in asked if isinstance(e, Send)]
+    reply, *_ = sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 8.0), FRONTEND)
+    assert reply == ProbeReply("source", ("r",)), "its frontend is free to continue it elsewhere"
     source.handle(Fenced("target", "target-1"), 9.0)
     source.check()
     assert cluster.engines["source"].spec_of("r", 9.0).epoch == FIRST_EPOCH + 2
+
+
+def test_requests_of_a_lost_frontend_are_dropped_and_no_others() -> None:
+    engine = small_engine()
+    one = agent("source", engine)
+    one.handle(Submit(spec("r")), 1.0)
+    other = replace(spec("o"), frontend_address="tcp://other")
+    one.handle(Submit(other), 1.0)
+    assert one.frontend_lost("tcp://stranger", 1.5) == []
+    one.frontend_lost(FRONTEND, 2.0)
+    assert not engine.holds("r")
+    assert engine.holds("o")
 
 
 def test_a_submit_of_the_next_generation_replaces_what_is_being_moved() -> None:

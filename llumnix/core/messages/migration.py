@@ -41,7 +41,8 @@ class Reserve:
 @dataclass(frozen=True, slots=True)
 class Reserved:
     """Target to source: the blocks are held and will be until the reservation goes ``expires_s`` without
-    news. It leaves right before a step of the target; its steps take ``step_s`` (0.0: it has nothing to do)."""
+    news. It leaves right before a step of the target; its steps take ``step_s`` (0.0: it has nothing to
+    do)."""
 
     migration_id: str
     expires_s: float
