@@ -34,6 +34,7 @@ bench: $(INSTALLED)
 	$(BIN)/llumnix bench engine --json out/engine.json
 	$(BIN)/llumnix bench migration --json out/migration.json
 	$(BIN)/llumnix bench frontend --json out/frontend.json
+	$(BIN)/llumnix bench scheduler --json out/scheduler.json
 
 sim: $(INSTALLED)
 	$(BIN)/llumnix simulate faults --seeds 3000

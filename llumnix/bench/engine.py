@@ -8,10 +8,8 @@ to mean anything; the load is noted in the result.
 
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llumnix.bench.machine import describe_machine
 from llumnix.core.config import EngineConfig
 from llumnix.core.epochs import FIRST_EPOCH
 from llumnix.core.errors import LlumnixError
@@ -87,7 +86,12 @@ def run(config: EngineConfig, steps: int, seed: int) -> dict[str, Any]:
         "config": asdict(config),
         "seed": seed,
         "dtype": executor.kv_layout.dtype,
-        "machine": {**_machine(), "load_before": load_before},
+        "machine": {
+            **describe_machine(),
+            "load_before": load_before,
+            "threads": torch.get_num_threads(),
+            "kernels": type(ops.kernels_for("cpu")).__name__,
+        },
         "results": [asdict(result) for result in results],
         "prefill": [asdict(result) for result in prefills],
         "peak_memory_bytes": _peak_memory_bytes(),
@@ -214,37 +218,6 @@ def _sampling_s(specs: Sequence[RequestSpec], vocabulary: int, device: torch.dev
         sampler.sample(logits, requests)
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
-
-
-def _machine() -> dict[str, Any]:
-    cpu_info = Path("/proc/cpuinfo")
-    names = [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "system": platform.platform(),
-        "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kernels": type(ops.kernels_for("cpu")).__name__,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    """The checkout's commit, or nothing where this is no checkout."""
-    try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return shown.stdout.strip()
 
 
 def _peak_memory_bytes() -> int:
