@@ -46,7 +46,7 @@ class ApiError(Exception):
         return Response(self.body(), self.status, headers, media_type="application/json")
 
 
-def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def refused(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """The client asked for something wrong: 400."""
     return ApiError(400, message, param=param, code=code)
 
@@ -86,7 +86,7 @@ def validation_error(error: ValidationError) -> ApiError:
         "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
     )
     text = worst["msg"].removeprefix("Value error, ")
-    return refused(f"{param}: {text}" if param else text, param, "invalid_value")
+    return refused(f"{param}: {text}" if param else text, param)
 
 
 def _progress(kind: str, where: tuple[int | str, ...]) -> tuple[bool, int, int]:

@@ -55,30 +55,14 @@ class OpenAiRoutes:
         body = await self._body(request, CompletionBody)
         answer_id = f"cmpl-{uuid4().hex}"
         choices = await self._intake.completion(answer_id, body)
-        renderer = CompletionRenderer(
-            answer_id,
-            int(time.time()),
-            self._backend.model.name,
-            self._tokenizer.table,
-            wants_usage=body.wants_usage,
-            wants_logprobs=body.logprobs_wanted != LOGPROBS_OFF,
-        )
-        return self._answer(body, choices, renderer)
+        return self._answer(answer_id, body, choices, CompletionRenderer)
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation."""
         body = await self._body(request, ChatBody)
         answer_id = f"chatcmpl-{uuid4().hex}"
         choices = await self._intake.chat(answer_id, body)
-        renderer = ChatRenderer(
-            answer_id,
-            int(time.time()),
-            self._backend.model.name,
-            self._tokenizer.table,
-            wants_usage=body.wants_usage,
-            wants_logprobs=body.logprobs_wanted != LOGPROBS_OFF,
-        )
-        return self._answer(body, choices, renderer)
+        return self._answer(answer_id, body, choices, ChatRenderer)
 
     async def tokenize(self, request: Request) -> Response:
         """A text's or a conversation's tokens, as the model would get them."""
@@ -104,8 +88,20 @@ class OpenAiRoutes:
         }
 
     def _answer(
-        self, body: Generation, choices: list[Choice], renderer: CompletionRenderer | ChatRenderer
+        self,
+        answer_id: str,
+        body: Generation,
+        choices: list[Choice],
+        kind: type[CompletionRenderer] | type[ChatRenderer],
     ) -> Answer:
+        renderer = kind(
+            answer_id,
+            int(time.time()),
+            self._backend.model.name,
+            self._tokenizer.table,
+            wants_usage=body.wants_usage,
+            wants_logprobs=body.logprobs_wanted != LOGPROBS_OFF,
+        )
         return Answer(
             self._backend, self._tokenizer, self._metrics, body=body, choices=choices, renderer=renderer
         )
