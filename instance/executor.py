@@ -10,6 +10,7 @@ from typing import Protocol
 from llumnix.core.messages.control import KvLayout
 from llumnix.core.messages.serving import TokenLogprob
 from llumnix.instance.request import Request
+from llumnix.instance.swap import Copier, SwapJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Decodes come first, then prefill chunks. Empty: nothing to do."""
+    """One step. Decodes come first, then prefill chunks. Empty: nothing to compute. ``jobs`` are begun, in
+    this order, before the step computes. The jobs ``wait_for``, begun in this plan or earlier, must have
+    ended before it does, because the step writes what they read or reads what they write."""
 
     chunks: tuple[Chunk, ...]
+    jobs: tuple[SwapJob, ...] = ()
+    wait_for: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -59,6 +64,11 @@ class Executor(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def copier(self) -> Copier | None:
+        """What swaps KV blocks to host memory and back; None: nothing does."""
+        ...
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         """Compute a plan; one result per sampling chunk, in the plan's order."""

@@ -9,6 +9,7 @@ from llumnix.core.messages.control import KvLayout
 from llumnix.core.messages.serving import TokenLogprob
 from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.instance.request import Request
+from llumnix.instance.swap import Copier
 
 EOS_TOKEN = 256
 VOCAB_SIZE = 257
@@ -61,6 +62,10 @@ class SimulatedExecutor:
     @property
     def vocab_size(self) -> int:
         return VOCAB_SIZE
+
+    @property
+    def copier(self) -> Copier | None:
+        return None
 
     def cost_s(self, plan: StepPlan) -> float:
         """Seconds that a step takes; 0 for an empty one."""

@@ -25,6 +25,7 @@ from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.models.decoder import Decoder, DecoderWeights, FlatBatch, PrefillSpan
 from llumnix.instance.models.weights import load_weights, random_weights
 from llumnix.instance.sampler import Sampler
+from llumnix.instance.swap import Copier
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,10 @@ class TorchExecutor:
     @property
     def vocab_size(self) -> int:
         return self._model.config.vocab_size
+
+    @property
+    def copier(self) -> Copier | None:
+        return None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[SampledToken]:

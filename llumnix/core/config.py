@@ -72,6 +72,31 @@ class EngineConfig(Leaf):
 
 
 @dataclass(frozen=True)
+class SwapConfig(Leaf):
+    """How one instance swaps KV between its device and host memory (FastSwitch, arXiv 2411.18424). The parts
+    can be turned off one by one, for comparison."""
+
+    host_gib: float = setting(0.0, "GiB of host memory per instance for KV swapped out; 0 never swaps")
+    host_blocks: int = setting(0, "KV blocks in host memory per instance; 0 sizes the pool by host_gib")
+    block_groups: bool = setting(True, "give out KV blocks in runs that lie together; off: wherever they are")
+    swap_copies: str = setting(
+        "auto",
+        "copies per swap: one per run of blocks, through a staging buffer, one per block, or one per block, "
+        "layer, keys and values; auto takes the cheaper of run and staging as measured at the start",
+        ("auto", "run", "staging", "block", "piece"),
+    )
+    swap_async: bool = setting(True, "swap while the batch computes; off: the batch waits for every copy")
+    swap_reuse: bool = setting(True, "keep host copies after a swap-in and after a request's end")
+    swap_ahead: bool = setting(True, "copy full blocks of likely victims out before they must go")
+    swap_step_mib: float = setting(0.0, "most MiB begun to be swapped per step and direction; 0 is no limit")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a host pool."""
+        return self.host_blocks > 0 or self.host_gib > 0
+
+
+@dataclass(frozen=True)
 class MigrationConfig(Leaf):
     """How requests move between instances."""
 
@@ -228,6 +253,7 @@ class Config:
     """The whole tree."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
     migration: MigrationConfig = field(default_factory=MigrationConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)

@@ -12,11 +12,13 @@ from llumnix.core.config import (
     Leaf,
     MigrationConfig,
     SchedulerConfig,
+    SwapConfig,
 )
 from llumnix.core.errors import ConfigurationError
 
 LEAVES: tuple[type[Leaf], ...] = (
     EngineConfig,
+    SwapConfig,
     MigrationConfig,
     SchedulerConfig,
     FrontendConfig,

@@ -57,7 +57,7 @@ LIBRARY_HOMES = {
 PURE = (
     r"core/|policies/|control/|api/streams\.py|api/stream_state\.py|api/directory\.py|api/alarms\.py"
     r"|migration/(source|target|events|engine_sides)\.py|instance/(agent\w*|engine_core|local_scheduler"
-    r"|block_manager|request|simulated_executor)\.py"
+    r"|block_manager|request|swap|simulated_executor)\.py"
 )
 IMPURE_MODULES = {"time", "random", "uuid", "secrets", "socket", "threading", "asyncio", "datetime", "os"}
 IMPURE_ALLOWED = {
