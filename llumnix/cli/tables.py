@@ -29,6 +29,7 @@ INSTANCE_COLUMNS: tuple[Column, ...] = (
     ("tokens", plain("tokens_total")),
     ("preempted", plain("preemptions_total")),
     ("report", lambda row: f"{row['report_age_s']:.1f} s ago"),
+    ("host", lambda row: row["address"].rpartition(":")[0].removeprefix("tcp://")),
     ("pid", plain("pid")),
 )
 REQUEST_COLUMNS: tuple[Column, ...] = (

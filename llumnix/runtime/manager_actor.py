@@ -46,6 +46,7 @@ T = TypeVar("T")
 FENCE_POLL_S = 0.1
 EMPTY_POLL_S = 0.1
 EMPTY_TIMEOUT_S = 600.0
+CPU_SHARE = 0.001  # Ray spreads over nodes only what asks for something
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +185,9 @@ class ManagerActor:
             name=actor_name(instance_id),
             namespace=NAMESPACE,
             lifetime="detached",
-            num_cpus=0,
+            num_cpus=CPU_SHARE,
             num_gpus=1 if needs_gpu and ray.cluster_resources().get("GPU", 0) else 0,
+            scheduling_strategy="SPREAD",
             max_restarts=-1,
             max_concurrency=8,
         ).remote(self._config, instance_id, self._server.address)
