@@ -86,21 +86,12 @@ class _Sample:
 
 @contextmanager
 def served_cluster(options: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """A simulated cluster in a process of its own: (its URL, the frontend's process id). Stopped like by
-    Ctrl-C."""
+    """``llumnix serve`` with these options in a process of its own: (its URL, the frontend's process id).
+    Stopped like by Ctrl-C."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = [
-        sys.executable,
-        "-m",
-        "llumnix.cli.main",
-        "serve",
-        "--engine",
-        "simulated",
-        "--port",
-        str(port),
-    ]
+    arguments = [sys.executable, "-m", "llumnix.cli.main", "serve", "--port", str(port)]
     process = subprocess.Popen([*arguments, *options], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -272,6 +263,7 @@ def command(
     most = max(clients)
     batch = -(-most // instances) * 2  # room for an uneven spread
     options = {
+        "engine": "simulated",
         "instances": instances,
         "batch-max": batch,
         "waiting-max": most,

@@ -44,10 +44,14 @@ class StreamingClient(asyncio.Protocol):
         if not self.ended.done():
             self.ended.set_result(time.perf_counter())
 
+    def events(self) -> tuple[list[tuple[float, str]], int]:
+        """Server-sent events with the time each was complete, and the HTTP status (0: no answer)."""
+        return _events(self._parts)
+
     def heard(self, expected: str) -> Heard:
         """Take apart what came, and compare its text with what should have come."""
         ended_at = self.ended.result()
-        events, status = _events(self._parts)
+        events, status = self.events()
         if status != 200:
             return Heard(self.sent_at, ended_at, (), f"HTTP {status}: {[text for _, text in events][:1]}")
         chunks: list[tuple[float, int]] = []
@@ -86,11 +90,12 @@ async def run_clients(
     return list(await asyncio.gather(*[one(number, request) for number, request in enumerate(requests)]))
 
 
-def completion_request(host: str, port: int, prompt: Sequence[int], max_tokens: int, seed: int) -> bytes:
-    """The bytes of one streamed call."""
-    body = json.dumps(
-        {"prompt": list(prompt), "max_tokens": max_tokens, "seed": seed, "stream": True}
-    ).encode()
+def completion_request(
+    host: str, port: int, prompt: Sequence[int], max_tokens: int, seed: int, **wishes: object
+) -> bytes:
+    """The bytes of one streamed call; ``wishes`` are further fields of its body."""
+    fields = {"prompt": list(prompt), "max_tokens": max_tokens, "seed": seed, "stream": True, **wishes}
+    body = json.dumps(fields).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from llumnix import __version__
-from llumnix.cli import admin, simulate
+from llumnix.cli import admin, profile, simulate
 from llumnix.cli.config_flags import config_options, resolve
 from llumnix.core.config_source import Value, to_toml
 from llumnix.core.errors import LlumnixError
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "frontend": "a thousand streaming clients on a simulated cluster",
     "migration": "downtime of live migrations against other ways to move",
     "scheduler": "time per decision of the global scheduler, by number of instances",
+    "validation": "one workload on a real cluster and in the simulator",
 }
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -75,7 +76,7 @@ def bench() -> None:
     """Measure something, and write it as JSON."""
 
 
-for _command in (*admin.COMMANDS, simulate.command):
+for _command in (*admin.COMMANDS, profile.command, simulate.command):
     cli.add_command(_command)
 
 

@@ -40,8 +40,9 @@ class Client:
 
 
 class ClientSide:
-    """One frontend. ``timed``: it notes when tokens arrive. ``on_close`` hears of every request that is
-    over; ``turns_to_come`` are being thought about."""
+    """One frontend. ``timed``: it notes when tokens arrive. ``serving_s`` pass between a client's call
+    and the moment the stream table hears of it. ``on_close`` hears of every request that is over;
+    ``turns_to_come`` are being thought about."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class ClientSide:
         config: FrontendConfig,
         manager_address: str,
         timed: bool,
+        serving_s: float,
         on_close: Callable[[], None],
     ) -> None:
         self.address = name
@@ -60,6 +62,7 @@ class ClientSide:
         self._clock, self._network, self._recorder = clock, network, recorder
         self._manager_address = manager_address
         self._timed = timed
+        self._serving_s = serving_s
         self._on_close = on_close
         self.turns_to_come = 0
         self._clients: dict[str, Client] = {}
@@ -101,7 +104,14 @@ class ClientSide:
         now = self._clock.now
         record = Record(number, now, client.prompt_len, arrival.execution_priority, arrival.tenant)
         self._recorder.open(request_id, record)
-        self._perform(self.table.open(call, now))
+        if self._serving_s:
+            self._clock.at(now + self._serving_s, self._call, call)
+        else:
+            self._call(call)
+
+    def _call(self, call: StreamCall) -> None:
+        if call.request_id in self._clients:  # it may have gone away meanwhile
+            self._perform(self.table.open(call, self._clock.now))
 
     def _receive(self, message: object) -> None:
         self._perform(self.table.handle(message, self._clock.now))

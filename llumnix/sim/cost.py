@@ -2,17 +2,19 @@
 
 A step that decodes d requests with r tokens of context between them and prefills p tokens takes
 
-    max(weights_ms, token_ms * p) + attention_ms * a + request_ms * d + context_ms * r
+    fixed_ms + max(weights_ms, token_ms * p) + attention_ms * a + request_ms * d + context_ms * r
 
 The weights are read once a step; prefilling p tokens hides that behind computing once it takes longer.
 ``a`` is, over all prefill chunks from position s to e, the sum of e² - s²: attention's quadratic part.
-Each preset says where its numbers come from; none was fitted to what a simulation gave.
+Each preset says where its numbers come from; none was fitted to what a simulation gave. ``llumnix profile``
+(bench/profile.py) fits one to an engine that runs.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import KvLayout
@@ -20,21 +22,57 @@ from llumnix.instance.executor import Chunk
 
 BLOCK_COPY_MIN_S = 1e-4
 KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+STEP_TERMS = ("fixed_ms", "weights_ms", "token_ms", "attention_ms", "request_ms", "context_ms")
 KIND_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
+
+
+class FieldError(ConfigurationError):
+    """A cost model's ``field`` makes no sense."""
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field = field
+
+
+class StepFeatures(NamedTuple):
+    """What a step has to do: d, r, p and a of the module's formula."""
+
+    decodes: int
+    context: int
+    prefill: int
+    attended: int
+
+
+def plan_features(chunks: tuple[Chunk, ...]) -> StepFeatures:
+    """What the chunks of a plan have to do."""
+    decodes = context = prefill = attended = 0
+    for chunk in chunks:
+        end = chunk.start + chunk.count
+        if chunk.count == 1 and chunk.request.prefilled:
+            decodes += 1
+            context += end
+        else:
+            prefill += chunk.count
+            attended += end * end - chunk.start * chunk.start
+    return StepFeatures(decodes, context, prefill, attended)
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """See the module. ``copy_ms`` per token of KV moved between instances; ``capacity_tokens`` of KV."""
+    """See the module. ``copy_ms`` per token of KV moved between instances; ``capacity_tokens`` of KV.
+    ``serving_ms`` is what a request's first token takes beside the engine and the messages between processes:
+    HTTP, checking, tokens to text."""
 
     name: str
     source: str
+    fixed_ms: float
     weights_ms: float
     token_ms: float
     attention_ms: float
     request_ms: float
     context_ms: float
     copy_ms: float
+    serving_ms: float
     capacity_tokens: int
     max_model_len: int
     layers: int
@@ -46,45 +84,41 @@ class CostModel:
         def need(ok: bool, name: str, allowed: str) -> None:
             if not ok:
                 value = getattr(self, name)
-                raise ConfigurationError(f"cost model {self.name}: {name} must be {allowed}, got {value!r}")
+                raise FieldError(name, f"cost model {self.name}: {name} must be {allowed}, got {value!r}")
 
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS[field.type]
             need(isinstance(value, kind) and not isinstance(value, bool), field.name, KIND_NAMES[field.type])
-        for name in ("attention_ms", "request_ms", "context_ms", "copy_ms", "token_ms"):
-            need(getattr(self, name) >= 0, name, "at least 0")
-        need(self.weights_ms > 0, "weights_ms", "above 0")
+        for name in (*STEP_TERMS, "copy_ms", "serving_ms"):
+            need(0 <= getattr(self, name) < float("inf"), name, "at least 0 and finite")
+        need(self.least_step_s > 0, "weights_ms", "above 0 where fixed_ms is 0")
         for name in ("capacity_tokens", "max_model_len", "layers", "kv_heads", "head_dim"):
             need(getattr(self, name) >= 1, name, "at least 1")
         need(self.dtype in ("float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16")
 
+    @property
+    def least_step_s(self) -> float:
+        """No step takes less."""
+        return (self.fixed_ms + self.weights_ms) * 1e-3
+
     def step_s(self, decodes: int, context: int, prefill: int, attended: int) -> float:
         """Seconds that a step takes; see the module."""
         compute_ms = self.token_ms * prefill
-        base_ms = compute_ms if compute_ms > self.weights_ms else self.weights_ms
+        base_ms = self.fixed_ms + (compute_ms if compute_ms > self.weights_ms else self.weights_ms)
         return (
             base_ms + self.attention_ms * attended + self.request_ms * decodes + self.context_ms * context
         ) * 1e-3
 
     def plan_s(self, chunks: tuple[Chunk, ...]) -> float:
         """Seconds that a plan takes; 0 for an empty one."""
-        decodes = context = prefill = attended = 0
-        for chunk in chunks:
-            end = chunk.start + chunk.count
-            if chunk.count == 1 and chunk.request.prefilled:
-                decodes += 1
-                context += end
-            else:
-                prefill += chunk.count
-                attended += end * end - chunk.start * chunk.start
-        return self.step_s(decodes, context, prefill, attended) if chunks else 0.0
+        return self.step_s(*plan_features(chunks)) if chunks else 0.0
 
     def decode_steps(
         self, decodes: int, context: int, *, begin: float, until: float, most: int, slowness: float
     ) -> tuple[list[float], list[float]]:
         """Ends and durations, in seconds, of steps that only decode, from ``begin`` up to the first that ends
         at ``until`` or later: bit for bit those that ``step_s`` gives one by one."""
-        base_ms = self.weights_ms + self.request_ms * decodes
+        base_ms = self.fixed_ms + self.weights_ms + self.request_ms * decodes
         context_ms = self.context_ms
         ends: list[float] = []
         durations: list[float] = []
@@ -125,12 +159,14 @@ LLAMA_7B_A10 = CostModel(
     source="Llumnix (OSDI'24), figure 10: prefill(n) = 0.21 n + 4.2e-6 n² ms; decode step = 43.2 + 0.27 d ms "
     "for d requests with 8k tokens between them, split by bytes read: 13.48 GB of weights, 512 KiB of KV per "
     "token; KV copy 0.2 ms per token; 13,616 tokens of KV",
+    fixed_ms=0.0,
     weights_ms=LLAMA_7B_WEIGHT_BYTES / A10_BYTES_PER_MS,
     token_ms=0.21,
     attention_ms=4.2e-6,
     request_ms=0.27,
     context_ms=LLAMA_7B_KV_BYTES / A10_BYTES_PER_MS,
     copy_ms=0.2,
+    serving_ms=0.0,
     capacity_tokens=13_616,
     max_model_len=13_616,
     layers=32,
@@ -141,10 +177,11 @@ LLAMA_7B_A10 = CostModel(
 
 
 def read_cost_model(path: Path) -> CostModel:
-    """A cost model from a JSON file with CostModel's fields. Raises ConfigurationError naming file and
+    """A cost model from a JSON file with CostModel's fields. Raises ConfigurationError naming file, line and
     field."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -153,13 +190,19 @@ def read_cost_model(path: Path) -> CostModel:
         raise ConfigurationError(f"{path}: a cost model is an object")
     names = {field.name for field in fields(CostModel)}
     for name in sorted(values.keys() - names):
-        raise ConfigurationError(f"{path}: unknown field {name}")
+        raise ConfigurationError(f"{path}: line {_line(text, name)}: unknown field {name}")
     for name in sorted(names - values.keys()):
         raise ConfigurationError(f"{path}: field {name} is missing")
     try:
         return CostModel(**values)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}: {error}") from error
+    except FieldError as error:
+        raise ConfigurationError(f"{path}: line {_line(text, error.field)}: {error}") from error
+
+
+def _line(text: str, name: str) -> int:
+    """Where a field stands in the file, which names it once or more; the last one counts."""
+    places = list(re.finditer(re.escape(json.dumps(name)) + r"\s*:", text))
+    return text.count("\n", 0, places[-1].start()) + 1 if places else 1
 
 
 def to_json(model: CostModel) -> str:

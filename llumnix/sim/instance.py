@@ -217,7 +217,7 @@ class Instance:
         if deadline is None or deadline <= now:
             return False
         cost, slowness = self._machine.cost, self.slowness
-        least_s = cost.weights_ms * 1e-3 * slowness
+        least_s = cost.least_step_s * slowness
         quiet = self.engine.quiet(min(STRETCH_MAX, int((deadline - now) / least_s) + 2))
         if quiet.steps < 2:
             return False

@@ -91,6 +91,7 @@ class Simulation:
                 config=frontend,
                 manager_address=MANAGER_ADDRESS,
                 timed=not settings.quiet,
+                serving_s=settings.cost.serving_ms * 1e-3,
                 on_close=self._closed,
             )
             for index in range(settings.frontends)

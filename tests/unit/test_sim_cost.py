@@ -89,11 +89,13 @@ def test_models_come_from_their_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"weights_ms": 0}, "weights_ms must be above 0"),
+        ({"weights_ms": 0}, r"cost.json: line 5: .*weights_ms must be above 0"),
+        ({"fixed_ms": -1}, r"line 4: .*fixed_ms must be at least 0"),
+        ({"copy_ms": float("nan")}, r"line 10: .*copy_ms must be at least 0"),
         ({"token_ms": "fast"}, "token_ms must be a number"),
         ({"capacity_tokens": 1.5}, "capacity_tokens must be a whole number"),
         ({"dtype": "int4"}, "dtype must be"),
-        ({"extra": 1}, "unknown field extra"),
+        ({"extra": 1}, r"line 18: unknown field extra"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(
@@ -102,7 +104,7 @@ def test_files_that_make_no_sense_are_refused(
     path = tmp_path / "cost.json"
     path.write_text(to_json(LLAMA_7B_A10))
     assert cost_model(str(path)) == LLAMA_7B_A10
-    path.write_text(json.dumps({**asdict(LLAMA_7B_A10), **change}))
+    path.write_text(json.dumps({**asdict(LLAMA_7B_A10), **change}, indent=2))
     with pytest.raises(ConfigurationError, match=complaint):
         cost_model(str(path))
     values = asdict(LLAMA_7B_A10)

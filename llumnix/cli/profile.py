@@ -1,0 +1,63 @@
+"""``llumnix profile``: fit a cost model to a real engine, for the simulator."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llumnix.cli.config_flags import config_options, resolve
+from llumnix.core.config_source import Value
+
+
+@click.command("profile")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Write the cost model there, for simulate --cost-model.",
+)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all points there."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the points kept for checking.")
+@config_options
+def command(
+    out: Path, json_file: Path | None, seed: int, config_file: Path | None, **given: Value | None
+) -> None:
+    """Time steps of a real engine and fit a cost model to them.
+
+    Runs as many engines at once as --instances says, since they share the machine; then a real cluster, for
+    what serving adds. Settings are those of serve. Takes a minute or two, on a machine that has nothing else
+    to do."""
+    config = resolve(config_file, given)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from llumnix.bench import profile
+
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("kinds of steps"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=profile.parts())
+        result = profile.profile(config, seed, lambda done: bar.update(task, advance=done))
+    profile.write_model(out, result.cost)
+    if json_file is not None:
+        profile.write_report(json_file, result.report)
+    _show(result.report)
+    print(f"cost model written to {out}")
+
+
+def _show(report: dict[str, Any]) -> None:
+    for name, value in report["cost_model"].items():
+        if name.endswith("_ms"):
+            print(f"{name:<14} {value:.6g}")
+    for use, errors in report["errors"].items():
+        print(
+            f"{use.replace('_', ' ')}: off by {errors['mean']:.1%} on average, {errors['p90']:.1%} at P90, "
+            f"{errors['worst']:.1%} at worst, over {errors['steps']} kinds of steps"
+        )
+    for pace in report["serving"]["paces"]:
+        print(
+            f"in service, batch {pace['batch']}: {pace['measured_ms']:.1f} ms a token, "
+            f"{pace['formula_ms']:.1f} by the engine alone"
+        )
+    print(f"serving adds {report['serving']['request_ms']:.1f} ms to a request's first token")
