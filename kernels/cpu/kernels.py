@@ -1,13 +1,15 @@
 """The C kernels behind the Kernels interface. Chosen by ``ops`` on a CPU when the library could be built.
 
-Activations are float32; weights and KV keep their format and are widened in registers. A row's result never
-depends on the other rows, on the number of threads, or on whether it was decoded or prefilled: see linear.c
-and attention.c. The C code runs without the interpreter's lock and with as many threads as torch is set to
-use.
+Activations are float32; weights and KV keep their format. Where the processor multiplies bfloat16 (AMX,
+AVX-512), the inputs of products with bfloat16 weights are rounded to it, as on a GPU; elsewhere weights are
+widened in registers. A row's result never depends on the other rows, on the number of threads, or on whether
+it was decoded or prefilled: see linear.c, linear_bf16.c and attention.c. The C code runs without the
+interpreter's lock and with as many threads as torch is set to use.
 """
 
 import ctypes
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -17,12 +19,22 @@ from llumnix.kernels.interface import Linear
 from llumnix.kernels.reference import ReferenceKernels
 
 PANEL = 16
+CHUNK = 32  # inputs of one tile; see linear_bf16.c
 LANES = 8
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-# What becomes of a product; mirrors ``enum finish`` of linear.c.
+# What becomes of a product; mirrors ``enum finish`` of linear.h.
 WRITE, ADD, SILU_MUL = range(3)
+
+
+class Product(IntEnum):
+    """How weights are multiplied, from slow to fast; mirrors ``enum product`` of linear.h. What is not
+    bfloat16 is always WIDENED."""
+
+    WIDENED = 0
+    AVX512_BF16 = 1
+    AMX_BF16 = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +44,18 @@ class CpuLinear(Linear):
     weight_pointer: int = 0
     bias_pointer: int | None = None
     format: int = 0
+    product: Product = Product.WIDENED
 
 
 class CpuKernels:
-    """See Kernels for the contracts."""
+    """See Kernels for the contracts. ``product`` is the fastest way of multiplying bfloat16 that is used; the
+    machine must have it. By default the best it has."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, product: Product | None = None) -> None:
+        best = Product(library.llumnix_best_product())
+        self.product = best if product is None else product
+        if self.product > best:
+            raise ValueError(f"this machine has no {self.product.name}")
         self._linear = library.llumnix_linear
         self._packed_rows = library.llumnix_packed_rows
         self._attention = library.llumnix_attention
@@ -134,10 +152,26 @@ class CpuKernels:
 
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         wide_bias = None if bias is None else bias.float().contiguous()
-        return _prepared(_packed(weight), wide_bias, weight)
+        return self._prepared(weight, None, wide_bias)
 
     def prepare_gated(self, gate: Tensor, up: Tensor) -> CpuLinear:
-        return _prepared(torch.stack([_packed(gate), _packed(up)], dim=1), None, gate, gated=True)
+        return self._prepared(gate, up, None)
+
+    def _prepared(self, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> CpuLinear:
+        product = self.product if weight.dtype == torch.bfloat16 else Product.WIDENED
+        pack = _panels if product is Product.WIDENED else _strips
+        data = pack(weight, up)
+        return CpuLinear(
+            data,
+            bias,
+            weight.shape[1],
+            weight.shape[0],
+            up is not None,
+            weight_pointer=data.data_ptr(),
+            bias_pointer=None if bias is None else bias.data_ptr(),
+            format=FORMATS[data.dtype],
+            product=product,
+        )
 
     def linear(self, x: Tensor, prepared: Linear) -> Tensor:
         y = torch.empty(len(x), prepared.out_features)
@@ -155,7 +189,7 @@ class CpuKernels:
     def _multiply(self, y: Tensor, x: Tensor, prepared: Linear, finish: int) -> None:
         assert isinstance(prepared, CpuLinear)  # a Linear comes from the implementation that multiplies it
         x = x.contiguous()
-        self._linear(
+        failed = self._linear(
             y.data_ptr(),
             x.data_ptr(),
             prepared.weight_pointer,
@@ -165,19 +199,23 @@ class CpuKernels:
             prepared.out_features,
             finish,
             prepared.format,
+            prepared.product,
             torch.get_num_threads(),
         )
+        if failed:
+            raise MemoryError(f"no memory for {len(x)} rows of activations")
 
     def embedding(self, ids: Tensor, prepared: Linear) -> Tensor:
         out = torch.empty(len(ids), prepared.in_features)
-        data = prepared.data
+        assert isinstance(prepared, CpuLinear)
         self._packed_rows(
             out.data_ptr(),
-            data.data_ptr(),
+            prepared.weight_pointer,
             ids.data_ptr(),
             len(ids),
             prepared.in_features,
-            FORMATS[data.dtype],
+            prepared.format,
+            prepared.product,
         )
         return out
 
@@ -223,25 +261,28 @@ def _heads(rows: Tensor) -> Tensor:
     return rows if within == 1 and between_heads == rows.shape[2] else rows.contiguous()
 
 
-def _prepared(data: Tensor, bias: Tensor | None, weight: Tensor, *, gated: bool = False) -> CpuLinear:
-    return CpuLinear(
-        data,
-        bias,
-        weight.shape[1],
-        weight.shape[0],
-        gated,
-        weight_pointer=data.data_ptr(),
-        bias_pointer=None if bias is None else bias.data_ptr(),
-        format=FORMATS[data.dtype],
-    )
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """``[out, in]`` to panels ``[out / 16, in, 16]``, zeros beyond the last output; see linear.c for the
-    order."""
+def _panels(weight: Tensor, up: Tensor | None) -> Tensor:
+    """``[out, in]`` to ``[out / 16, in, 16]``, of two weights panel by panel in turn; zeros beyond the last
+    output. See linear.c."""
+    if up is not None:
+        return torch.stack([_panels(weight, None), _panels(up, None)], dim=1)
     padded = functional.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
     panels = padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2)
     if weight.dtype == torch.bfloat16:
         halves = panels.reshape(-1, weight.shape[1], 2, LANES).transpose(2, 3)
         return halves.reshape(panels.shape)
     return panels.contiguous()
+
+
+def _strips(weight: Tensor, up: Tensor | None) -> Tensor:
+    """``[out, in]`` to ``[out / 32, in / 32, 2, 16, 16, 2]``, see linear_bf16.c; with ``up``, ``[out / 16,
+    …]`` whose fourth-last dimension is gate and up."""
+    rest = (-weight.shape[0] % (PANEL if up is not None else 2 * PANEL), -weight.shape[1] % CHUNK)
+    parts = [weight] if up is None else [weight, up]
+    panels = [
+        functional.pad(part, (0, rest[1], 0, rest[0])).view(
+            -1, 3 - len(parts), PANEL, (weight.shape[1] + rest[1]) // CHUNK, CHUNK // 2, 2
+        )
+        for part in parts
+    ]
+    return torch.cat(panels, dim=1).permute(0, 3, 1, 4, 2, 5).contiguous()

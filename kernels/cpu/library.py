@@ -16,7 +16,17 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("vector.h", "pool.h", "attention.c", "elementwise.c", "linear.c", "pool.c")
+SOURCES = (
+    "vector.h",
+    "pool.h",
+    "linear.h",
+    "attention.c",
+    "elementwise.c",
+    "features.c",
+    "linear.c",
+    "linear_bf16.c",
+    "pool.c",
+)
 BASE_FLAGS = (
     "-O3",
     "-std=gnu11",
@@ -43,8 +53,9 @@ _POINTER, _INT, _SIZE, _LONG, _FLOAT = (
 
 
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 3, None),
-    "llumnix_packed_rows": ([_POINTER] * 3 + [_SIZE] * 2 + [_INT], None),
+    "llumnix_best_product": ([], _INT),
+    "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 4, _INT),
+    "llumnix_packed_rows": ([_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2, None),
     "llumnix_attention": ([_POINTER] * 5 + [_LONG] * 9 + [_FLOAT, _INT, _INT], _INT),
     "llumnix_rms_norm": ([_POINTER] * 3 + [_LONG] * 5 + [_FLOAT, _INT], None),
     "llumnix_rope": ([_POINTER] * 4 + [_LONG] * 4, None),

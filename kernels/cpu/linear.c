@@ -3,17 +3,14 @@
  * Weights are packed in panels of 16 outputs, [panel][in][16], so that one pass over a panel streams through memory
  * once. Every output is one chain of multiply-adds over the inputs in order, whatever the number of rows and threads:
  * a row's result does not depend, to the last bit, on which rows it is computed with. */
+#include "linear.h"
 #include "pool.h"
-#include "vector.h"
 
-#define PANEL 16
 #define ROWS_MAX 6
 #define ROW_BLOCK_BYTES (192 << 10)
 #define AHEAD_BYTES 2048
 #define PARTS_PER_THREAD 4
 #define PANELS_MIN 4 /* least panels of a part */
-
-enum finish { WRITE = 0, ADD = 1, SILU_MUL = 2 };
 
 struct tile {
     float at[ROWS_MAX][PANEL];
@@ -78,34 +75,6 @@ INLINE void multiply_rows(struct tile *tiles, const float *x, size_t x_stride, c
     }
 }
 
-struct job {
-    float *y;
-    const float *x;
-    const char *weights;
-    const float *bias;
-    size_t rows, in, out, panels;
-    enum finish finish;
-    int format, parts;
-};
-
-/* Put one tile where it belongs. `tiles[1]` is the up projection where the gate is tiles[0]. */
-INLINE void finish_tile(const struct job *job, const struct tile *tiles, size_t row, int rows, size_t column) {
-    size_t width = job->out - column < PANEL ? job->out - column : PANEL;
-    for (int r = 0; r < rows; r++) {
-        float values[PANEL];
-        memcpy(values, tiles[0].at[r], sizeof values);
-        if (job->bias) for (size_t c = 0; c < width; c++) values[c] += job->bias[column + c];
-        if (job->finish == SILU_MUL)
-            for (int c = 0; c < PANEL; c += LANES) {
-                vec gate = load(values + c), up = load(&tiles[1].at[r][c]);
-                store(values + c, gate / (1.0f + exponential(-gate)) * up);
-            }
-        float *to = job->y + (row + r) * job->out + column;
-        if (job->finish == ADD) for (size_t c = 0; c < width; c++) to[c] += values[c];
-        else memcpy(to, values, width * sizeof(float));
-    }
-}
-
 /* Rows in even groups of at most ROWS_MAX; eight are 6 + 2, measured faster than 4 + 4. */
 INLINE int rows_at(size_t left) {
     if (left == 8) return ROWS_MAX;
@@ -114,7 +83,7 @@ INLINE int rows_at(size_t left) {
 }
 
 /* Outputs of panels first … last for the rows from `row` on. */
-INLINE void run_panels(const struct job *job, size_t first, size_t last, size_t row, size_t rows, enum format format) {
+INLINE void run_panels(const struct linear_job *job, size_t first, size_t last, size_t row, size_t rows, enum format format) {
     const int parts = job->finish == SILU_MUL ? 2 : 1, stride = rows == 1 ? 4 : 2;
     const size_t panel_bytes = job->in * PANEL * item_bytes(format);
     struct tile tiles[4];
@@ -131,12 +100,13 @@ INLINE void run_panels(const struct job *job, size_t first, size_t last, size_t 
                 multiply_rows(tiles + p, x, job->in, job->weights + (panel + p) * panel_bytes, job->in, count,
                               together, format);
             }
-            for (int p = 0; p < here; p += parts) finish_tile(job, tiles + p, row + done, count, (panel + p) / parts * PANEL);
+            for (int p = 0; p < here; p += parts)
+                finish_tile(job, tiles[p].at, tiles[p + parts - 1].at, row + done, count, (panel + p) / parts * PANEL);
         }
     }
 }
 
-INLINE void run_rows(const struct job *job, size_t first, size_t last, enum format format) {
+INLINE void run_rows(const struct linear_job *job, size_t first, size_t last, enum format format) {
     /* Many rows are taken in blocks that stay in the second-level cache while all panels pass by. */
     size_t block = ROW_BLOCK_BYTES / (job->in * sizeof(float)) / ROWS_MAX * ROWS_MAX;
     if (block < ROWS_MAX) block = ROWS_MAX;
@@ -148,7 +118,7 @@ INLINE void run_rows(const struct job *job, size_t first, size_t last, enum form
 
 /* A part is a stretch of panels. */
 static void run_part(const void *data, int part, int slot) {
-    const struct job *job = data;
+    const struct linear_job *job = data;
     const size_t first = job->panels * part / job->parts, last = job->panels * (part + 1) / job->parts;
     (void)slot;
     switch (job->format) {
@@ -158,21 +128,39 @@ static void run_part(const void *data, int part, int slot) {
     }
 }
 
-void llumnix_linear(float *y, const float *x, const char *weights, const float *bias, size_t rows, size_t in,
-                    size_t out, int finish, int format, int threads) {
+/* Returns 0, or 1 when there is no memory. */
+int llumnix_linear(float *y, const float *x, const char *weights, const float *bias, size_t rows, size_t in, size_t out,
+                   int finish, int format, int product, int threads) {
     const size_t panels = (out + PANEL - 1) / PANEL;
     const size_t shares = threads > 1 ? (size_t)threads * PARTS_PER_THREAD : 1, most = panels / PANELS_MIN;
     const int parts = (int)(shares < most ? shares : most ? most : 1);
-    const struct job job = {y, x, weights, bias, rows, in, out, panels, (enum finish)finish, format, parts};
+    const struct linear_job job = {y, x, weights, bias, rows, in, out, panels, (enum finish)finish, format, parts};
+    if (product != WIDENED) return llumnix_linear_bf16(&job, (enum product)product, threads);
     llumnix_run_parts(run_part, &job, parts, threads);
+    return 0;
+}
+
+INLINE void copy_row(float *to, const char *weights, size_t row, size_t in, enum format format) {
+    size_t column = row % PANEL;
+    if (format == BFLOAT16) column = column % LANES * 2 + column / LANES;
+    const char *from = weights + row / PANEL * in * PANEL * item_bytes(format);
+    for (size_t k = 0; k < in; k++) to[k] = load_one(from, k * PANEL + column, format);
+}
+
+/* The same from the layout of linear_bf16.c. */
+INLINE void copy_strip_row(float *to, const char *weights, size_t row, size_t in) {
+    const size_t strip = row / (2 * PANEL), chunks = (in + 2 * PANEL - 1) / (2 * PANEL);
+    for (size_t k = 0; k < in; k++) {
+        size_t tile = (strip * chunks + k / (2 * PANEL)) * 2 + row / PANEL % 2;
+        size_t within = k % (2 * PANEL) / 2 * (2 * PANEL) + row % PANEL * 2 + k % 2;
+        to[k] = load_one(weights, tile * 2 * PANEL * PANEL + within, BFLOAT16);
+    }
 }
 
 /* Rows of a packed weight, widened: the embedding of a model that shares it with its output projection. */
-void llumnix_packed_rows(float *to, const char *weights, const int64_t *ids, size_t count, size_t in, int format) {
-    for (size_t i = 0; i < count; i++) {
-        size_t column = (size_t)ids[i] % PANEL, panel = (size_t)ids[i] / PANEL;
-        if (format == BFLOAT16) column = column % LANES * 2 + column / LANES;
-        const char *from = weights + panel * in * PANEL * item_bytes((enum format)format);
-        for (size_t k = 0; k < in; k++) to[i * in + k] = load_one(from, k * PANEL + column, (enum format)format);
-    }
+void llumnix_packed_rows(float *to, const char *weights, const int64_t *ids, size_t count, size_t in, int format,
+                         int product) {
+    for (size_t i = 0; i < count; i++, to += in)
+        if (product == WIDENED) copy_row(to, weights, (size_t)ids[i], in, (enum format)format);
+        else copy_strip_row(to, weights, (size_t)ids[i], in);
 }

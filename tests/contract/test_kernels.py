@@ -3,18 +3,20 @@
 Triton decides when it is first imported whether it interprets, so its share runs in a process of its own.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from llumnix.kernels.cpu.kernels import CpuKernels
+from llumnix.kernels.cpu.kernels import CpuKernels, Product
 from llumnix.kernels.cpu.library import load_library
 from llumnix.kernels.interface import Kernels
 from llumnix.kernels.reference import ReferenceKernels
@@ -39,11 +41,25 @@ class TestReference(KernelContract):
 
 @needs_compiler
 class TestC(KernelContract):
-    @pytest.fixture
-    def kernels(self) -> Kernels:
+    """With every way of multiplying that this machine has."""
+
+    @pytest.fixture(params=Product, ids=lambda product: product.name)
+    def kernels(self, request: pytest.FixtureRequest) -> Kernels:
         library = load_library()
         assert library is not None
-        return CpuKernels(library)
+        if request.param > library.llumnix_best_product():
+            pytest.skip(f"this machine has no {request.param.name}")
+        return CpuKernels(library, request.param)
+
+    def test_a_way_of_multiplying_that_the_machine_lacks_is_refused(self) -> None:
+        class Old:
+            """A library on a machine without bfloat16 products."""
+
+            def llumnix_best_product(self) -> int:
+                return Product.WIDENED
+
+        with pytest.raises(ValueError, match="no AMX_BF16"):
+            CpuKernels(cast(ctypes.CDLL, Old()), Product.AMX_BF16)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_row_does_not_depend_on_the_others(self, kernels: Kernels, dtype: torch.dtype) -> None:

@@ -1,0 +1,247 @@
+/* y = x W^T for bfloat16 weights on processors that multiply bfloat16: AVX-512's dot products, or AMX tiles.
+ *
+ * The activations are rounded to bfloat16, as on a GPU; sums are in float. Weights are packed in strips of 32 outputs,
+ * [strip][in / 32][2 panels][16][16 outputs][2 inputs], zeros beyond the last input, so that one pass over a strip
+ * streams through memory once; a gated strip is one panel of the gate and one of the up projection. Activations are
+ * packed in tiles of 16 rows by 32 inputs. Every output adds up its inputs in the same order, whatever rows it is
+ * computed with: a row's result does not depend, to the last bit, on the others or on the threads. The two ways of
+ * multiplying differ in the last bits from each other; a machine uses one. */
+#include "linear.h"
+#include "pool.h"
+#include <stdlib.h>
+
+#ifdef __AVX512BF16__
+
+#define STRIP (2 * PANEL)
+#define CHUNK 32     /* inputs of one tile */
+#define TILE_ROWS 16
+#define TILE_BYTES 1024
+#define ALIGNMENT 64
+#define ROW_BLOCK_BYTES (768 << 10) /* packed rows that stay in the second-level cache while all strips pass by */
+#define AHEAD_BYTES 8192
+#define PARTS_PER_THREAD 4
+#define STRIPS_MIN 2      /* least strips of a part */
+#define PACK_TILES_MIN 64 /* with fewer tiles to pack, sharing the work costs more than it saves */
+
+struct bf16_job {
+    const struct linear_job *linear;
+    char *packed; /* [row tile][chunk] of TILE_BYTES */
+    enum product product;
+    size_t chunks, strips, row_tiles;
+    int parts;
+};
+
+/* Products of up to two row tiles and the two panels of a strip. */
+struct tile {
+    float at[TILE_ROWS][PANEL];
+};
+
+/* One row tile of x to bfloat16, zeros beyond the last row and input. */
+static void pack_rows(const void *data, int part, int slot) {
+    const struct bf16_job *job = data;
+    const struct linear_job *linear = job->linear;
+    (void)slot;
+    for (size_t chunk = 0; chunk < job->chunks; chunk++) {
+        char *to = job->packed + ((size_t)part * job->chunks + chunk) * TILE_BYTES;
+        const size_t left = linear->in - chunk * CHUNK;
+        const __mmask32 mask = left >= CHUNK ? 0xffffffffu : (1u << left) - 1;
+        for (size_t r = 0; r < TILE_ROWS; r++, to += TILE_BYTES / TILE_ROWS) {
+            const size_t row = (size_t)part * TILE_ROWS + r;
+            if (row >= linear->rows) {
+                memset(to, 0, TILE_BYTES / TILE_ROWS);
+                continue;
+            }
+            const float *from = linear->x + row * linear->in + chunk * CHUNK;
+            const __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, from);
+            const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + 16);
+            const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+            memcpy(to, &both, sizeof both);
+        }
+    }
+}
+
+INLINE void fetch(const char *from) {
+#pragma GCC unroll 32
+    for (int line = 0; line < 2 * TILE_BYTES / 64; line++) __builtin_prefetch(from + AHEAD_BYTES + line * 64);
+}
+
+#define ROWS_TOGETHER 8 /* two vectors of sums each, of 32 registers */
+
+/* `rows` rows of a packed row tile, a constant, from row `first` on. */
+INLINE void dot_rows(struct tile *tiles, const char *x, const char *strip, size_t chunks, int first, const int rows) {
+    __m512 sums[2][ROWS_TOGETHER];
+    for (int r = 0; r < rows; r++) sums[0][r] = sums[1][r] = _mm512_setzero_ps();
+    for (size_t chunk = 0; chunk < chunks; chunk++, x += TILE_BYTES, strip += 2 * TILE_BYTES) {
+        if (first == 0) fetch(strip);
+#pragma GCC unroll 2
+        for (int pair = 0; pair < CHUNK / 2; pair++) {
+            const __m512bh low = (__m512bh)_mm512_loadu_si512(strip + pair * 64);
+            const __m512bh high = (__m512bh)_mm512_loadu_si512(strip + TILE_BYTES + pair * 64);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                int32_t two;
+                memcpy(&two, x + (first + r) * 64 + pair * 4, sizeof two);
+                const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
+                sums[0][r] = _mm512_dpbf16_ps(sums[0][r], low, inputs);
+                sums[1][r] = _mm512_dpbf16_ps(sums[1][r], high, inputs);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(tiles[0].at[first + r], sums[0][r]);
+        _mm512_storeu_ps(tiles[1].at[first + r], sums[1][r]);
+    }
+}
+
+static void multiply_dots(struct tile *tiles, const char *x, const char *strip, size_t chunks, int rows) {
+    int first = 0;
+    for (; rows - first >= 8; first += 8) dot_rows(tiles, x, strip, chunks, first, 8);
+    for (; rows - first >= 3; first += 3) dot_rows(tiles, x, strip, chunks, first, 3);
+    for (; rows - first >= 1; first += 1) dot_rows(tiles, x, strip, chunks, first, 1);
+}
+
+#ifdef __AMX_BF16__
+
+INLINE void configure_tiles(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.row_bytes[i] = 64;
+        config.rows[i] = TILE_ROWS;
+    }
+    _tile_loadconfig(&config);
+}
+
+/* Tile registers: 0 … 3 sums, 4 and 5 rows, 6 and 7 weights. */
+static void multiply_one(struct tile *tiles, const char *x, const char *strip, size_t chunks) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (size_t chunk = 0; chunk < chunks; chunk++, x += TILE_BYTES, strip += 2 * TILE_BYTES) {
+        fetch(strip);
+        _tile_loadd(4, x, 64);
+        _tile_loadd(6, strip, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, strip + TILE_BYTES, 64);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, &tiles[0], 64);
+    _tile_stored(1, &tiles[1], 64);
+}
+
+INLINE void multiply_two(struct tile *tiles, const char *x, const char *strip, size_t chunks, const int first) {
+    const size_t next = chunks * TILE_BYTES;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t chunk = 0; chunk < chunks; chunk++, x += TILE_BYTES, strip += 2 * TILE_BYTES) {
+        if (first) fetch(strip);
+        _tile_loadd(6, strip, 64);
+        _tile_loadd(4, x, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, strip + TILE_BYTES, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, x + next, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, &tiles[0], 64);
+    _tile_stored(1, &tiles[1], 64);
+    _tile_stored(2, &tiles[2], 64);
+    _tile_stored(3, &tiles[3], 64);
+}
+
+#endif
+
+/* Two panels of 16 outputs each, or one gated panel. */
+INLINE void finish_strip(const struct linear_job *job, const struct tile *tiles, size_t row, size_t strip) {
+    const int rows = job->rows - row < TILE_ROWS ? (int)(job->rows - row) : TILE_ROWS;
+    if (job->finish == SILU_MUL) {
+        finish_tile(job, tiles[0].at, tiles[1].at, row, rows, strip * PANEL);
+        return;
+    }
+    finish_tile(job, tiles[0].at, NULL, row, rows, strip * STRIP);
+    if (strip * STRIP + PANEL < job->out) finish_tile(job, tiles[1].at, NULL, row, rows, strip * STRIP + PANEL);
+}
+
+/* Outputs of one strip for the row tiles first … last. */
+INLINE void run_strip(const struct bf16_job *job, size_t strip, size_t first, size_t last) {
+    const struct linear_job *linear = job->linear;
+    const char *weights = linear->weights + strip * job->chunks * 2 * TILE_BYTES;
+    struct tile tiles[4] __attribute__((aligned(ALIGNMENT)));
+    size_t at = first;
+#ifdef __AMX_BF16__
+    if (job->product == AMX_BF16) {
+        for (; at + 2 <= last; at += 2) {
+            const char *x = job->packed + at * job->chunks * TILE_BYTES;
+            if (at == first) multiply_two(tiles, x, weights, job->chunks, 1);
+            else multiply_two(tiles, x, weights, job->chunks, 0);
+            finish_strip(linear, tiles, at * TILE_ROWS, strip);
+            finish_strip(linear, tiles + 2, (at + 1) * TILE_ROWS, strip);
+        }
+        if (at < last) {
+            multiply_one(tiles, job->packed + at * job->chunks * TILE_BYTES, weights, job->chunks);
+            finish_strip(linear, tiles, at * TILE_ROWS, strip);
+        }
+        return;
+    }
+#endif
+    for (; at < last; at++) {
+        const size_t left = linear->rows - at * TILE_ROWS;
+        multiply_dots(tiles, job->packed + at * job->chunks * TILE_BYTES, weights, job->chunks,
+                      left < TILE_ROWS ? (int)left : TILE_ROWS);
+        finish_strip(linear, tiles, at * TILE_ROWS, strip);
+    }
+}
+
+/* A part is a stretch of strips. */
+static void run_part(const void *data, int part, int slot) {
+    const struct bf16_job *job = data;
+    const size_t first = job->strips * part / job->parts, last = job->strips * (part + 1) / job->parts;
+    size_t block = ROW_BLOCK_BYTES / (job->chunks * TILE_BYTES) / 2 * 2;
+    (void)slot;
+    if (block < 2) block = 2;
+#ifdef __AMX_BF16__
+    if (job->product == AMX_BF16) configure_tiles();
+#endif
+    for (size_t row = 0; row < job->row_tiles; row += block) {
+        const size_t end = job->row_tiles - row < block ? job->row_tiles : row + block;
+        for (size_t strip = first; strip < last; strip++) run_strip(job, strip, row, end);
+    }
+#ifdef __AMX_BF16__
+    if (job->product == AMX_BF16) _tile_release();
+#endif
+}
+
+int llumnix_linear_bf16(const struct linear_job *linear, enum product product, int threads) {
+    const size_t width = linear->finish == SILU_MUL ? PANEL : STRIP, strips = (linear->out + width - 1) / width;
+    const size_t chunks = (linear->in + CHUNK - 1) / CHUNK, row_tiles = (linear->rows + TILE_ROWS - 1) / TILE_ROWS;
+    const size_t shares = threads > 1 ? (size_t)threads * PARTS_PER_THREAD : 1, most = strips / STRIPS_MIN;
+    char *packed = aligned_alloc(ALIGNMENT, row_tiles * chunks * TILE_BYTES);
+    if (packed == NULL) return 1;
+    const struct bf16_job job = {
+        .linear = linear,
+        .packed = packed,
+        .product = product,
+        .chunks = chunks,
+        .strips = strips,
+        .row_tiles = row_tiles,
+        .parts = (int)(shares < most ? shares : most ? most : 1),
+    };
+    llumnix_run_parts(pack_rows, &job, (int)row_tiles, row_tiles * chunks < PACK_TILES_MIN ? 1 : threads);
+    llumnix_run_parts(run_part, &job, job.parts, threads);
+    free(packed);
+    return 0;
+}
+
+#else
+
+int llumnix_linear_bf16(const struct linear_job *linear, enum product product, int threads) {
+    (void)linear, (void)product, (void)threads;
+    return 1;
+}
+
+#endif
