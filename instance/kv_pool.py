@@ -1,9 +1,10 @@
-"""The KV pool: one tensor per instance, block first, in memory that a peer on the same host can map.
+"""The KV pool: one tensor per instance, block first, in memory that a peer on the same host can map. And its
+like in host memory, for KV that is swapped out.
 
-On Linux the pool of a CPU instance lives in a memfd. A peer that knows the process id and descriptor opens
+On Linux a pool in host memory lives in a memfd. A peer that knows the process id and descriptor opens
 ``/proc/<pid>/fd/<fd>`` and reads blocks without any staging; the memory has no name in any file system, so
 nothing stays behind however the process ends. On a GPU, or where there is no memfd, it is plain memory and
-``fd`` is -1.
+``fd`` is -1. A host pool beside a GPU is pinned, so that copies run at full speed and in the background.
 
 Every page is written once at the start: a step or a migration never pays for a page fault, and too large a
 pool fails here rather than under load. Made by executors; read by transports.
@@ -12,11 +13,12 @@ pool fails here rather than under load. Made by executors; read by transports.
 import mmap
 import os
 import sys
+from dataclasses import replace
 from typing import Final
 
 import torch
 
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, SwapConfig
 from llumnix.core.errors import ConfigurationError, InvariantError
 from llumnix.core.messages.control import KvLayout
 
@@ -34,7 +36,9 @@ class KvPool:
     """Memory for ``layout``. ``tensor`` is ``[blocks, layers, 2, kv_heads, block_size, head_dim]``, keys at 0
     and values at 1; ``fd`` is the memfd or -1; ``pool_name`` tells a peer that it opened the right file."""
 
-    def __init__(self, layout: KvLayout, pool_name: str, device: torch.device) -> None:
+    def __init__(
+        self, layout: KvLayout, pool_name: str, device: torch.device, *, pinned: bool = False
+    ) -> None:
         if not pool_name or len(pool_name.encode()) > NAME_BYTES_MAX:
             raise ConfigurationError(f"a pool's name has 1 to {NAME_BYTES_MAX} bytes, got {pool_name!r}")
         if layout.blocks < 1:
@@ -42,12 +46,16 @@ class KvPool:
         self.layout = layout
         self.pool_name = pool_name
         self.fd = -1
+        self._pinned_at = 0
         size_bytes = layout.blocks * layout.block_bytes
         if device.type == "cpu" and sys.platform == "linux":
             flat = self._map_memfd(size_bytes)
         else:
             flat = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         flat.zero_()
+        if pinned:
+            _cuda("cudaHostRegister", flat.data_ptr(), size_bytes, 0)
+            self._pinned_at = flat.data_ptr()
         self._bytes: torch.Tensor | None = flat.view(layout.blocks, layout.block_bytes)
         self._tensor: torch.Tensor | None = flat.view(DTYPES[layout.dtype]).view(
             layout.blocks, layout.layers, 2, layout.kv_heads, layout.block_size, layout.head_dim
@@ -69,6 +77,9 @@ class KvPool:
     def close(self) -> None:
         """Give the memory up. It is returned once the last tensor over it, here or in a peer, is gone."""
         self._tensor = self._bytes = None
+        if self._pinned_at:
+            _cuda("cudaHostUnregister", self._pinned_at)
+            self._pinned_at = 0
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -91,6 +102,28 @@ class KvPool:
                 f"no shared memory for {size_bytes / GIB:.2f} GiB of KV (kv_gib, kv_blocks): {error}"
             ) from error
         return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _cuda(name: str, *arguments: int) -> None:
+    """Call a function of the CUDA runtime."""
+    code = getattr(torch.cuda.cudart(), name)(*arguments)  # type: ignore[no-untyped-call]
+    if int(code):
+        raise ConfigurationError(f"host memory for swapping (host_gib): {name} failed with CUDA error {code}")
+
+
+def host_pool(config: SwapConfig, device_pool: KvPool) -> KvPool | None:
+    """Memory for the blocks of ``device_pool`` that are swapped out; None: there is to be none."""
+    if not config.enabled:
+        return None
+    layout = device_pool.layout
+    blocks = config.host_blocks or int(config.host_gib * GIB) // layout.block_bytes
+    if blocks < 1:
+        raise ConfigurationError(
+            f"host_gib {config.host_gib}, not enough for one KV block of {layout.block_bytes} bytes"
+        )
+    name = f"{device_pool.pool_name}-host"
+    pinned = device_pool.bytes_view().is_cuda
+    return KvPool(replace(layout, blocks=blocks), name, torch.device("cpu"), pinned=pinned)
 
 
 def pool_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:

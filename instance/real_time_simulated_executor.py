@@ -2,18 +2,20 @@
 
 A step sleeps for what it costs. "Computing" a position writes its token and its number into the pool, as key
 and as value; attending to earlier ones means finding there what was written, wherever that happened. So every
-migration between simulated engines proves that the right bytes arrived in the right blocks.
+migration between simulated engines, and every swap, proves that the right bytes arrived in the right blocks.
 """
 
 import time
 
 import torch
 
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, SwapConfig
 from llumnix.core.errors import InvariantError
 from llumnix.instance.executor import Chunk, SampledToken, StepPlan
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.simulated_executor import SimulatedExecutor
+from llumnix.instance.swap_copier import SwapCopier
+from llumnix.instance.swap_space import SwapSpace
 
 
 class RealTimeSimulatedExecutor(SimulatedExecutor):
@@ -22,10 +24,15 @@ class RealTimeSimulatedExecutor(SimulatedExecutor):
     KV is checked in full when a request joins (or comes back) and whenever it begins a block: the cost of a
     check is linear in its context, so checking at every step would be the step's main work."""
 
-    def __init__(self, config: EngineConfig, pool_name: str) -> None:
+    def __init__(self, config: EngineConfig, pool_name: str, swap: SwapConfig | None = None) -> None:
         super().__init__(config)
         self.pool = KvPool(self.kv_layout, pool_name, torch.device("cpu"))
+        self.swap_space = SwapSpace.beside(self.pool, swap or SwapConfig())
         self._expected_start: dict[str, int] = {}
+
+    @property
+    def copier(self) -> SwapCopier | None:
+        return None if self.swap_space is None else self.swap_space.copier
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         """Raises InvariantError if the KV of a request is not what its tokens say."""
@@ -42,7 +49,9 @@ class RealTimeSimulatedExecutor(SimulatedExecutor):
         return sampled
 
     def close(self) -> None:
-        """Give the pool's memory up."""
+        """Give the pools' memory up."""
+        if self.swap_space is not None:
+            self.swap_space.close()
         self.pool.close()
 
     def _check(self, chunk: Chunk) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, SwapConfig
 from llumnix.core.errors import ConfigurationError, InvariantError
 from llumnix.core.messages.control import KvLayout
 from llumnix.instance.executor import Chunk, SampledToken, StepPlan
@@ -25,7 +25,8 @@ from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.models.decoder import Decoder, DecoderWeights, FlatBatch, PrefillSpan
 from llumnix.instance.models.weights import load_weights, random_weights
 from llumnix.instance.sampler import Sampler
-from llumnix.instance.swap import Copier
+from llumnix.instance.swap_copier import SwapCopier
+from llumnix.instance.swap_space import SwapSpace
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,16 @@ class LoadedModel:
 class TorchExecutor:
     """See Executor. ``pool_name`` names the shared memory of the KV pool, one per instance."""
 
-    def __init__(self, config: EngineConfig, pool_name: str, model: LoadedModel | None = None) -> None:
-        """Find and load the model that ``config`` names unless one is given, then allocate the pool. Raises
-        ConfigurationError. Sets torch's thread count for the whole process if ``config`` does."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool_name: str,
+        model: LoadedModel | None = None,
+        swap: SwapConfig | None = None,
+    ) -> None:
+        """Find and load the model that ``config`` names unless one is given, then allocate the pools. Raises
+        ConfigurationError. Sets torch's thread count for the whole process if ``config`` does. Without
+        ``swap`` there is no host pool."""
         if config.threads:
             torch.set_num_threads(config.threads)
         model = model or LoadedModel.from_folder(config)
@@ -76,15 +84,22 @@ class TorchExecutor:
         self._decoder = Decoder(model.config, model.weights, self._max_model_len)
         self._sampler = Sampler(model.eos_token_ids)
         self.pool = KvPool(layout, pool_name, model.device)
+        self.swap_space = SwapSpace.beside(self.pool, swap or SwapConfig())
         log.info("model on %s, KV pool %s", model.device, layout)
 
     @classmethod
     def from_random(
-        cls, model: ModelConfig, config: EngineConfig, *, seed: int, pool_name: str
+        cls,
+        model: ModelConfig,
+        config: EngineConfig,
+        *,
+        seed: int,
+        pool_name: str,
+        swap: SwapConfig | None = None,
     ) -> "TorchExecutor":
         """An executor for benchmarks, without a folder: random weights, no end tokens. ``config.model`` is
         not looked at."""
-        return cls(config, pool_name, LoadedModel.random(model, config, seed))
+        return cls(config, pool_name, LoadedModel.random(model, config, seed), swap)
 
     @property
     def kv_layout(self) -> KvLayout:
@@ -103,8 +118,8 @@ class TorchExecutor:
         return self._model.config.vocab_size
 
     @property
-    def copier(self) -> Copier | None:
-        return None
+    def copier(self) -> SwapCopier | None:
+        return None if self.swap_space is None else self.swap_space.copier
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[SampledToken]:
@@ -124,7 +139,9 @@ class TorchExecutor:
         return self._sampler.sample(self._decoder.logits(sampling), requests)
 
     def close(self) -> None:
-        """Give the KV pool up."""
+        """Give the KV pools up."""
+        if self.swap_space is not None:
+            self.swap_space.close()
         self.pool.close()
 
     def _flatten(self, chunks: Sequence[Chunk]) -> FlatBatch:

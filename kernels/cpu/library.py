@@ -62,6 +62,7 @@ SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "llumnix_write_kv": ([_POINTER] * 3 + [_LONG] * 6 + [_INT], None),
     "llumnix_gather_blocks": ([_POINTER] * 3 + [_LONG] * 2, None),
     "llumnix_scatter_blocks": ([_POINTER] * 3 + [_LONG] * 2, None),
+    "llumnix_copy_bytes": ([_POINTER] * 3 + [_LONG], None),
 }
 
 

@@ -35,10 +35,10 @@ def build_executor(config: Config, pool_name: str) -> TorchExecutor | RealTimeSi
     ConfigurationError."""
     engine = config.engine
     if engine.kind == "simulated":
-        return RealTimeSimulatedExecutor(engine, pool_name)
+        return RealTimeSimulatedExecutor(engine, pool_name, config.swap)
     if engine.threads == 0 and engine.device != "cuda":
         engine = replace(engine, threads=max(1, (os.cpu_count() or 1) // config.cluster.instances))
-    return TorchExecutor(engine, pool_name)
+    return TorchExecutor(engine, pool_name, swap=config.swap)
 
 
 class Instance:

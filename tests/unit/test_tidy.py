@@ -45,8 +45,8 @@ MAY_IMPORT = {
 LIBRARY_HOMES = {
     "ray": r"runtime/|bench/",
     "zmq": r"runtime/bus\.py|migration/transports/zmq_",
-    "torch": r"kernels/|instance/(models/|\w*executor\.py|sampler\w*\.py|kv_pool\.py|smollm2\.py)"
-    r"|migration/transports/|bench/",
+    "torch": r"kernels/|instance/(models/|\w*executor\.py|sampler\w*\.py|kv_pool\.py|smollm2\.py"
+    r"|swap_calibration\.py)|migration/transports/|bench/",
     "triton": r"kernels/",
     "vllm": r"instance/vllm_",
     "fastapi": r"api/",
@@ -57,7 +57,7 @@ LIBRARY_HOMES = {
 PURE = (
     r"core/|policies/|control/|api/streams\.py|api/stream_state\.py|api/directory\.py|api/alarms\.py"
     r"|migration/(source|target|events|engine_sides)\.py|instance/(agent\w*|engine_core|local_scheduler"
-    r"|block_manager|request|swap|simulated_executor)\.py"
+    r"|block_manager|request|swap|swap_order|copy_ladder|simulated_executor)\.py"
 )
 IMPURE_MODULES = {"time", "random", "uuid", "secrets", "socket", "threading", "asyncio", "datetime", "os"}
 IMPURE_ALLOWED = {
