@@ -68,6 +68,8 @@ __all__ = ["Agent", "CloseReader", "Effect", "StartRead"]
 
 SUBMITTED_MAX = 8192
 FAULTS_MAX = 32
+NO_NEWS = frozenset((Probe, ListRequests, TenantTotals))
+"""Messages that change nothing about the load."""
 
 
 class Agent:
@@ -130,7 +132,7 @@ class Agent:
         if self.migrating:
             return None
         idle = self._incoming.next_deadline()
-        due = self._reports.due_if_changed()
+        due = self._reports.due_if_progressed()
         return due if idle is None else min(due, idle)
 
     def start(self, now: float) -> list[Effect]:
@@ -151,7 +153,8 @@ class Agent:
         except ProtocolError as error:
             self._fault(str(error))
             return []
-        self._reports.changed()
+        if type(message) not in NO_NEWS:
+            self._reports.changed()
         return [*effects, *self._note_adopted(now)]
 
     def read_ended(
@@ -167,7 +170,10 @@ class Agent:
         due."""
         if result.tokens:
             self._pace.note((result.duration_s,))
-            self._reports.changed()
+            if result.steady:
+                self._reports.progressed()
+            else:
+                self._reports.changed()
         effects: list[Effect] = [
             Send(address, TokenBatch(self._me.instance_id, tuple(deltas)))
             for address, deltas in result.deltas.items()
@@ -179,7 +185,7 @@ class Agent:
         """The engine has advanced by several steps at once, none but the last of which ended at
         ``quiet_until`` or later."""
         self._pace.note(durations_s)
-        self._reports.changed()
+        self._reports.progressed()
         return self._report_if_due(now)
 
     def tick(self, now: float) -> list[Effect]:

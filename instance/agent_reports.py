@@ -1,7 +1,9 @@
 """When an instance reports its load to the manager, and what it says.
 
-Reports go out when something changed, at most every ``interval_s``, and every HEARTBEAT_S in any case, so
-that silence means trouble. Each carries a sequence number one above the last. Used by the agent
+Reports go out when there is news, at most every ``interval_s``, and every HEARTBEAT_S in any case, so that
+silence means trouble. News is who is here, waits, runs or moves; that the batch got its next tokens is
+progress, which by itself is told every PROGRESS_S: a report per step of every instance would leave the
+manager no time for anything else. Each carries a sequence number one above the last. Used by the agent
 (agent.py) alone.
 """
 
@@ -10,10 +12,11 @@ from llumnix.core.messages.control import InstanceHello, LoadReport
 from llumnix.instance.engine import Engine
 
 HEARTBEAT_S = 1.0
+PROGRESS_S = 0.5
 
 
 class LoadReporter:
-    """Keeps the pace of reports. ``changed`` marks that the next one has something to say.
+    """Keeps the pace of reports. ``changed`` marks that the next one has news, ``progressed`` progress.
     ``settings_revision`` is that of the settings the manager last told, ``fault`` why they cannot hold
     here."""
 
@@ -25,13 +28,18 @@ class LoadReporter:
         self._sequence = 0
         self._last_at = float("-inf")
         self._changed = True
+        self._progressed = False
         self._accepted: list[str] = []
         self.settings_revision = 0
         self.fault = ""
 
     def changed(self) -> None:
-        """The load is no longer what was last reported."""
+        """Something happened that the manager should know soon."""
         self._changed = True
+
+    def progressed(self) -> None:
+        """The batch has got on."""
+        self._progressed = True
 
     def accepted(self, request_id: str) -> None:
         """A request was taken; the next report names it."""
@@ -39,11 +47,14 @@ class LoadReporter:
         self._changed = True
 
     def next_deadline(self) -> float:
-        return self._last_at + (self._interval_s if self._changed else HEARTBEAT_S)
+        if self._changed:
+            return self._last_at + self._interval_s
+        return self.due_if_progressed() if self._progressed else self._last_at + HEARTBEAT_S
 
-    def due_if_changed(self) -> float:
-        """When the next report goes out at the latest if there is something to say by then."""
-        return self._last_at + self._interval_s
+    def due_if_progressed(self) -> float:
+        """When the next report goes out if the batch gets on and nothing else happens by then."""
+        wait_s = self._interval_s if self._changed else max(self._interval_s, PROGRESS_S)
+        return self._last_at + wait_s
 
     def due(self, now: float) -> bool:
         """Whether a report should go out now."""
@@ -53,7 +64,7 @@ class LoadReporter:
         """The report, due or not."""
         load = self._engine.load()
         self._sequence += 1
-        self._last_at, self._changed = now, False
+        self._last_at, self._changed, self._progressed = now, False, False
         accepted, self._accepted = tuple(self._accepted), []
         report = LoadReport(
             instance_id=self._me.instance_id,

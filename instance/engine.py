@@ -44,13 +44,15 @@ class EngineLoad:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step produced: deltas by frontend address, requests that finished, requests whose KV was given
-    up. ``tokens`` computed. ``duration_s`` of the step. An empty step has computed 0 tokens."""
+    up. ``tokens`` computed. ``duration_s`` of the step. An empty step has computed 0 tokens. ``steady``:
+    every running request got its next token and nothing else happened."""
 
     deltas: dict[str, list[TokenDelta]]
     finished: tuple[str, ...]
     preempted: tuple[str, ...]
     tokens: int
     duration_s: float
+    steady: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class EngineCore:
         deltas: dict[str, list[TokenDelta]] = {}
         finished: list[str] = []
         prefilling, tenants = self._scheduler.prefilling, self._scheduler.tenants
-        results = iter(sampled)
+        results, steady = iter(sampled), not prefilling
         computed = taken = 0
         for chunk in plan.chunks:
             request = chunk.request
@@ -115,7 +115,8 @@ class EngineCore:
         if computed:
             self._note_step(duration_s)
         preempted, self._preempted = tuple(self._preempted), []
-        return StepResult(deltas, tuple(finished), preempted, computed, duration_s)
+        steady = steady and not (finished or preempted)
+        return StepResult(deltas, tuple(finished), preempted, computed, duration_s, steady)
 
     def quiet(self, most: int) -> QuietStretch:
         """How many of the next steps, at most ``most``, could be done by ``advance``."""

@@ -38,7 +38,7 @@ from llumnix.sim.network import Network
 from llumnix.sim.record import Recorder
 from llumnix.sim.tokens import EOS_TOKEN, VOCAB_SIZE, sample, sample_chunks
 
-FLUSH_S = 1.0
+FLUSH_S = 10.0
 STRETCH_MAX = 4096
 FINAL_READ_WAIT_S = 1.0  # as in the runtime
 SLEEP_MIN_S = 1e-6
@@ -264,6 +264,9 @@ class Instance:
         longest_s, steps = max(durations[1:], default=0.0), len(ends)
         for request_id in self.engine.advance(durations, sample):
             stretch(request_id, first, last, steps, longest_s)
+            if request_id not in self._sent:  # it has just come from elsewhere
+                spec = self.engine.spec_of(request_id, self._clock.now)
+                self._sent[request_id] = (spec.frontend_address, len(spec.output_tokens) - steps)
 
     # Tokens kept back.
 

@@ -85,3 +85,10 @@ def test_a_crash_in_a_stretch_loses_no_token_and_doubles_none() -> None:
     simulation.settle()
     assert simulation.recorder.finished == 60
     assert sum(frontend.table.stats.continued for frontend in simulation.frontends) > 3
+
+
+def test_tokens_of_a_stretch_right_after_a_move_reach_the_client() -> None:
+    """They were once forgotten: the request's end came with a gap, and its client waited for a probe."""
+    simulation = run(settings(BUSY))
+    assert simulation.recorder.finished == 60 and sum(simulation.recorder.columns["migrations"]) >= 5
+    assert all(frontend.table.stats.gaps == 0 for frontend in simulation.frontends)

@@ -1,14 +1,15 @@
-"""What the simulator relies on and once found missing: steps are news, so a load report follows them."""
+"""What the simulator relies on and once found missing: news is reported at once, progress now and then."""
 
 from engine_driving import small_engine, spec, step
 from migration_driving import MANAGER, agent, sent_to
 
 from llumnix.core.messages.control import LoadReport
-from llumnix.core.messages.serving import Submit
+from llumnix.core.messages.serving import Probe, Submit
+from llumnix.instance.agent_reports import PROGRESS_S
 from llumnix.sim.tokens import sample
 
 
-def test_a_step_is_reported_once_a_report_may_go_out() -> None:
+def test_a_first_token_is_news_and_the_next_ones_are_progress() -> None:
     engine = small_engine()
     one = agent("source", engine)
     one.start(1.0)
@@ -17,8 +18,23 @@ def test_a_step_is_reported_once_a_report_may_go_out() -> None:
     (after,) = sent_to(one.after_step(step(engine), 1.2), MANAGER)
     assert isinstance(before, LoadReport) and isinstance(after, LoadReport)
     assert (before.tokens_total, after.tokens_total) == (0, 1)
+    assert not sent_to(one.after_step(step(engine), 1.3), MANAGER)
     until = one.quiet_until()
-    assert until is not None and until < 1.3
+    assert until == 1.2 + PROGRESS_S
     engine.advance([0.01, 0.01], sample)
     (quiet,) = sent_to(one.after_quiet_steps([0.01, 0.01], until), MANAGER)
-    assert isinstance(quiet, LoadReport) and quiet.tokens_total == 3
+    assert isinstance(quiet, LoadReport) and quiet.tokens_total == 4
+
+
+def test_what_comes_ends_or_leaves_is_news_and_a_question_is_not() -> None:
+    engine = small_engine()
+    one = agent("source", engine)
+    one.start(1.0)
+    one.handle(Submit(spec("r", max_tokens=3)), 1.0)
+    one.tick(1.0)
+    for at in (1.1, 1.2):
+        one.after_step(step(engine), at)
+    one.handle(Probe("tcp://frontend:1", (("r", 0),)), 1.25)
+    assert not sent_to(one.tick(1.3), MANAGER)
+    (ended,) = sent_to(one.after_step(step(engine), 1.35), MANAGER)
+    assert isinstance(ended, LoadReport) and ended.finished_total == 1
