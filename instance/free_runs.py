@@ -1,12 +1,9 @@
 """The free blocks of a KV pool, kept as runs, so that what is handed out lies together where it can.
 
-Migration and swap copy runs, so fewer and longer runs mean fewer and larger copies. Contiguity is best
-effort: as many blocks can always be taken as there are free ones. Called by the block manager only.
-
-Placement: first right behind the caller's last block; else in the middle of the longest free run, which
-leaves its neighbours and the newcomer room to grow in place; and if no run is long enough, from the longest
-runs in turn. A run is held once per index: by start, by end (for merging) and by length. Finding one costs
-O(log runs).
+Migration and swap copy runs, so fewer and longer runs mean fewer and larger copies. Which run is cut up is
+the caller's to choose (block_manager.py); this keeps them found and merged. A run is held once per index: by
+start, by end (for merging) and by length. Everything costs O(log runs) to find, O(runs) memory moves to keep
+sorted.
 """
 
 from bisect import bisect_left, insort
@@ -41,19 +38,39 @@ class FreeRuns:
         if capacity:
             self.put(0, capacity)
 
-    def take(self, count: int, after: int | None) -> list[int]:
-        """Remove ``count`` blocks, best right behind block ``after``. Raises InvariantError if there are
-        fewer."""
-        if count > self.total:
-            raise InvariantError(f"{count} blocks taken where {self.total} are free")
-        taken: list[int] = []
-        if after is not None and (length := self._length_at.get(after + 1)):
-            taken.extend(self._carve(after + 1, length, 0, min(length, count)))
-        while len(taken) < count:
-            length, start = self._by_length[-1]
-            wanted = min(length, count - len(taken))
-            taken.extend(self._carve(start, length, (length - wanted) // 2, wanted))
-        return taken
+    def longest(self) -> tuple[int, int] | None:
+        """The (start, length) of the longest run, the last of several; None: nothing is free."""
+        if not self._by_length:
+            return None
+        length, start = self._by_length[-1]
+        return start, length
+
+    def fitting(self, count: int) -> tuple[int, int] | None:
+        """The (start, length) of the shortest run of at least ``count`` blocks, the first of several; None:
+        there is none."""
+        place = bisect_left(self._by_length, (count, -1))
+        if place == len(self._by_length):
+            return None
+        length, start = self._by_length[place]
+        return start, length
+
+    def length_at(self, start: int) -> int:
+        """Length of the run that begins at ``start``; 0: none does."""
+        return self._length_at.get(start, 0)
+
+    def carve(self, start: int, offset: int, count: int) -> range:
+        """Take ``count`` blocks, ``offset`` behind the beginning, out of the run at ``start``. Raises
+        InvariantError if it is not that long."""
+        length = self._length_at.get(start, 0)
+        if count < 1 or offset + count > length:
+            raise InvariantError(f"{count} blocks at {start}+{offset} taken of a free run of {length}")
+        self._remove(start)
+        if offset:
+            self._add(start, offset)
+        if length > offset + count:
+            self._add(start + offset + count, length - offset - count)
+        self.total -= count
+        return range(start + offset, start + offset + count)
 
     def put(self, start: int, length: int) -> None:
         """Give back a run, merging it with its free neighbours."""
@@ -83,15 +100,6 @@ class FreeRuns:
         for (start, length), (after, _) in pairwise(runs):
             if length < 1 or start + length >= after:
                 raise InvariantError(f"free runs at {start} and {after} overlap or touch")
-
-    def _carve(self, start: int, length: int, offset: int, count: int) -> range:
-        self._remove(start)
-        if offset:
-            self._add(start, offset)
-        if length > offset + count:
-            self._add(start + offset + count, length - offset - count)
-        self.total -= count
-        return range(start + offset, start + offset + count)
 
     def _add(self, start: int, length: int) -> None:
         self._length_at[start] = length

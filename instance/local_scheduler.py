@@ -155,7 +155,7 @@ class LocalScheduler:
             if not head.charged:
                 head.charged = True
                 self.tenants.admitted(head.tenant, head.prompt_len)
-            self._blocks.grow(head.request_id, self.waiting.blocks_of(head))
+            self._take_blocks(head, self.waiting.blocks_of(head))
             head.blocks = self._blocks.table(head.request_id)
             self.join(head)
             budget -= self._prefill(head, budget, chunks)
@@ -192,7 +192,7 @@ class LocalScheduler:
                 growths += [(step, order, request.request_id) for step in range(first, steps, size)]
         growths.sort()
         for _, _, request_id in growths:
-            if not self._blocks.grow(request_id, 1):
+            if not self._take_blocks(self.decoding[request_id], 1):
                 raise InvariantError(f"a stretch of {steps} steps was not quiet: no block for {request_id}")
         for request in self.decoding.values():
             request.tokens.extend(sample(request, steps))
@@ -229,13 +229,20 @@ class LocalScheduler:
             if request.status is not RequestStatus.RUNNING:
                 continue  # was itself preempted for one before it
             missing = self.waiting.blocks_of(request) - len(request.blocks)
-            while not self._blocks.grow(request.request_id, missing):
+            while not self._take_blocks(request, missing):
                 victim = max(self.running_requests(), key=self._preemption_rank)
                 self._preempt(victim)
                 preempted.append(victim.request_id)
                 if victim is request:
                     break
         return preempted
+
+    def _take_blocks(self, request: Request, count: int) -> bool:
+        """``count`` more blocks for a request, in a place where it can grow to its full length; False: too
+        few are free."""
+        longest = -(-(request.prompt_len + request.sampling.max_tokens) // self._block_size)
+        expected = max(0, longest - len(request.blocks) - count)
+        return self._blocks.grow(request.request_id, count, expected)
 
     def _preempt(self, request: Request) -> None:
         """Give up a running request's KV, to be computed again later."""

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llumnix.bench.block_churn import BlockChurn
 from llumnix.core.errors import InvariantError
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.free_runs import FreeRuns, runs_of
@@ -100,7 +101,66 @@ def test_adopting_over_held_blocks_is_a_bug() -> None:
 
 def test_taking_more_than_is_free_is_a_bug() -> None:
     with pytest.raises(InvariantError):
-        FreeRuns(3).take(4, after=None)
+        FreeRuns(3).carve(0, 0, 4)
+
+
+def test_a_tail_is_taken_back_when_space_is_short() -> None:
+    blocks = BlockManager(12)
+    assert blocks.grow("a", 2) and blocks.grow("b", 8)
+    assert blocks.free_blocks == 2 and blocks.grow("c", 2)
+    assert blocks.free_runs() == [] and not blocks.grow("a", 1)
+    blocks.check()
+
+
+def test_growth_uses_up_the_group_before_it_takes_another() -> None:
+    blocks = BlockManager(100)
+    blocks.grow("a", 3, expected=5)
+    blocks.grow("b", 3, expected=5)
+    for _ in range(5):
+        blocks.grow("b", 1, expected=5)
+        blocks.grow("a", 1, expected=5)
+    assert runs(blocks.table("a")) == [(0, 8)] and runs(blocks.table("b")) == [(8, 8)]
+
+
+def test_runs_stay_long_in_a_full_pool() -> None:
+    """A plain free list gives runs of one block here."""
+    grouped = BlockChurn(BlockManager(3000), seed=1).run(1000, 2000)
+    assert grouped.fill > 0.88 and grouped.swaps > 100
+    assert grouped.mean_run >= 15
+    scattered = BlockChurn(BlockManager(3000, grouped=False), seed=1).run(1000, 2000)
+    assert scattered.swaps == grouped.swaps and scattered.mean_run < 2
+
+
+def test_blocks_that_a_copy_uses_go_out_last_and_are_to_be_waited_for() -> None:
+    blocks = BlockManager(8)
+    blocks.grow("a", 4)
+    blocks.copy_begins(7, blocks.table("a"))
+    blocks.free("a")
+    assert (blocks.free_blocks, blocks.idle_blocks) == (8, 4)
+    assert blocks.reserve("m", 5) is None, "a migration's writes could not wait"
+    blocks.grow("b", 4)
+    assert not blocks.conflicts
+    blocks.grow("b", 1)
+    assert blocks.conflicts == {7} and len(set(blocks.table("b"))) == 5
+    blocks.check()
+    blocks.copy_ends(7, range(4))
+    assert (blocks.free_blocks, blocks.idle_blocks) == (3, 3)
+    blocks.check()
+
+
+def test_a_later_copy_of_a_block_is_the_one_to_wait_for() -> None:
+    blocks = BlockManager(2)
+    blocks.grow("a", 2)
+    blocks.copy_begins(1, [0, 1])
+    blocks.free("a")
+    blocks.grow("b", 2)
+    blocks.copy_begins(2, [0, 1])
+    blocks.copy_ends(1, [0, 1])
+    blocks.free("b")
+    assert blocks.idle_blocks == 0
+    blocks.copy_ends(2, [0, 1])
+    assert blocks.idle_blocks == 2
+    blocks.check()
 
 
 def test_check_notices_a_lost_block() -> None:
@@ -113,7 +173,7 @@ def test_check_notices_a_lost_block() -> None:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["grow", "free", "reserve", "cancel", "adopt", "trim"]),
+        st.sampled_from(["grow", "free", "reserve", "cancel", "adopt", "trim", "copy", "copied", "inherit"]),
         st.integers(0, 5),
         st.integers(0, 12),
     ),
@@ -122,15 +182,18 @@ STEPS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(capacity=st.integers(1, 40), steps=STEPS)
-def test_accepts_and_refuses_like_a_plain_free_list(capacity: int, steps: list[tuple[str, int, int]]) -> None:
-    """The model is a counter of free blocks: contiguity must never cost a block."""
-    blocks = BlockManager(capacity)
+@given(capacity=st.integers(1, 40), grouped=st.booleans(), steps=STEPS)
+def test_accepts_and_refuses_like_a_plain_free_list(
+    capacity: int, grouped: bool, steps: list[tuple[str, int, int]]
+) -> None:
+    """The model is a counter of free blocks: neither contiguity nor copies under way may cost a block."""
+    blocks = BlockManager(capacity, grouped=grouped)
+    copies: list[list[int]] = []
     free, owned, reserved = capacity, dict[str, int](), dict[str, int]()
     for action, who, count in steps:
         request_id, migration_id = f"r{who}", f"m{who}"
         if action == "grow":
-            assert blocks.grow(request_id, count) == (count <= free)
+            assert blocks.grow(request_id, count, expected=who) == (count <= free)
             if count <= free:
                 owned[request_id] = owned.get(request_id, 0) + count
                 free -= count
@@ -144,8 +207,9 @@ def test_accepts_and_refuses_like_a_plain_free_list(capacity: int, steps: list[t
             owned[request_id] = keep
         elif action == "reserve":
             missing = max(0, count - reserved.get(migration_id, 0))
+            idle = blocks.idle_blocks
             held = blocks.reserve(migration_id, count)
-            assert (held is not None) == (missing <= free)
+            assert (held is not None) == (missing <= idle)
             if held is not None and missing:
                 reserved[migration_id] = reserved.get(migration_id, 0) + missing
                 free -= missing
@@ -155,6 +219,14 @@ def test_accepts_and_refuses_like_a_plain_free_list(capacity: int, steps: list[t
         elif action == "adopt" and migration_id in reserved and request_id not in owned:
             blocks.adopt(migration_id, request_id)
             owned[request_id] = reserved.pop(migration_id)
+        elif action == "copy" and owned.get(request_id):
+            copies.append(blocks.table(request_id)[:count])
+            blocks.copy_begins(len(copies), copies[-1])
+        elif action == "copied" and 0 < count <= len(copies):
+            blocks.copy_ends(count, copies[count - 1])
+        elif action == "inherit" and request_id in owned and "heir" not in owned:
+            blocks.hand_over(request_id, "heir")
+            owned["heir"] = owned.pop(request_id)
         blocks.check()
         assert blocks.free_blocks == free
         assert blocks.owned_blocks == sum(owned.values())
