@@ -5,6 +5,7 @@ Serve with it (`docs/policies.md` says more):
     PYTHONPATH=examples llumnix serve --engine simulated --dispatch-policy custom_policy:TenantAffinity
 """
 
+from collections.abc import Sequence
 from hashlib import sha256
 
 from llumnix.core.config import SchedulerConfig
@@ -19,7 +20,7 @@ class TenantAffinity:
     def __init__(self, config: SchedulerConfig) -> None:
         """Takes no setting. Every policy is constructed with the scheduler's."""
 
-    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """``candidates`` come freest first. A request without a tenant goes to the freest."""
         freest = candidates[0]
         if not request.tenant:

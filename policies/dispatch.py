@@ -3,6 +3,7 @@ handful of candidates only: they come in falling order of its ``score`` (``queue
 none), kept up to date as instances change.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from zlib import crc32
 
@@ -10,7 +11,8 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
 from llumnix.policies.freeness import free_blocks
 
-SCORES_MAX = 8
+SCORES_MAX = 4
+CONSIDERED_MAX = 8
 
 
 class FreenessDispatch:
@@ -20,13 +22,15 @@ class FreenessDispatch:
     def __init__(self, config: SchedulerConfig) -> None:
         """Takes no setting."""
 
-    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
-        """See the class. Room is preferred over freeness only among the first SCORES_MAX candidates."""
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
+        """See the class. Room is preferred over freeness only among the first CONSIDERED_MAX candidates."""
         best = candidates[:SCORES_MAX]
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
-        for view in best:
+        if free_blocks(best[0]) >= request.blocks:
+            return DispatchDecision(best[0].instance_id, scores, "freest")
+        for view in candidates[1:CONSIDERED_MAX]:
             if free_blocks(view) >= request.blocks:
-                reason = "freest" if view is best[0] else f"freest with {request.blocks} free blocks"
+                reason = f"freest with {request.blocks} free blocks"
                 return DispatchDecision(view.instance_id, scores, reason)
         return DispatchDecision(best[0].instance_id, scores, "freest; it will wait for blocks")
 
@@ -37,7 +41,7 @@ class RoundRobin:
     def __init__(self, config: SchedulerConfig) -> None:
         self._last = ""
 
-    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """The next id after the last one chosen, from the start again behind the greatest."""
         ids = [view.instance_id for view in candidates]
         later = [instance_id for instance_id in ids if instance_id > self._last]
@@ -57,7 +61,7 @@ class LeastLoaded:
         """Blocks wanted, as a share of those there are; negative, since higher is better."""
         return (free_blocks(view) - view.capacity_blocks) / max(1, view.capacity_blocks)
 
-    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """The first: candidates come in order of the score."""
         scores = tuple([(view.instance_id, self.score(view)) for view in candidates[:SCORES_MAX]])
         return DispatchDecision(candidates[0].instance_id, scores, f"least loaded: {-scores[0][1]:.0%}")
@@ -73,7 +77,7 @@ class LeastRequests:
         """The count; negative, since higher is better."""
         return -float(_requests(view))
 
-    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """The first: candidates come in order of the score."""
         scores = tuple([(view.instance_id, self.score(view)) for view in candidates[:SCORES_MAX]])
         return DispatchDecision(candidates[0].instance_id, scores, f"fewest requests: {-scores[0][1]:.0f}")
@@ -86,7 +90,7 @@ class PowerOfTwo:
     def __init__(self, config: SchedulerConfig) -> None:
         """Takes no setting."""
 
-    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """The two are distinct where there are two; the earlier candidate is the freer one."""
         count, drawn = len(candidates), crc32(request.request_id.encode())
         first = drawn % count

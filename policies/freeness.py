@@ -16,8 +16,8 @@ would hide a long queue, and "steps left" has no meaning when there are none.
 Called by the cluster view for every instance that changed, and by pairing to see an instance after a move.
 """
 
-from dataclasses import dataclass
 from math import ceil, inf
+from typing import NamedTuple
 
 from llumnix.core.messages.control import InstanceState, MoveCandidate
 from llumnix.core.views import InstanceView
@@ -25,8 +25,7 @@ from llumnix.core.views import InstanceView
 Priorities = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What freeness depends on. ``used_blocks`` include what arrives and exclude what leaves;
     ``queued_blocks`` is the demand of all ``waiting`` requests, ``head_blocks`` its first part; ``placed_*``
     come on top."""
@@ -130,8 +129,8 @@ def free_blocks(view: InstanceView) -> int:
 
 def headroom(priorities: Priorities, headroom_blocks: int) -> int:
     """Blocks to keep free: a priority's headroom is shared by its requests, so each class counts once."""
-    if not priorities:
-        return 0
+    if not priorities or priorities[-1][0] <= 0:
+        return 0  # they are in rising order: none is above 0
     return headroom_blocks * sum(1 for priority, running in priorities if priority > 0 and running > 0)
 
 

@@ -13,63 +13,18 @@ the old process. Each instance's frozen view is cached and made again only when 
 that a placement costs the change of one instance. Called by the global scheduler only.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from operator import attrgetter
+from bisect import insort
+from collections.abc import Callable, Sequence
 
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceHello, InstanceState, InstanceStatus, LoadReport
 from llumnix.core.views import ClusterSnapshot, InstanceView
-from llumnix.policies.freeness import Load
 
 TOKENS_UNKNOWN = 1 << 62
 DOWN_MEMORY_S = 60.0
-
-queue_freeness: Callable[[InstanceView], float] = attrgetter("queue_freeness")
-
-
-@dataclass(slots=True, eq=False)
-class InstanceRecord:
-    """One instance. ``draining`` is the operator's wish. ``*_blocks`` and counts below it come from the
-    ledgers. ``silent`` and ``down`` are facts about its process; ``state`` follows from all of these."""
-
-    hello: InstanceHello
-    heard_at: float
-    report: LoadReport | None = None
-    draining: bool = False
-    silent: bool = False
-    down: bool = False
-    placed_blocks: int = 0
-    placed_requests: int = 0
-    arriving_blocks: int = 0
-    arriving_requests: int = 0
-    leaving_blocks: int = 0
-    leaving_requests: int = 0
-    view: InstanceView | None = None
-
-    @property
-    def state(self) -> InstanceState:
-        """See the module's table."""
-        if self.down:
-            return InstanceState.DOWN
-        if self.silent:
-            return InstanceState.SILENT
-        if self.report is None:
-            return InstanceState.STARTING
-        return InstanceState.DRAINING if self.draining else InstanceState.SERVING
-
-    @property
-    def tokens_max(self) -> int:
-        """Longest prompt + output that fits there, in tokens."""
-        if self.report is None:
-            return self.hello.max_model_len
-        return min(self.hello.max_model_len, self.report.capacity_blocks * self.hello.kv_layout.block_size)
-
-    def blocks(self, tokens: int) -> int:
-        """KV blocks that so many tokens take there."""
-        return -(-tokens // self.hello.kv_layout.block_size)
 
 
 class ClusterView:
@@ -79,7 +34,9 @@ class ClusterView:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._records: dict[str, InstanceRecord] = {}
-        self._ranking = Ranking(queue_freeness)
+        self._ids: list[str] = []
+        self._score: Callable[[InstanceView], float] | None = None
+        self._ranking = Ranking()
         self._tokens_max_least = TOKENS_UNKNOWN
         self.heard_any = False
         self.placements = PlacementLedger()
@@ -98,70 +55,66 @@ class ClusterView:
 
     def records(self) -> tuple[InstanceRecord, ...]:
         """All records, ordered by id."""
-        return tuple(self._records[instance_id] for instance_id in sorted(self._records))
+        return tuple([self._records[instance_id] for instance_id in self._ids])
 
     def live(self) -> tuple[InstanceRecord, ...]:
         """Records of processes not known to have ended, ordered by id."""
-        return tuple(record for record in self.records() if not record.down)
+        return tuple([record for record in self.records() if not record.down])
 
     def use(self, config: SchedulerConfig) -> None:
         """Go by these settings from now on."""
         self._config = config
         for record in self._records.values():
+            record.headroom_blocks = config.headroom_blocks
             self.refresh(record)
 
-    def rank_by(self, score: Callable[[InstanceView], float]) -> None:
-        """Order candidates by falling ``score`` from now on; until then it is ``queue_freeness``."""
-        self._ranking = Ranking(score)
+    def rank_by(self, score: Callable[[InstanceView], float] | None) -> None:
+        """Order candidates by falling ``score`` from now on; None: by ``queue_freeness``, as at first."""
+        self._score = score
         for record in self._records.values():
             self.refresh(record)
 
-    def candidates(self, tokens: int, exclude: tuple[str, ...]) -> tuple[InstanceView, ...]:
-        """Instances that may take a request of so many tokens now, in order of `rank_by`'s score."""
-        views = self._ranking.views
+    def candidates(self, tokens: int, exclude: tuple[str, ...]) -> Sequence[InstanceView]:
+        """Instances that may take a request of so many tokens now, in order of `rank_by`'s score. Good until
+        the next change."""
         if not exclude and tokens <= self._tokens_max_least:
-            return views
-        return tuple(
-            view
-            for view in views
-            if view.instance_id not in exclude and self._records[view.instance_id].tokens_max >= tokens
-        )
+            return self._ranking
+        return [
+            record.seen
+            for record in self._ranking.records
+            if record.instance_id not in exclude and record.tokens_max >= tokens
+        ]
 
     def snapshot(self, now: float, resting: frozenset[str], closed: frozenset[str]) -> ClusterSnapshot:
         """What pairing sees: instances that have reported and are not down."""
-        views = tuple(record.view for record in self.records() if record.view is not None and not record.down)
-        return ClusterSnapshot(now, views, resting, closed)
+        views = [record.view for record in self.records() if not record.down]
+        return ClusterSnapshot(now, tuple([view for view in views if view is not None]), resting, closed)
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         """What frontends are told, ordered by id."""
         return tuple(
             InstanceStatus(
-                record.hello.instance_id,
+                record.instance_id,
                 record.hello.incarnation,
                 record.hello.address,
                 record.state,
-                self.shown_freeness(record)[1],
+                record.shown_queue_freeness,
             )
             for record in self.records()
         )
-
-    def shown_freeness(self, record: InstanceRecord) -> tuple[float, float]:
-        """Freeness and queue freeness of the real load, without a draining instance's fake request:
-        finite."""
-        load = _load(record, draining=False)
-        if load is None:
-            return 0.0, 0.0
-        return load.freeness(self._config.headroom_blocks), load.queue_freeness(self._config.headroom_blocks)
 
     # Changes. Each keeps view and ranking in step.
 
     def hello(self, hello: InstanceHello, now: float) -> InstanceRecord:
         """Enter a process. One of the same id has ended before; the operator's wish outlives it."""
         old = self._records.get(hello.instance_id)
-        record = InstanceRecord(hello, now, draining=old is not None and old.draining)
+        draining = old is not None and old.draining
+        record = InstanceRecord(hello, now, self._config.headroom_blocks, draining=draining)
+        if old is None:
+            insort(self._ids, hello.instance_id)
         self._records[hello.instance_id] = record
         self.refresh(record)
-        self._measure()
+        self._tokens_max_least = min(self._tokens_max_least, record.tokens_max)
         return record
 
     def report(self, record: InstanceRecord, report: LoadReport, now: float) -> bool:
@@ -180,34 +133,37 @@ class ClusterView:
         for request_id in report.accepted:
             placement = self.placements.confirm(request_id, report.instance_id)
             if placement is not None:
-                _unplace(record, placement)
+                record.count_placement(placement, -1)
         for move in self.moves.settle(report.instance_id):
-            _count_move(record, move, -1)
+            record.count_move(move, -1)
         self.refresh(record)
         if last is None or last.capacity_blocks != report.capacity_blocks:
-            self._measure()
+            self._tokens_max_least = min(self._tokens_max_least, record.tokens_max)
         return True
 
     def end(self, record: InstanceRecord, now: float) -> None:
         """Its process has ended."""
         record.down = True
         record.heard_at = now
-        self._drop_ledgers(record)
+        self.placements.drop_instance(record.instance_id)
+        self.moves.detach(record.instance_id)
+        record.forget_ledgers()
         self.refresh(record)
-        self._measure()
+        live = (one.tokens_max for one in self._records.values() if not one.down)
+        self._tokens_max_least = min(live, default=TOKENS_UNKNOWN)
 
     def forget(self, record: InstanceRecord) -> None:
         """Drop a record that is down."""
-        del self._records[record.hello.instance_id]
+        del self._records[record.instance_id]
+        self._ids.remove(record.instance_id)
 
     def place(self, record: InstanceRecord, request_id: str, tokens: int, now: float) -> None:
         """A request goes there."""
-        blocks = record.blocks(tokens)
-        displaced = self.placements.add(Placement(request_id, record.hello.instance_id, blocks, now))
+        placement = Placement(request_id, record.instance_id, record.blocks(tokens), now)
+        displaced = self.placements.add(placement)
         if displaced is not None:
             self._drop_placement(displaced)
-        record.placed_blocks += blocks
-        record.placed_requests += 1
+        record.count_placement(placement, 1)
         self.refresh(record)
 
     def begin_move(self, move: MoveEntry) -> None:
@@ -230,65 +186,25 @@ class ClusterView:
             self._drop_move(move)
 
     def refresh(self, record: InstanceRecord) -> None:
-        """Make the record's view again after a change, and put it where it belongs in the ranking."""
-        record.view = self._view(record)
-        view = record.view
-        if view is None or view.state is not InstanceState.SERVING or self._over_capacity(view):
-            self._ranking.remove(record.hello.instance_id)
+        """Bring a record up to date after a change, and put it where it belongs in the ranking."""
+        record.changed()
+        if record.state is not InstanceState.SERVING or self._over_capacity(record):
+            self._ranking.remove(record.instance_id)
         else:
-            self._ranking.put(view)
+            self._ranking.put(
+                record, record.queue_freeness if self._score is None else self._score(record.seen)
+            )
 
     # Inside.
 
-    def _view(self, record: InstanceRecord) -> InstanceView | None:
-        report, state = record.report, record.state
-        load = _load(record, state is InstanceState.DRAINING)
-        if report is None or load is None:
-            return None
-        return InstanceView(
-            instance_id=report.instance_id,
-            role=record.hello.role,
-            state=state,
-            capacity_blocks=report.capacity_blocks,
-            used_blocks=report.used_blocks + report.reserved_blocks,
-            head_blocks=report.head_blocks,
-            waiting_blocks=report.waiting_blocks,
-            running=report.running,
-            waiting=report.waiting,
-            execution_priorities=report.execution_priorities,
-            candidates=report.candidates,
-            placed_blocks=record.placed_blocks,
-            placed_requests=record.placed_requests,
-            arriving_blocks=_unreserved(record, report),
-            leaving_blocks=record.leaving_blocks,
-            migrating_in=max(record.arriving_requests, report.migrating_in),
-            migrating_out=max(record.leaving_requests, report.migrating_out),
-            step_s=report.step_s,
-            reported_at=record.heard_at,
-            freeness=load.freeness(self._config.headroom_blocks),
-            queue_freeness=load.queue_freeness(self._config.headroom_blocks),
-        )
-
-    def _over_capacity(self, view: InstanceView) -> bool:
-        queued = view.waiting_blocks + view.placed_blocks
-        return queued > self._config.queue_blocks_factor * view.capacity_blocks
-
-    def _measure(self) -> None:
-        live = (record.tokens_max for record in self._records.values() if not record.down)
-        self._tokens_max_least = min(live, default=TOKENS_UNKNOWN)
-
-    def _drop_ledgers(self, record: InstanceRecord) -> None:
-        instance_id = record.hello.instance_id
-        self.placements.drop_instance(instance_id)
-        self.moves.detach(instance_id)
-        record.placed_blocks = record.placed_requests = 0
-        record.arriving_blocks = record.arriving_requests = 0
-        record.leaving_blocks = record.leaving_requests = 0
+    def _over_capacity(self, record: InstanceRecord) -> bool:
+        capacity = 0 if record.load is None else record.load.capacity_blocks
+        return record.queued_blocks > self._config.queue_blocks_factor * capacity
 
     def _drop_placement(self, placement: Placement) -> None:
         record = self._records.get(placement.instance_id)
         if record is not None:
-            _unplace(record, placement)
+            record.count_placement(placement, -1)
             self.refresh(record)
 
     def _drop_move(self, move: MoveEntry) -> None:
@@ -298,47 +214,5 @@ class ClusterView:
     def _count_sides(self, move: MoveEntry, sign: int) -> None:
         for side in move.pending:
             record = self._records[side]
-            _count_move(record, move, sign)
+            record.count_move(move, sign)
             self.refresh(record)
-
-
-def _unplace(record: InstanceRecord, placement: Placement) -> None:
-    record.placed_blocks -= placement.blocks
-    record.placed_requests -= 1
-
-
-def _count_move(record: InstanceRecord, move: MoveEntry, sign: int) -> None:
-    if move.source_id == record.hello.instance_id:
-        record.leaving_blocks += sign * move.blocks
-        record.leaving_requests += sign
-    else:
-        record.arriving_blocks += sign * move.blocks
-        record.arriving_requests += sign
-
-
-def _unreserved(record: InstanceRecord, report: LoadReport) -> int:
-    """Blocks of arriving requests that the instance does not hold for them yet; the others are in its
-    report."""
-    return max(0, record.arriving_blocks - report.reserved_blocks)
-
-
-def _load(record: InstanceRecord, draining: bool) -> Load | None:
-    """The same as Load.of the record's view, which is made from it."""
-    report = record.report
-    if report is None:
-        return None
-    used = report.used_blocks + report.reserved_blocks + _unreserved(record, report) - record.leaving_blocks
-    arriving = max(record.arriving_requests, report.migrating_in)
-    leaving = max(record.leaving_requests, report.migrating_out)
-    return Load(
-        report.capacity_blocks,
-        max(0, used),
-        report.head_blocks,
-        report.waiting_blocks,
-        record.placed_blocks,
-        max(0, report.running + arriving - leaving),
-        report.waiting,
-        record.placed_requests,
-        report.execution_priorities,
-        draining,
-    )

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 from llumnix.control import tables
 from llumnix.control.audience import Audience
-from llumnix.control.cluster_view import DOWN_MEMORY_S, ClusterView, InstanceRecord
+from llumnix.control.cluster_view import DOWN_MEMORY_S, ClusterView
 from llumnix.control.decision_log import REQUESTS_MAX, DecisionLog
 from llumnix.control.effects import Answered, Effect, Logged
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.orders import Orders
 from llumnix.control.placement import Placer
 from llumnix.control.policy_guard import Faults

@@ -4,8 +4,9 @@ The hot path of the manager: one policy decision over an order that is kept up t
 view made anew. Called by the global scheduler only.
 """
 
-from llumnix.control.cluster_view import ClusterView, InstanceRecord
+from llumnix.control.cluster_view import ClusterView
 from llumnix.control.decision_log import Decision, DecisionLog
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.policy_guard import GuardedDispatch
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import InstanceState, NotPlaced, Place, Placed
@@ -39,13 +40,13 @@ class Placer:
         if first is None:
             raise InvariantError(f"{candidates[0].instance_id} is ranked without a record")
         request = RequestView(
-            request_id=place.request_id,
-            blocks=first.blocks(tokens),
-            prompt_tokens=place.prompt_tokens,
-            max_tokens=place.max_tokens,
-            scheduling_priority=place.scheduling_priority,
-            execution_priority=place.execution_priority,
-            tenant=place.tenant,
+            place.request_id,
+            first.blocks(tokens),
+            place.prompt_tokens,
+            place.max_tokens,
+            place.scheduling_priority,
+            place.execution_priority,
+            place.tenant,
         )
         decision = self._policy.place(request, candidates, now)
         if decision.instance_id is None:
@@ -56,7 +57,7 @@ class Placer:
             fault = f"chose {decision.instance_id!r}, which was no candidate"
             decision = self._policy.overrule(request, candidates, fault, now)
             chosen = self._candidate(decision.instance_id, place, tokens) or first
-        instance_id = chosen.hello.instance_id
+        instance_id = chosen.instance_id
         self._cluster.place(chosen, place.request_id, tokens, now)
         self._log.add(
             place.request_id,
@@ -103,7 +104,7 @@ class Placer:
                 f"a prompt of {place.prompt_tokens} tokens fits no instance: the longest request is {longest}"
             )
             return NotPlaced(place.request_id, reason, NO_USE_S)
-        if all(record.hello.instance_id in place.exclude for record in serving):
+        if all(record.instance_id in place.exclude for record in serving):
             reason = "every serving instance has just failed this request"
             return NotPlaced(place.request_id, reason, RETRY_SOON_S)
         return NotPlaced(place.request_id, "every instance's queue is full", RETRY_LATER_S)

@@ -5,10 +5,9 @@ decision, and that is told: at once, then at most once a minute for each kind, w
 Nothing it returns is used unchecked. Called by the placer, the rescheduler and the scaler.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isfinite
 
-from llumnix.control.cluster_view import queue_freeness
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import (
@@ -64,13 +63,11 @@ class GuardedDispatch:
         self._score_fault = ""
 
     @property
-    def score(self) -> Callable[[InstanceView], float]:
-        """What candidates are ordered by."""
-        return queue_freeness if self._score is None else self._checked_score
+    def score(self) -> Callable[[InstanceView], float] | None:
+        """What candidates are ordered by; None: queue freeness."""
+        return None if self._score is None else self._checked_score
 
-    def place(
-        self, request: RequestView, candidates: tuple[InstanceView, ...], now: float
-    ) -> DispatchDecision:
+    def place(self, request: RequestView, candidates: Sequence[InstanceView], now: float) -> DispatchDecision:
         """The policy's decision, or the default's."""
         decision, fault = attempt(self._policy.place, request, candidates)
         if self._score_fault:
@@ -81,7 +78,7 @@ class GuardedDispatch:
         return self.overrule(request, candidates, fault or f"returned {decision!r}", now)
 
     def overrule(
-        self, request: RequestView, candidates: tuple[InstanceView, ...], fault: str, now: float
+        self, request: RequestView, candidates: Sequence[InstanceView], fault: str, now: float
     ) -> DispatchDecision:
         """Tell what is wrong with the policy's decision, and let the default decide."""
         self._faults.note("dispatch", self.name, fault, now)

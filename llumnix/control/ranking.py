@@ -1,37 +1,45 @@
 """The instances that may take a new request, best first, kept in order as they change.
 
 A placement reads the order and changes one instance; sorting a thousand of them for each would cost more than
-the decision itself. Called by the cluster view.
+the decision itself. So would making views nobody looks at: the order holds records, and a view is made when
+it is read. Called by the cluster view.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from typing import overload
 
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.core.views import InstanceView
 
 Key = tuple[float, str]
 
 
-class Ranking:
-    """Views in falling order of ``score``, then by id. Change and lookup are O(log n) comparisons
-    and a memory move; ``views`` is one copy of n pointers, made anew only after a change."""
+class Ranking(Sequence[InstanceView]):
+    """Views of the instances entered, in falling order of their scores, then by id. Change and lookup are
+    O(log n) comparisons and a memory move. What is read is the order as it is at that moment."""
 
-    def __init__(self, score: Callable[[InstanceView], float]) -> None:
-        self._score = score
+    def __init__(self) -> None:
         self._keys: list[Key] = []
-        self._views: list[InstanceView] = []
+        self._records: list[InstanceRecord] = []
         self._key_of: dict[str, Key] = {}
-        self._tuple: tuple[InstanceView, ...] | None = ()
 
-    def put(self, view: InstanceView) -> None:
-        """Enter an instance, or move it to its new place."""
-        self.remove(view.instance_id)
-        key = (-self._score(view), view.instance_id)
+    def put(self, record: InstanceRecord, score: float) -> None:
+        """Enter an instance that has reported, or move it to its new place."""
+        instance_id = record.instance_id
+        key = (-score, instance_id)
+        old = self._key_of.get(instance_id)
+        if old is not None:
+            place = bisect_left(self._keys, old)
+            if old == key:
+                self._records[place] = record
+                return
+            del self._keys[place]
+            del self._records[place]
         place = bisect_left(self._keys, key)
         self._keys.insert(place, key)
-        self._views.insert(place, view)
-        self._key_of[view.instance_id] = key
-        self._tuple = None
+        self._records.insert(place, record)
+        self._key_of[instance_id] = key
 
     def remove(self, instance_id: str) -> None:
         """Take an instance out. Unknown ones are ignored."""
@@ -39,12 +47,25 @@ class Ranking:
         if key is not None:
             place = bisect_left(self._keys, key)
             del self._keys[place]
-            del self._views[place]
-            self._tuple = None
+            del self._records[place]
 
     @property
-    def views(self) -> tuple[InstanceView, ...]:
-        """All of them, in order."""
-        if self._tuple is None:
-            self._tuple = tuple(self._views)
-        return self._tuple
+    def records(self) -> Sequence[InstanceRecord]:
+        """The same in the manager's own form. Read only."""
+        return self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return iter([record.known_view or record.seen for record in self._records])
+
+    @overload
+    def __getitem__(self, index: int) -> InstanceView: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[InstanceView, ...]: ...
+    def __getitem__(self, index: int | slice) -> InstanceView | tuple[InstanceView, ...]:
+        if isinstance(index, slice):
+            return tuple([record.known_view or record.seen for record in self._records[index]])
+        record = self._records[index]
+        return record.known_view or record.seen

@@ -9,9 +9,10 @@ else; who owns the request is never decided here. Called by the global scheduler
 from dataclasses import dataclass
 
 from llumnix.control.backoff import Backoff
-from llumnix.control.cluster_view import ClusterView, InstanceRecord
+from llumnix.control.cluster_view import ClusterView
 from llumnix.control.decision_log import Decision, DecisionLog
 from llumnix.control.effects import Logged
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MOVES_MAX, MoveEntry
 from llumnix.control.policy_guard import GuardedPairing
 from llumnix.core.admin import MigrationResult

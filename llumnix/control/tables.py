@@ -1,6 +1,7 @@
 """What the manager knows of the cluster as tables for administrators. Called by the global scheduler only."""
 
-from llumnix.control.cluster_view import ClusterView, InstanceRecord
+from llumnix.control.cluster_view import ClusterView
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.core.admin import ClusterSummary, InstanceRow
 from llumnix.core.messages.control import InstanceState
 
@@ -34,10 +35,10 @@ def summary(
 
 def instance_rows(cluster: ClusterView, now: float) -> tuple[InstanceRow, ...]:
     """The table of instances, ordered by id."""
-    return tuple(_row(cluster, record, now) for record in cluster.records())
+    return tuple(_row(record, now) for record in cluster.records())
 
 
-def _row(cluster: ClusterView, record: InstanceRecord, now: float) -> InstanceRow:
+def _row(record: InstanceRecord, now: float) -> InstanceRow:
     report, view = record.report, record.view
     return InstanceRow(
         instance_id=record.hello.instance_id,
@@ -52,7 +53,7 @@ def _row(cluster: ClusterView, record: InstanceRecord, now: float) -> InstanceRo
         waiting=report.waiting if report else 0,
         migrating_in=view.migrating_in if view else 0,
         migrating_out=view.migrating_out if view else 0,
-        freeness=cluster.shown_freeness(record)[0],
+        freeness=record.shown_freeness,
         step_ms=report.step_s * 1e3 if report else 0.0,
         tokens_total=report.tokens_total if report else 0,
         preemptions_total=report.preemptions_total if report else 0,

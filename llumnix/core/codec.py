@@ -56,6 +56,8 @@ TAGS: dict[int, type] = {
 }
 TAG_OF = {cls: tag for tag, cls in TAGS.items()}
 
+PLAIN = (int, str, bool, bytes, float)
+
 Converter = Callable[[Any], Any]
 
 
@@ -123,7 +125,7 @@ def _decoder(hint: Any) -> Converter:
         return _enum(hint)
     if hint is float:
         return _float
-    if hint in (int, str, bool, bytes):
+    if hint in PLAIN:
         return _plain(hint)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
@@ -163,9 +165,13 @@ def _pair_decoder(converters: list[Converter]) -> Converter:
 def _record_decoder(cls: type) -> Converter:
     hints = get_type_hints(cls)
     converters = [(field.name, _decoder(hints[field.name])) for field in fields(cls)]
+    kinds = [hints[field.name] for field in fields(cls)]
+    plain = kinds if all(kind in PLAIN for kind in kinds) and not hasattr(cls, "__post_init__") else None
 
     def convert(value: Any) -> object:
         parts = _sequence(value, cls.__name__)
+        if plain is not None and list(map(type, parts)) == plain:
+            return cls(*parts)  # checked in one pass
         if len(parts) != len(converters):
             raise ProtocolError(f"{cls.__name__} has {len(converters)} fields, got {len(parts)}")
         values = []

@@ -27,6 +27,7 @@ from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import InstanceHello, RequestRow
 from llumnix.observe.event_log import EventLog
 from llumnix.runtime.bus import Bus
+from llumnix.runtime.garbage import Garbage
 
 TICK_MAX_S = 0.25
 EVENTS_PER_S_MAX = 100  # over a manager's whole life; bursts do not matter
@@ -50,6 +51,7 @@ class ManagerServer:
     ) -> None:
         self.events = EventLog(first=int(time.time()) * EVENTS_PER_S_MAX)
         self._queries: dict[str, asyncio.Future[object]] = {}
+        self._garbage = Garbage(time.monotonic())
         self._on_hello = on_hello
         self._on_scale = on_scale
         self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=on_lost, port=port)
@@ -63,6 +65,7 @@ class ManagerServer:
         self._ticker.cancel()
         await asyncio.gather(self._ticker, return_exceptions=True)
         self._bus.close()
+        self._garbage.close()
 
     def instance_ended(self, instance_id: str, incarnation: str) -> None:
         """The process is gone for certain."""
@@ -128,6 +131,7 @@ class ManagerServer:
         while True:
             now = time.monotonic()
             self._perform(self.core.tick(now))
+            self._garbage.sweep(now)
             wait_s = min(TICK_MAX_S, self.core.next_deadline() - now)
             await asyncio.sleep(max(0.005, wait_s))
 

@@ -76,7 +76,7 @@ def test_a_tenant_keeps_its_instance_whatever_the_order_of_candidates() -> None:
 def test_a_full_instance_is_passed_over_and_comers_move_few_tenants() -> None:
     views = tuple(view(f"i{number}") for number in range(4))
     chosen = policy().place(request("a"), views).instance_id
-    full = tuple(replace(one, used_blocks=98) if one.instance_id == chosen else one for one in views)
+    full = tuple(one._replace(used_blocks=98) if one.instance_id == chosen else one for one in views)
     assert policy().place(request("a"), full).instance_id not in (None, chosen)
     tenants = [f"tenant-{number}" for number in range(100)]
     before = [policy().place(request(tenant), views).instance_id for tenant in tenants]

@@ -1,7 +1,5 @@
 """Instance views for policy tests, scored by the real freeness."""
 
-from dataclasses import replace
-
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
 from llumnix.core.views import InstanceView, RequestView
@@ -36,9 +34,9 @@ EMPTY = InstanceView(
 
 def view(instance_id: str, **changes: object) -> InstanceView:
     """A view with these fields, its scores computed."""
-    made = replace(EMPTY, instance_id=instance_id, **changes)  # type: ignore[arg-type]
+    made = EMPTY._replace(instance_id=instance_id, **changes)  # type: ignore[arg-type]
     load = Load.of(made)
-    return replace(made, freeness=load.freeness(HEADROOM), queue_freeness=load.queue_freeness(HEADROOM))
+    return made._replace(freeness=load.freeness(HEADROOM), queue_freeness=load.queue_freeness(HEADROOM))
 
 
 def running(instance_id: str, *blocks: int, **changes: object) -> InstanceView:

@@ -1,16 +1,17 @@
 """The parts under the scheduler: ledgers, ranking, backoff. Bounds and order."""
 
 import pytest
+from control_driving import ToyInstance, hello
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_views import view
 
 from llumnix.control import ledger
 from llumnix.control.backoff import REST_MAX_S, Backoff
-from llumnix.control.cluster_view import queue_freeness
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
 from llumnix.core.errors import InvariantError
+from llumnix.policies.freeness import Load
 
 
 def placement(request_id: str, instance_id: str = "a", at: float = 0.0) -> Placement:
@@ -82,16 +83,32 @@ def test_what_lingers_expires_and_ends_with_its_instances() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 60), st.booleans()), max_size=40))
 def test_the_ranking_equals_a_sort(changes: list[tuple[str, int, bool]]) -> None:
-    ranking, expected = Ranking(queue_freeness), {}
+    ranking, expected = Ranking(), {}
     for instance_id, used, remove in changes:
         if remove:
             ranking.remove(instance_id)
             expected.pop(instance_id, None)
         else:
-            expected[instance_id] = view(instance_id, used_blocks=used, running=3)
-            ranking.put(expected[instance_id])
+            record = InstanceRecord(hello(instance_id), 0.0, 4)
+            record.report = ToyInstance(instance_id, running={"r": used}).report()
+            record.changed()
+            expected[instance_id] = record.seen
+            ranking.put(record, record.queue_freeness)
         ordered = sorted(expected.values(), key=lambda one: (-one.queue_freeness, one.instance_id))
-        assert list(ranking.views) == ordered
+        assert list(ranking) == ordered
+        assert ranking[1:3] == tuple(ordered[1:3])
+
+
+@given(st.integers(0, 120), st.integers(0, 30), st.integers(0, 9), st.booleans())
+def test_a_record_scores_what_its_view_stands_for(used: int, placed: int, moves: int, draining: bool) -> None:
+    record = InstanceRecord(hello("a"), 0.0, 4)
+    record.report = ToyInstance("a", running={"r": used}, waiting={"w": 7}).report()
+    record.placed_blocks, record.placed_requests = placed, placed
+    record.arriving_blocks, record.arriving_requests, record.leaving_blocks = 3 * moves, moves, 2 * moves
+    record.draining = draining
+    record.changed()
+    assert record.load == Load.of(record.seen)
+    assert record.seen.queue_freeness == record.queue_freeness
 
 
 def test_rests_double_with_each_failure_and_end() -> None:

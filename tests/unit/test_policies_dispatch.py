@@ -1,7 +1,6 @@
 """Where new requests go, and which requests an instance offers."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from policy_views import request, running, view
@@ -83,7 +82,7 @@ def test_power_of_two_takes_the_freer_of_two_distinct_ones_drawn_by_the_id() -> 
     many = tuple(view(f"i{number:02}") for number in range(20))
     chosen: Counter[str | None] = Counter()
     for number in range(4000):
-        named = replace(request(), request_id=f"r{number}")
+        named = request()._replace(request_id=f"r{number}")
         decision = policy.place(named, many)
         (better, _), (worse, _) = decision.scores
         assert better < worse, "the earlier candidate, and never one twice"

@@ -1,7 +1,5 @@
 """Which requests move: marks, benefit, capacity, rest, draining; and that rounds come to rest."""
 
-from dataclasses import replace
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_views import HEADROOM, running, view
@@ -50,14 +48,14 @@ def test_the_target_stays_above_the_low_mark() -> None:
 
 def test_the_target_must_have_room_for_one_block_more() -> None:
     source = running("a", 50, 47)
-    big_only = replace(source, candidates=source.candidates[:1])
+    big_only = source._replace(candidates=source.candidates[:1])
     assert pair(big_only, running("b", 51, capacity_blocks=101)) == ()
 
 
 def test_a_move_that_helps_nobody_is_not_made() -> None:
     """Giving away a request without blocks leaves an overloaded instance as overloaded."""
     overloaded = running("a", 100, head_blocks=50, waiting_blocks=50, waiting=1)
-    overloaded = replace(overloaded, candidates=(MoveCandidate("empty", 0, 0, False),))
+    overloaded = overloaded._replace(candidates=(MoveCandidate("empty", 0, 0, False),))
     assert pair(overloaded, view("b")) == ()
 
 
@@ -94,7 +92,7 @@ def test_a_blocked_head_pushes_others_away() -> None:
 def test_a_waiting_request_moves_when_its_instance_offers_it() -> None:
     queued = MoveCandidate("q", 30, 0, True)
     full = running("a", 90, head_blocks=30, waiting_blocks=90, waiting=3)
-    full = replace(full, candidates=(queued, *full.candidates))
+    full = full._replace(candidates=(queued, *full.candidates))
     assert routes(pair(full, view("b")))[0] == ("q", "a", "b")
 
 
@@ -142,7 +140,7 @@ def clusters(draw: st.DrawFn) -> tuple[InstanceView, ...]:
             state=state,
         )
         queued = tuple(MoveCandidate(f"q{number}-{k}", size, 0, True) for k, size in enumerate(queue))
-        views.append(replace(made, candidates=(*queued, *made.candidates)[:8]))
+        views.append(made._replace(candidates=(*queued, *made.candidates)[:8]))
     return tuple(views)
 
 
@@ -176,11 +174,11 @@ def test_every_round_keeps_the_rules(views: tuple[InstanceView, ...]) -> None:
 def blocked(instance_id: str, *blocks: int, head: int) -> InstanceView:
     """An instance whose head of the queue waits for blocks."""
     made = running(instance_id, *blocks, head_blocks=head, waiting_blocks=head, waiting=1)
-    return replace(made, candidates=(MoveCandidate(f"{instance_id}q", head, 0, True), *made.candidates))
+    return made._replace(candidates=(MoveCandidate(f"{instance_id}q", head, 0, True), *made.candidates))
 
 
 def test_drain_moves_what_drains_and_nothing_else() -> None:
-    emptied = replace(running("a", 10, 10), state=InstanceState.DRAINING)
+    emptied = running("a", 10, 10)._replace(state=InstanceState.DRAINING)
     snapshot = ClusterSnapshot(0.0, (emptied, running("b", *FULL), view("c")), frozenset())
     moves = DrainPairing(CONFIG).pair(snapshot)
     assert {move.source_id for move in moves} == {"a"} and len(moves) == 2

@@ -1,0 +1,178 @@
+"""What the manager knows of one instance, and the view that policies get of it.
+
+A record changes with every report of its instance and every placement there. Its load, which orders it among
+the others, is made anew each time; its view, several times dearer, when somebody looks at it next. Called by
+the cluster view and, to read, by the rest of the global scheduler.
+"""
+
+from dataclasses import dataclass, field
+
+from llumnix.control.ledger import MoveEntry, Placement
+from llumnix.core.errors import InvariantError
+from llumnix.core.messages.control import InstanceHello, InstanceState, LoadReport
+from llumnix.core.views import InstanceView
+from llumnix.policies.freeness import Load
+
+
+@dataclass(slots=True, eq=False)
+class InstanceRecord:
+    """One instance. ``headroom_blocks`` is the scheduler's setting, ``draining`` the operator's wish.
+    ``*_blocks`` and counts below it come from the ledgers. ``silent`` and ``down`` are facts about its
+    process. ``state``, ``load`` and its ``queue_freeness`` follow from all of these: after a change to any of
+    them, `changed` must be called. ``known_view`` is the view, if it has been made since."""
+
+    hello: InstanceHello
+    heard_at: float
+    headroom_blocks: int
+    report: LoadReport | None = None
+    draining: bool = False
+    silent: bool = False
+    down: bool = False
+    placed_blocks: int = 0
+    placed_requests: int = 0
+    arriving_blocks: int = 0
+    arriving_requests: int = 0
+    leaving_blocks: int = 0
+    leaving_requests: int = 0
+    instance_id: str = field(init=False)
+    state: InstanceState = field(init=False)
+    load: Load | None = field(init=False)
+    queue_freeness: float = field(init=False)
+    known_view: InstanceView | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.instance_id = self.hello.instance_id
+        self.changed()
+
+    def changed(self) -> None:
+        """Bring state and load up to date, and forget the view."""
+        self.known_view = None
+        report = self.report
+        if self.down:
+            self.state = InstanceState.DOWN
+        elif self.silent:
+            self.state = InstanceState.SILENT
+        elif report is None:
+            self.state = InstanceState.STARTING
+        else:
+            self.state = InstanceState.DRAINING if self.draining else InstanceState.SERVING
+        self.load = load = (
+            None if report is None else self._load(report, self.state is InstanceState.DRAINING)
+        )
+        self.queue_freeness = 0.0 if load is None else load.queue_freeness(self.headroom_blocks)
+
+    @property
+    def tokens_max(self) -> int:
+        """Longest prompt + output that fits there, in tokens."""
+        if self.report is None:
+            return self.hello.max_model_len
+        return min(self.hello.max_model_len, self.report.capacity_blocks * self.hello.kv_layout.block_size)
+
+    @property
+    def queued_blocks(self) -> int:
+        """Demand of requests that wait there or are on their way."""
+        return self.placed_blocks + (self.report.waiting_blocks if self.report else 0)
+
+    @property
+    def view(self) -> InstanceView | None:
+        """What policies see; None before the first report."""
+        if self.known_view is None and self.report is not None:
+            self.known_view = self._make_view(self.report)
+        return self.known_view
+
+    @property
+    def seen(self) -> InstanceView:
+        """The view of an instance that has reported."""
+        view = self.view
+        if view is None:
+            raise InvariantError(f"{self.instance_id} is ranked without a report")
+        return view
+
+    @property
+    def shown_freeness(self) -> float:
+        """Freeness of the real load, without a draining instance's fake request: finite. 0 before the first
+        report."""
+        return 0.0 if self.load is None else self._real(self.load).freeness(self.headroom_blocks)
+
+    @property
+    def shown_queue_freeness(self) -> float:
+        """Likewise, of queue freeness."""
+        if self.load is None or not self.load.draining:
+            return self.queue_freeness
+        return self._real(self.load).queue_freeness(self.headroom_blocks)
+
+    def blocks(self, tokens: int) -> int:
+        """KV blocks that so many tokens take there."""
+        return -(-tokens // self.hello.kv_layout.block_size)
+
+    def count_placement(self, placement: Placement, sign: int) -> None:
+        """One more (or, with -1, one less) on its way there."""
+        self.placed_blocks += sign * placement.blocks
+        self.placed_requests += sign
+
+    def count_move(self, move: MoveEntry, sign: int) -> None:
+        """One more (or less) of its requests is moving, to or from it."""
+        if move.source_id == self.instance_id:
+            self.leaving_blocks += sign * move.blocks
+            self.leaving_requests += sign
+        else:
+            self.arriving_blocks += sign * move.blocks
+            self.arriving_requests += sign
+
+    def forget_ledgers(self) -> None:
+        """Nothing is on its way there or from there any more."""
+        self.placed_blocks = self.placed_requests = 0
+        self.arriving_blocks = self.arriving_requests = 0
+        self.leaving_blocks = self.leaving_requests = 0
+
+    def _real(self, load: Load) -> Load:
+        return load._replace(draining=False) if load.draining else load
+
+    def _unreserved(self, report: LoadReport) -> int:
+        """Blocks of arriving requests that the instance does not hold for them yet; the others are in its
+        report."""
+        return max(0, self.arriving_blocks - report.reserved_blocks)
+
+    def _load(self, report: LoadReport, draining: bool) -> Load:
+        """The same as Load.of the view, which has these numbers."""
+        used = report.used_blocks + report.reserved_blocks + self._unreserved(report) - self.leaving_blocks
+        arriving = max(self.arriving_requests, report.migrating_in)
+        leaving = max(self.leaving_requests, report.migrating_out)
+        return Load(
+            report.capacity_blocks,
+            max(0, used),
+            report.head_blocks,
+            report.waiting_blocks,
+            self.placed_blocks,
+            max(0, report.running + arriving - leaving),
+            report.waiting,
+            self.placed_requests,
+            report.execution_priorities,
+            draining,
+        )
+
+    def _make_view(self, report: LoadReport) -> InstanceView:
+        assert self.load is not None
+        return InstanceView(
+            self.instance_id,
+            self.hello.role,
+            self.state,
+            report.capacity_blocks,
+            report.used_blocks + report.reserved_blocks,
+            report.head_blocks,
+            report.waiting_blocks,
+            report.running,
+            report.waiting,
+            report.execution_priorities,
+            report.candidates,
+            self.placed_blocks,
+            self.placed_requests,
+            self._unreserved(report),
+            self.leaving_blocks,
+            max(self.arriving_requests, report.migrating_in),
+            max(self.leaving_requests, report.migrating_out),
+            report.step_s,
+            self.heard_at,
+            self.load.freeness(self.headroom_blocks),
+            self.queue_freeness,
+        )
