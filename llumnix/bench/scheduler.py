@@ -1,11 +1,10 @@
 """How fast the global scheduler decides, by number of instances: `llumnix bench scheduler`.
 
 The scheduler runs as in the manager, in this process, without sockets: load reports and placements come in
-mixed evenly, as under load, and a rescheduling round every 250 ms of virtual time, before which every instance
-has reported a new load. A dispatch decision is one
-Place from its arrival to its answer; a report is its bytes decoded and taken in; a round is one tick in which
-a round is due, orders and expiries included. Loads are drawn with a fixed seed so that a part of the
-instances wants to give requests away in every round.
+mixed evenly, as under load, and a rescheduling round every 250 ms of virtual time, before which every
+instance has reported a new load. A dispatch decision is one Place from its arrival to its answer; a report is
+its bytes decoded and taken in; a round is one tick in which a round is due, orders and expiries included.
+Loads are drawn with a fixed seed so that a part of the instances wants to give requests away in every round.
 """
 
 import json
