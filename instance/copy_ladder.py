@@ -10,6 +10,7 @@ measured by swap_calibration.py. Called by the copier and by benchmarks.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,27 @@ class Rung(Enum):
     RUN = "run"
     BATCH = "batch"
     STAGING = "staging"
+
+
+ALLOWED_RUNGS: Final = {
+    "auto": (Rung.RUN, Rung.BATCH, Rung.STAGING),
+    "run": (Rung.RUN, Rung.BATCH),
+    "staging": (Rung.STAGING,),
+    "block": (Rung.BLOCK,),
+    "piece": (Rung.PIECE,),
+}
+"""Which rungs each value of ``swap_copies`` chooses from."""
+
+
+@dataclass(slots=True)
+class CopyTotals:
+    """What was done so far in one direction; ``copies`` counts copy operations, ``busy_s`` the jobs' time."""
+
+    jobs: int = 0
+    blocks: int = 0
+    copies: int = 0
+    errors: int = 0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from typing import Final
 
 from llumnix.core.config import SwapConfig
 from llumnix.core.errors import InvariantError
+from llumnix.instance.copy_ladder import CopyTotals
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.swap import SwapDirection, SwapDone, SwapJob
-from llumnix.instance.swap_lane import LaneTotals, SwapLane
+from llumnix.instance.swap_lane import SwapLane
 from llumnix.instance.swap_order import SwapOrder
 
 JOBS_MAX: Final = 4096
@@ -80,7 +81,7 @@ class SwapCopier:
         """The mean of both directions: what is swapped out comes in again."""
         return sum(lane.ladder.cost_s(blocks, runs) for lane in self._lanes) / len(self._lanes)
 
-    def totals(self) -> dict[SwapDirection, LaneTotals]:
+    def totals(self) -> dict[SwapDirection, CopyTotals]:
         """What was done so far, by direction."""
         with self._changed:
             return {lane.direction: replace(lane.totals) for lane in self._lanes}

@@ -3,36 +3,13 @@
 Belongs to one thread at a time. Used by the copier's workers and by benchmarks.
 """
 
-from dataclasses import dataclass
-from typing import Final
-
 from llumnix.core.config import SwapConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.instance.copy_ladder import CopyLadder, PoolShape, Rung, paired_runs
+from llumnix.instance.copy_ladder import ALLOWED_RUNGS, CopyLadder, CopyTotals, PoolShape, Rung, paired_runs
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.swap import SwapDirection, SwapJob
 from llumnix.instance.swap_calibration import calibrate, move
 from llumnix.kernels.copies import mover
-
-ALLOWED: Final = {
-    "auto": (Rung.RUN, Rung.BATCH, Rung.STAGING),
-    "run": (Rung.RUN, Rung.BATCH),
-    "staging": (Rung.STAGING,),
-    "block": (Rung.BLOCK,),
-    "piece": (Rung.PIECE,),
-}
-"""Which rungs each value of ``swap_copies`` chooses from."""
-
-
-@dataclass(slots=True)
-class LaneTotals:
-    """What a lane has done so far; ``copies`` counts copy operations, ``busy_s`` the time in them."""
-
-    jobs: int = 0
-    blocks: int = 0
-    copies: int = 0
-    errors: int = 0
-    busy_s: float = 0.0
 
 
 class SwapLane:
@@ -43,7 +20,7 @@ class SwapLane:
         self, direction: SwapDirection, device_pool: KvPool, host_pool: KvPool, config: SwapConfig
     ) -> None:
         self.direction = direction
-        self.totals = LaneTotals()
+        self.totals = CopyTotals()
         device_bytes, host_bytes = device_pool.bytes_view(), host_pool.bytes_view()
         out = direction is SwapDirection.OUT
         self._mover = mover(device_bytes, host_bytes, to_host=out)
@@ -51,7 +28,7 @@ class SwapLane:
         block_bytes, planes = device_pool.layout.block_bytes, 2 * device_pool.layout.layers
         self._blocks = PoolShape.block_first(block_bytes)
         self._pieces = PoolShape.block_first_pieces(block_bytes, planes)
-        allowed = [rung for rung in ALLOWED[config.swap_copies] if rung in costs]
+        allowed = [rung for rung in ALLOWED_RUNGS[config.swap_copies] if rung in costs]
         if not allowed:
             raise ConfigurationError(f"swap_copies {config.swap_copies!r} does not work on this device")
         self.ladder = CopyLadder(costs, allowed, block_bytes, planes)
