@@ -190,7 +190,10 @@ class Agent:
 
     def tick(self, now: float) -> list[Effect]:
         """Act on every deadline that has passed."""
-        return [*self._outgoing.tick(now), *self._incoming.tick(now), *self._report_if_due(now)]
+        effects: list[Effect] = []
+        if len(self._outgoing):
+            effects += self._outgoing.tick(now)
+        return [*effects, *self._incoming.tick(now), *self._report_if_due(now)]
 
     def next_deadline(self) -> float | None:
         """When ``tick`` has something to do at the latest."""

@@ -108,6 +108,8 @@ class IncomingMigrations:
 
     def tick(self, now: float) -> list[Effect]:
         """Act on every deadline that has passed, and close readers that nobody has used for a while."""
+        if not self._readers:
+            return []  # a reader stays for a while after each migration
         due = [m for m in self._running.values() if m.deadline is not None and m.deadline <= now]
         effects = [effect for migration in due for effect in self._feed(migration, Timeout(), now)]
         in_use = [m.reserve.kv_endpoint.pool_name for m in self._running.values()]
@@ -120,6 +122,8 @@ class IncomingMigrations:
         return effects
 
     def next_deadline(self) -> float | None:
+        if not self._readers:
+            return None
         deadlines = [m.deadline for m in self._running.values() if m.deadline is not None]
         deadlines += [used_at + READER_IDLE_S for used_at in self._readers.values()]
         return min(deadlines, default=None)

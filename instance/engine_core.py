@@ -113,7 +113,7 @@ class EngineCore:
             )
         self._tokens_total += taken
         if computed:
-            self._note_step(duration_s)
+            self._note_steps((duration_s,))
         preempted, self._preempted = tuple(self._preempted), []
         steady = steady and not (finished or preempted)
         return StepResult(deltas, tuple(finished), preempted, computed, duration_s, steady)
@@ -131,13 +131,14 @@ class EngineCore:
         steps, decoding = len(durations_s), list(self._scheduler.decoding)
         self._scheduler.advance(steps, sample)
         self._tokens_total += steps * len(decoding)
-        for duration_s in durations_s:
-            self._note_step(duration_s)
+        self._note_steps(durations_s)
         return decoding
 
-    def _note_step(self, duration_s: float) -> None:
-        weight = STEP_MEAN_WEIGHT if self._step_s else 1.0
-        self._step_s += weight * (duration_s - self._step_s)
+    def _note_steps(self, durations_s: Sequence[float]) -> None:
+        mean_s = self._step_s or durations_s[0]
+        for duration_s in durations_s:
+            mean_s += STEP_MEAN_WEIGHT * (duration_s - mean_s)
+        self._step_s = mean_s
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()

@@ -175,11 +175,14 @@ class LocalScheduler:
             sampling, known = request.sampling, len(request.tokens)
             if sampling.stop_token_ids or sampling.logprobs >= 0:
                 return NOT_QUIET
-            most = min(most, sampling.max_tokens - known + request.prompt_len - 1)
+            left = sampling.max_tokens - known + request.prompt_len - 1
+            if left < most:
+                most = left
             context += known
-        while most > 0 and self._growth(most) > self._blocks.free_blocks:
+        batch, free = len(self.decoding), self._blocks.free_blocks
+        while most > 0 and batch * (most // self._block_size + 1) > free and self._growth(most) > free:
             most //= 2
-        return QuietStretch(most, len(self.decoding), context) if most > 0 else NOT_QUIET
+        return QuietStretch(most, batch, context) if most > 0 else NOT_QUIET
 
     def advance(self, steps: int, sample: Callable[[Request, int], Iterable[int]]) -> None:
         """Do ``steps`` quiet steps at once, taking blocks in the order in which single steps would.
@@ -194,10 +197,13 @@ class LocalScheduler:
         for _, _, request_id in growths:
             if not self._take_blocks(self.decoding[request_id], 1):
                 raise InvariantError(f"a stretch of {steps} steps was not quiet: no block for {request_id}")
+        generated: dict[str, int] = {}
         for request in self.decoding.values():
             request.tokens.extend(sample(request, steps))
             request.computed_tokens += steps
-            self.tenants.generated(request.tenant, steps)
+            generated[request.tenant] = generated.get(request.tenant, 0) + steps
+        for tenant, tokens in generated.items():
+            self.tenants.generated(tenant, tokens)
 
     def _growth(self, steps: int) -> int:
         """Blocks that the decoding requests take in the next ``steps`` steps."""

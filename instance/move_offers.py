@@ -31,8 +31,14 @@ class MoveOffers:
     def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first."""
         chosen, fault = attempt(self._policy.select, rows, limit)
-        if isinstance(chosen, tuple) and len(chosen) <= limit and all(row in rows for row in chosen):
+        if isinstance(chosen, tuple) and len(chosen) <= limit and _all_of(chosen, rows):
             return chosen
         name = type(self._policy).__name__
         self.fault = f"{name} {fault or f'returned {chosen!r}'}"[:FAULT_CHARS_MAX]
         return self._default.select(rows, limit)
+
+
+def _all_of(chosen: Sequence[MoveCandidate], rows: Sequence[MoveCandidate]) -> bool:
+    """Whether all that was chosen is among what there is; as a rule it is the same objects."""
+    given = {id(row) for row in rows}
+    return all(id(row) in given or row in rows for row in chosen)
