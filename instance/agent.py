@@ -179,6 +179,7 @@ class Agent:
             for address, deltas in result.deltas.items()
         ]
         effects += self._outgoing.step_ended(now)
+        effects += self._incoming.step_ended(now)
         return [*effects, *self._report_if_due(now)]
 
     def after_quiet_steps(self, durations_s: Sequence[float], now: float) -> list[Effect]:

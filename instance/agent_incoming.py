@@ -27,7 +27,7 @@ from llumnix.core.messages.migration import (
 )
 from llumnix.instance.agent_memory import Latest
 from llumnix.instance.engine import Engine
-from llumnix.migration.events import CloseReader, Effect, PeerFenced, ReadEnded, Timeout
+from llumnix.migration.events import CloseReader, Effect, PeerFenced, ReadEnded, StepEnded, Timeout
 from llumnix.migration.pace import Pace
 from llumnix.migration.target import TargetMigration, TargetState
 from llumnix.migration.transports.base import ReadStats
@@ -100,6 +100,11 @@ class IncomingMigrations:
         if migration is None:
             raise InvariantError(f"a read of migration {migration_id} ended, which nobody knows")
         return self._feed(migration, ReadEnded(stage, outcome), now)
+
+    def step_ended(self, now: float) -> list[Effect]:
+        """Let every source know whose steps have got out of the rhythm it was told."""
+        running = list(self._running.values())
+        return [effect for migration in running for effect in self._feed(migration, StepEnded(), now)]
 
     def fenced(self, incarnation: str, now: float) -> list[Effect]:
         """A process has ended for certain: give back what it had reserved, and close its pool."""

@@ -14,7 +14,7 @@ from llumnix.migration.transports.base import ReadStats
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """The source's engine has done a step."""
+    """The engine of this side has done a step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ class SourceMigration:
             return self._hand_over(movable, now)
         self.state = SourceState.READY
         self._wait(now)
-        return self._announce_if_next(now)
+        return self._leave_in_time(movable, now)
 
     def _begin_stage(self, movable: Movable, fresh: int, now: float) -> list[Send]:
         wanted = self._blocks_wanted(movable)
@@ -200,8 +200,8 @@ class SourceMigration:
         blocks = movable.blocks[self._copied : self._copied + fresh]
         return [self._send(CopyStage(self.order.migration_id, self._stages, blocks, wanted))]
 
-    def _announce_if_next(self, now: float) -> list[Send]:
-        """READY, between steps: say so if the request is to leave after the next one."""
+    def _leave_in_time(self, movable: Movable, now: float) -> list[Send]:
+        """READY, between steps: go now, or say so if the request is to leave after the next one."""
         steps = steps_to_wait(
             now,
             self._pace.step_s,
@@ -209,6 +209,8 @@ class SourceMigration:
             hold_share=self._config.hold_share,
             steps_max=self._steps_left,
         )
+        if steps == 0:
+            return self._hand_over(movable, now)
         self._steps_left -= 1
         self._announced = steps == 1
         return [self._send(CommitSoon(self.order.migration_id, self._pace.step_s))] if self._announced else []
@@ -220,7 +222,7 @@ class SourceMigration:
             return self._lost_its_kv(movable, now)
         if self.state is not SourceState.READY:
             return []
-        return self._hand_over(movable, now) if self._announced else self._announce_if_next(now)
+        return self._hand_over(movable, now) if self._announced else self._leave_in_time(movable, now)
 
     def _hand_over(self, movable: Movable, now: float) -> list[Send]:
         current = self._engine.spec_of(self.order.request_id, now)

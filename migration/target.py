@@ -42,8 +42,9 @@ from llumnix.core.messages.migration import (
     Reserved,
     StageCopied,
 )
+from llumnix.migration.alignment import Rhythm
 from llumnix.migration.engine_sides import TakingEngine
-from llumnix.migration.events import Effect, PeerFenced, ReadEnded, StartRead, Timeout
+from llumnix.migration.events import Effect, PeerFenced, ReadEnded, StartRead, StepEnded, Timeout
 from llumnix.migration.pace import Pace
 from llumnix.migration.story import Story
 
@@ -84,6 +85,7 @@ class TargetMigration:
         self._stage = 0
         self._reading = 0
         self._commit: Commit | None = None
+        self._told = Rhythm(0.0, 0.0)
 
     @property
     def migration_id(self) -> str:
@@ -112,7 +114,8 @@ class TargetMigration:
         effects = action(self, event, now)
         if self.state not in successors:
             raise InvariantError(f"{before} to {self.state} on {type(event).__name__}: {self.story()}")
-        self._story.note(event, self.state, now)
+        if not isinstance(event, StepEnded):
+            self._story.note(event, self.state, now)
         return effects
 
     def story(self) -> str:
@@ -123,7 +126,13 @@ class TargetMigration:
 
     def _still_here(self, event: object, now: float) -> list[Effect]:
         self._wait(now)
-        return [self._reserved()]
+        return [self._reserved(now)]
+
+    def _keep_in_step(self, event: StepEnded, now: float) -> list[Effect]:
+        """Right before a step: the source must not go by a rhythm that is no longer ours."""
+        if self._told.step_s > 0 and not self._told.drifted(now):
+            return []
+        return [self._reserved(now)]
 
     def _read_stage(self, event: CopyStage, now: float) -> list[Effect]:
         if event.stage <= self._stage:
@@ -142,11 +151,11 @@ class TargetMigration:
     def _repeat_stage(self, event: CopyStage, now: float) -> list[Effect]:
         if event.stage != self._stage:
             return []
-        return [self._copied_stage(0.0)]
+        return [self._copied_stage(0.0, now)]
 
     def _reading_still(self, event: object, now: float) -> list[Effect]:
         self.deadline = now + self._config.answer_timeout_s / 2
-        return [self._reserved()]
+        return [self._reserved(now)]
 
     def _stage_read(self, event: ReadEnded, now: float) -> list[Effect]:
         if isinstance(event.outcome, TransportError):
@@ -154,7 +163,7 @@ class TargetMigration:
         self._copied += self._reading
         self.state = TargetState.RESERVED
         self._wait(now)
-        return [self._copied_stage(event.outcome.duration_s)]
+        return [self._copied_stage(event.outcome.duration_s, now)]
 
     def _expect_commit(self, event: CommitSoon, now: float) -> list[Effect]:
         self.expected_at = now + event.in_s
@@ -233,7 +242,7 @@ class TargetMigration:
         return []
 
     def _ignore(self, event: object, now: float) -> list[Effect]:
-        """A repeat, or a message overtaken by a later one."""
+        """A repeat, a message overtaken by a later one, or nothing to this state."""
         return []
 
     def _deny(self, reason: str) -> list[Effect]:
@@ -271,14 +280,15 @@ class TargetMigration:
         endpoint = self.reserve.kv_endpoint
         return StartRead(self.migration_id, self._stage, endpoint, source_blocks, target_blocks, final)
 
-    def _reserved(self) -> Send:
-        return self._send(Reserved(self.migration_id, self._config.reservation_s, self._step_s()))
+    def _reserved(self, now: float) -> Send:
+        return self._send(Reserved(self.migration_id, self._config.reservation_s, self._tell_step_s(now)))
 
-    def _copied_stage(self, copy_s: float) -> Send:
-        return self._send(StageCopied(self.migration_id, self._stage, copy_s, self._step_s()))
+    def _copied_stage(self, copy_s: float, now: float) -> Send:
+        return self._send(StageCopied(self.migration_id, self._stage, copy_s, self._tell_step_s(now)))
 
-    def _step_s(self) -> float:
-        return self._pace.step_s if self._engine.has_work() else 0.0
+    def _tell_step_s(self, now: float) -> float:
+        self._told = Rhythm(now, self._pace.step_s if self._engine.has_work() else 0.0)
+        return self._told.step_s
 
     def _wait(self, now: float) -> None:
         self.deadline = now + self._config.reservation_s
@@ -293,6 +303,7 @@ Rows = Mapping[type, tuple[Action, tuple[TargetState, ...]]]
 
 TRANSITIONS: Mapping[TargetState, Rows] = {
     S.RESERVED: {
+        StepEnded: (M._keep_in_step, (S.RESERVED,)),
         Reserve: (M._still_here, (S.RESERVED,)),
         CopyStage: (M._read_stage, (S.RESERVED, S.COPYING, S.DENIED)),
         CommitSoon: (M._expect_commit, (S.RESERVED,)),
@@ -303,6 +314,7 @@ TRANSITIONS: Mapping[TargetState, Rows] = {
         Timeout: (M._expire, (S.EXPIRED,)),
     },
     S.COPYING: {
+        StepEnded: (M._ignore, (S.COPYING,)),
         Reserve: (M._reading_still, (S.COPYING,)),
         CopyStage: (M._ignore, (S.COPYING,)),
         CommitSoon: (M._ignore, (S.COPYING,)),
@@ -313,6 +325,7 @@ TRANSITIONS: Mapping[TargetState, Rows] = {
         Timeout: (M._reading_still, (S.COPYING,)),
     },
     S.COMMITTING: {
+        StepEnded: (M._ignore, (S.COMMITTING,)),
         Reserve: (M._ignore, (S.COMMITTING,)),
         CopyStage: (M._ignore, (S.COMMITTING,)),
         CommitSoon: (M._ignore, (S.COMMITTING,)),
@@ -323,6 +336,7 @@ TRANSITIONS: Mapping[TargetState, Rows] = {
         PeerFenced: (M._ignore, (S.COMMITTING,)),
     },
     S.LETTING_GO: {
+        StepEnded: (M._ignore, (S.LETTING_GO,)),
         Reserve: (M._ignore, (S.LETTING_GO,)),
         CopyStage: (M._ignore, (S.LETTING_GO,)),
         CommitSoon: (M._ignore, (S.LETTING_GO,)),

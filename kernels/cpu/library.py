@@ -21,6 +21,7 @@ SOURCES = (
     "pool.h",
     "linear.h",
     "attention.c",
+    "copy.c",
     "elementwise.c",
     "features.c",
     "linear.c",
@@ -43,17 +44,19 @@ COMPILE_TIMEOUT_S = 120.0
 
 log = logging.getLogger(__name__)
 
-_POINTER, _INT, _SIZE, _LONG, _FLOAT = (
+_POINTER, _INT, _SIZE, _LONG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p,
     ctypes.c_int,
     ctypes.c_size_t,
     ctypes.c_int64,
     ctypes.c_float,
+    ctypes.c_double,
 )
 
 
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "llumnix_best_product": ([], _INT),
+    "llumnix_copy_runs": ([_POINTER] * 3 + [_LONG] * 2 + [_DOUBLE], _LONG),
     "llumnix_linear": ([_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 4, _INT),
     "llumnix_packed_rows": ([_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2, None),
     "llumnix_attention": ([_POINTER] * 5 + [_LONG] * 9 + [_FLOAT, _INT, _INT], _INT),

@@ -92,8 +92,15 @@ class _RecordingReader:
         self._inner = inner
         self._stats = stats
 
-    def read(self, source_blocks: Sequence[int], target_blocks: Sequence[int], timeout_s: float) -> ReadStats:
-        stats = self._inner.read(source_blocks, target_blocks, timeout_s)
+    def read(
+        self,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        timeout_s: float,
+        *,
+        urgent: bool = False,
+    ) -> ReadStats:
+        stats = self._inner.read(source_blocks, target_blocks, timeout_s, urgent=urgent)
         self._stats.append(stats)
         return stats
 
@@ -260,7 +267,9 @@ class _ThreadInstance:
             reader = self._open.get(order.endpoint.pool_name)
             if reader is None:
                 reader = self._open[order.endpoint.pool_name] = self.readers.open(order.endpoint)
-            outcome = reader.read(order.source_blocks, order.target_blocks, READ_TIMEOUT_S)
+            outcome = reader.read(
+                order.source_blocks, order.target_blocks, READ_TIMEOUT_S, urgent=order.final
+            )
         except TransportError as error:
             outcome = error
         self.post(_ReadEnded(order.migration_id, order.stage, outcome))

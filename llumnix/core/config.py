@@ -111,6 +111,11 @@ class MigrationConfig(Leaf):
     )
     reservation_s: float = setting(15.0, "how long a target keeps blocks for a silent source")
     bandwidth_mib_s: float = setting(0.0, "most MiB of KV per second read by one instance; 0 is no limit")
+    copy_share: float = setting(
+        0.02,
+        "share of the time that copying KV between two memories of one host may take, so that steps on the "
+        "same cores lose no more; 1 is as fast as it goes",
+    )
     hold_share: float = setting(
         0.5, "share of one of its steps a target waits for a request announced to arrive; 0 never waits"
     )
@@ -122,6 +127,7 @@ class MigrationConfig(Leaf):
         self.need(self.incoming_max >= 1, "incoming_max", "at least 1")
         self.need(self.answer_timeout_s > 0, "answer_timeout_s", "above 0")
         self.need(self.reservation_s > self.answer_timeout_s, "reservation_s", "above answer_timeout_s")
+        self.need(0 < self.copy_share <= 1, "copy_share", "above 0 and at most 1")
         self.need(self.hold_share <= 1, "hold_share", "within 0 and 1")
 
 

@@ -177,7 +177,9 @@ class InstanceServer:
         outcome: ReadStats | TransportError
         try:
             reader = self._reader(order.endpoint)
-            outcome = reader.read(order.source_blocks, order.target_blocks, READ_TIMEOUT_S)
+            outcome = reader.read(
+                order.source_blocks, order.target_blocks, READ_TIMEOUT_S, urgent=order.final
+            )
         except TransportError as error:
             outcome = error
         except (LlumnixError, OSError, ValueError) as error:

@@ -70,7 +70,7 @@ class Links:
         kv_bytes = blocks * self._block_bytes
 
         def end(_: object) -> None:
-            outcome: ReadStats | TransportError = ReadStats(kv_bytes, 1, duration_s)
+            outcome: ReadStats | TransportError = ReadStats(kv_bytes, 1, duration_s, duration_s)
             if fails or not self._alive(source):
                 outcome = TransportError("cut short" if fails else "the source is gone")
             else:

@@ -7,13 +7,12 @@ import threading
 from collections.abc import Callable
 
 BURST_S = 0.05
-SMALL_READ_BYTES = 4 << 20
 
 
 class TokenBucket:
-    """Lets ``bytes_per_s`` through on average, BURST_S worth of it at once; 0 is no limit. A small read
-    never waits, since a request may be in nobody's batch until it is done, but it counts: later reads pay
-    for it."""
+    """Lets ``bytes_per_s`` through on average, BURST_S worth of it at once; 0 is no limit. An urgent read
+    never waits, since a request is in nobody's batch until it is done, but it counts: later reads pay for
+    it."""
 
     def __init__(
         self, bytes_per_s: float, *, clock: Callable[[], float], sleep: Callable[[float], None]
@@ -29,8 +28,8 @@ class TokenBucket:
         """The largest piece to ask for at once: no burst may hold up others for long."""
         return most if self._rate == 0 else min(most, max(1, int(self._rate * BURST_S)))
 
-    def pass_bytes(self, count: int, *, small: bool) -> None:
-        """Take ``count`` bytes, waiting until they are due unless ``small``."""
+    def pass_bytes(self, count: int, *, urgent: bool) -> None:
+        """Take ``count`` bytes, waiting until they are due unless ``urgent``."""
         if self._rate == 0:
             return
         with self._lock:
@@ -39,5 +38,5 @@ class TokenBucket:
             self._filled_at = now
             self._tokens -= count
             wait_s = -self._tokens / self._rate
-        if wait_s > 0 and not small:
+        if wait_s > 0 and not urgent:
             self._sleep(wait_s)

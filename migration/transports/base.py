@@ -19,11 +19,13 @@ from llumnix.core.messages.control import KvEndpoint, KvLayout
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """What one read cost: bytes moved, separate copies or messages it took, seconds of its own clock."""
+    """What one read cost: bytes moved, separate copies or messages it took, seconds from its begin to its
+    end, and how many of these it copied rather than rested."""
 
     kv_bytes: int
     copies: int
     duration_s: float
+    copying_s: float
 
 
 class BlockPool(Protocol):
@@ -46,9 +48,17 @@ class BlockReader(Protocol):
     """Reads from one source instance, for any number of threads at a time. Closed when the source is
     fenced or no migration has used it for a while; reads that come later raise TransportError."""
 
-    def read(self, source_blocks: Sequence[int], target_blocks: Sequence[int], timeout_s: float) -> ReadStats:
+    def read(
+        self,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        timeout_s: float,
+        *,
+        urgent: bool = False,
+    ) -> ReadStats:
         """Copy ``source_blocks[i]`` to ``target_blocks[i]`` for every i; both lists are equally long.
-        Consecutive ids on both sides travel as one copy. Raises TransportError, among others when the
+        Consecutive ids on both sides travel as one copy. ``urgent``: the request is in nobody's batch until
+        this is done, so it waits for no cap and never rests. Raises TransportError, among others when the
         source says nothing for ``timeout_s``; what was written by then is unspecified."""
         ...
 

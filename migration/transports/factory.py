@@ -17,7 +17,7 @@ from llumnix.migration.transports.zmq_reader import ZmqReader
 
 MIB = 1 << 20
 
-Opener = Callable[[KvEndpoint, BlockPool, TokenBucket], BlockReader]
+Opener = Callable[[KvEndpoint, BlockPool, TokenBucket, float], BlockReader]
 
 TRANSPORTS: dict[str, Opener] = {
     "inprocess": open_in_process,
@@ -34,6 +34,7 @@ class Readers:
     def __init__(self, pool: BlockPool, config: MigrationConfig) -> None:
         self._pool = pool
         self._transport = config.transport
+        self._copy_share = config.copy_share
         self._bucket = TokenBucket(config.bandwidth_mib_s * MIB, clock=time.monotonic, sleep=time.sleep)
 
     def open(self, endpoint: KvEndpoint) -> BlockReader:
@@ -41,7 +42,7 @@ class Readers:
         reasons = []
         for name in names:
             try:
-                return TRANSPORTS[name](endpoint, self._pool, self._bucket)
+                return TRANSPORTS[name](endpoint, self._pool, self._bucket, self._copy_share)
             except TransportError as error:
                 reasons.append(f"{name}: {error}")
         where = f"pool {endpoint.pool_name} of process {endpoint.pid} at {endpoint.address}"

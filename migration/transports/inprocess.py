@@ -30,7 +30,9 @@ def withdraw(pool: BlockPool) -> None:
             del _pools[pool.pool_name]
 
 
-def open_in_process(endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket) -> MemoryReader:
+def open_in_process(
+    endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket, copy_share: float
+) -> MemoryReader:
     """A reader of a pool of this very process. Raises TransportError with the reason if it is not one."""
     if endpoint.host != host_identity() or endpoint.pid != os.getpid():
         raise TransportError("the source is another process")
@@ -45,4 +47,4 @@ def open_in_process(endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket) 
     rows = source.bytes_view()
     if rows.device != pool.bytes_view().device:
         raise TransportError(f"the pools are on {rows.device} and {pool.bytes_view().device}")
-    return MemoryReader(SourceMemory(len(rows), rows.data_ptr(), rows), pool, bucket)
+    return MemoryReader(SourceMemory(len(rows), rows.data_ptr(), rows), pool, bucket, copy_share)

@@ -18,7 +18,9 @@ from llumnix.migration.transports.base import BlockPool, host_identity
 from llumnix.migration.transports.memory import MemoryReader, SourceMemory
 
 
-def open_shared_memory(endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket) -> MemoryReader:
+def open_shared_memory(
+    endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket, copy_share: float
+) -> MemoryReader:
     """A reader of a pool in another process of this host. Raises TransportError with the reason if it
     cannot be."""
     if endpoint.host != host_identity():
@@ -44,4 +46,5 @@ def open_shared_memory(endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucke
     finally:
         os.close(fd)
     mapped = np.frombuffer(memory, dtype=np.uint8)  # knows its address though it may not be written to
-    return MemoryReader(SourceMemory(size_bytes // block_bytes, mapped.ctypes.data, mapped), pool, bucket)
+    memory_of_peer = SourceMemory(size_bytes // block_bytes, mapped.ctypes.data, mapped)
+    return MemoryReader(memory_of_peer, pool, bucket, copy_share)

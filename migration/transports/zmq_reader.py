@@ -16,7 +16,7 @@ import zmq
 
 from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import KvEndpoint
-from llumnix.migration.transports.bandwidth import SMALL_READ_BYTES, TokenBucket
+from llumnix.migration.transports.bandwidth import TokenBucket
 from llumnix.migration.transports.base import BlockPool, ReadStats
 from llumnix.migration.transports.runs import Run, plan_runs
 from llumnix.migration.transports.zmq_wire import (
@@ -36,7 +36,8 @@ LOST_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FA
 class ZmqReader:
     """A BlockReader over ZeroMQ. Raises TransportError if the pool is not served at ``endpoint.address``."""
 
-    def __init__(self, endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket) -> None:
+    def __init__(self, endpoint: KvEndpoint, pool: BlockPool, bucket: TokenBucket, copy_share: float) -> None:
+        """``copy_share`` means nothing here: the network is what takes the time."""
         self._endpoint = endpoint
         self._pool = pool
         self._bucket = bucket
@@ -51,25 +52,32 @@ class ZmqReader:
             self.close()
             raise
 
-    def read(self, source_blocks: Sequence[int], target_blocks: Sequence[int], timeout_s: float) -> ReadStats:
+    def read(
+        self,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        timeout_s: float,
+        *,
+        urgent: bool = False,
+    ) -> ReadStats:
         started = perf_counter()
         target, block_bytes = self._pool.bytes_view(), self._pool.layout.block_bytes
         chunk = max(1, self._bucket.chunk_bytes(CHUNK_BYTES) // block_bytes)
         runs = plan_runs(source_blocks, target_blocks, target_total=len(target), blocks_max=chunk)
         kv_bytes = len(source_blocks) * block_bytes
-        small = kv_bytes <= SMALL_READ_BYTES
 
         def transfer(connection: "_Connection") -> None:
             asked = 0
             for done, run in enumerate(runs):
                 while asked < min(len(runs), done + CHUNKS_IN_FLIGHT_MAX):
-                    self._bucket.pass_bytes(runs[asked].count * block_bytes, small=small)
+                    self._bucket.pass_bytes(runs[asked].count * block_bytes, urgent=urgent)
                     connection.ask(runs[asked].source, runs[asked].count)
                     asked += 1
                 _store(connection.answer(run.count * block_bytes, timeout_s), target, run, block_bytes)
 
         self._with_connection(transfer)
-        return ReadStats(kv_bytes, len(runs), perf_counter() - started)
+        duration_s = perf_counter() - started
+        return ReadStats(kv_bytes, len(runs), duration_s, duration_s)
 
     def close(self) -> None:
         """A read under way goes on to its end."""

@@ -327,17 +327,40 @@ def test_the_cap_lets_through_its_rate_and_one_burst() -> None:
     time = FakeTime()
     bucket = TokenBucket(1000.0, clock=lambda: time.now, sleep=time.sleep)
     for _ in range(200):
-        bucket.pass_bytes(50, small=False)
+        bucket.pass_bytes(50, urgent=False)
     assert time.slept == pytest.approx((200 * 50 - 1000.0 * BURST_S) / 1000.0)
 
 
-def test_a_small_read_passes_at_once_and_later_ones_pay() -> None:
+def test_an_urgent_read_passes_at_once_and_later_ones_pay() -> None:
     time = FakeTime()
     bucket = TokenBucket(1000.0, clock=lambda: time.now, sleep=time.sleep)
-    bucket.pass_bytes(550, small=True)
+    bucket.pass_bytes(550, urgent=True)
     assert time.slept == 0.0
-    bucket.pass_bytes(100, small=False)
+    bucket.pass_bytes(100, urgent=False)
     assert time.slept == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("copy_share", [1.0, 0.5])
+def test_a_long_copy_past_the_caches_is_exact(copy_share: float) -> None:
+    odd = replace(layout(4096), head_dim=9)  # blocks of 1152 bytes: no run ends where a page does
+    source, target = (KvPool(odd, name, CPU) for name in ("long-source", "long-target"))
+    content = fill(source)
+    inprocess.offer(source)
+    config = MigrationConfig(transport="inprocess", copy_share=copy_share)
+    reader = Readers(target, config).open(
+        KvEndpoint(host_identity(), os.getpid(), source.fd, "long-source", "")
+    )
+    blocks = [*range(7, 1500), *range(2000, 3001), 5, 3, 1]
+    expected = torch.zeros_like(target.bytes_view())
+    expected[1 : len(blocks) + 1] = content[blocks]
+    stats = reader.read(blocks, range(1, len(blocks) + 1), TIMEOUT_S)
+    assert torch.equal(target.bytes_view(), expected)
+    assert stats.copies == 5
+    assert 0 < stats.copying_s <= stats.duration_s
+    reader.close()
+    inprocess.withdraw(source)
+    source.close()
+    target.close()
 
 
 def test_a_capped_reader_takes_every_byte_from_the_bucket() -> None:
@@ -347,6 +370,6 @@ def test_a_capped_reader_takes_every_byte_from_the_bucket() -> None:
     time = FakeTime()
     kv_bytes = 8192 * source.layout.block_bytes
     bucket = TokenBucket(kv_bytes / 4, clock=lambda: time.now, sleep=time.sleep)
-    TRANSPORTS["inprocess"](endpoint, target, bucket).read(range(8192), range(8192), TIMEOUT_S)
+    TRANSPORTS["inprocess"](endpoint, target, bucket, 1.0).read(range(8192), range(8192), TIMEOUT_S)
     inprocess.withdraw(source)
     assert time.slept == pytest.approx(4.0 - BURST_S, abs=0.1)

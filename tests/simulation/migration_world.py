@@ -276,7 +276,7 @@ class World:
 
         def end() -> None:
             source = self.nodes[order.endpoint.pool_name]
-            outcome: ReadStats | TransportError = ReadStats(len(order.source_blocks), 1, duration)
+            outcome: ReadStats | TransportError = ReadStats(len(order.source_blocks), 1, duration, duration)
             if fails or not source.alive:
                 outcome = TransportError("the source is gone" if not fails else "cut short")
             for ours, theirs in zip(order.target_blocks, order.source_blocks, strict=True):

@@ -18,7 +18,7 @@ from llumnix.migration.transports.base import ReadStats
 MANAGER = "tcp://manager:1"
 SOURCE, TARGET = "tcp://source:1", "tcp://target:1"
 CONFIG = MigrationConfig(answer_timeout_s=5.0, reservation_s=15.0, incoming_max=2, outgoing_max=2)
-READ = ReadStats(kv_bytes=64, copies=1, duration_s=0.25)
+READ = ReadStats(kv_bytes=64, copies=1, duration_s=0.25, copying_s=0.25)
 STEP_S = 0.02
 
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "core": (),
     "kernels": (),
     "policies": ("core",),
-    "migration": ("core",),
+    "migration": ("core", "kernels"),
     "instance": ("core", "kernels", "policies", "migration"),
     "control": ("core", "policies"),
     "observe": ("core",),
