@@ -255,9 +255,7 @@ class SourceMigration:
         ]
 
     def _no_answer(self, event: object, now: float) -> list[Send]:
-        return self._give_up(
-            f"no progress within {self._config.answer_timeout_s:g} s while {self.state}", now
-        )
+        return self._give_up(f"no answer within {self._config.answer_timeout_s:g} s, {self.state}", now)
 
     def _keep_waiting(self, event: object, now: float) -> list[Send]:
         """The target is alive and still at it."""
