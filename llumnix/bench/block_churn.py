@@ -64,18 +64,18 @@ class BlockChurn:
     def run(self, ticks: int, warm_up: int) -> ChurnResult:
         """Churn for ``warm_up`` ticks, then for ``ticks`` that count."""
         for _ in range(warm_up):
-            self._tick()
+            self.tick()
         swaps = copied = runs = 0
         filled = 0.0
         for _ in range(ticks):
-            for blocks in self._tick():
+            for blocks in self.tick():
                 swaps += 1
                 copied += len(blocks)
                 runs += sum(1 for _ in runs_of(blocks))
             filled += self._blocks.owned_blocks / self._blocks.capacity
         return ChurnResult(swaps, copied, runs, filled / ticks)
 
-    def _tick(self) -> list[list[int]]:
+    def tick(self) -> list[list[int]]:
         """One step; the blocks of every request swapped out in it."""
         out: list[list[int]] = []
         chance = SWAPS_PER_REQUEST / OUTPUT_TOKENS_MEAN

@@ -1,0 +1,127 @@
+"""What swapping KV between device and host memory costs: `llumnix bench swap`.
+
+The copies of one swap by layout and allocation (swap_transfers.py), and how long the runs are that a swap
+copies after long churn in a pool that is 90 % full (block_churn.py).
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llumnix.bench.block_churn import BlockChurn
+from llumnix.bench.machine import describe_machine
+from llumnix.bench.swap_transfers import (
+    ALLOCATIONS,
+    FILL,
+    WARM_UP_TICKS,
+    measure_transfers,
+    submission_us,
+)
+from llumnix.core.messages.control import KvLayout
+from llumnix.instance.block_manager import BlockManager
+
+LAYOUTS = {
+    "smollm2-135m": KvLayout(1, layers=30, kv_heads=3, block_size=16, head_dim=64, dtype="bfloat16"),
+    "llama-3-8b": KvLayout(1, layers=32, kv_heads=8, block_size=16, head_dim=128, dtype="bfloat16"),
+}
+CHURN_POOLS = (1024, 2048, 8192)
+CHURN_TICKS = 2000
+COLUMNS = (
+    *("blocks", "copies", "bytes_per_copy", "plan_us_p50", "swap_out_ms_p50", "swap_in_ms_p50"),
+    *("gb_s", "share_of_one_copy"),
+)
+TITLES = ("blocks", "copies", "bytes a copy", "plan µs", "out ms", "in ms", "GB/s", "share of one copy")
+
+
+def churn_rows(seed: int) -> list[dict[str, Any]]:
+    """Mean runs of swapped-out requests, by pool size and allocation."""
+    rows = []
+    for blocks in CHURN_POOLS:
+        for allocation in ALLOCATIONS:
+            manager = BlockManager(blocks, grouped=allocation == "grouped")
+            result = BlockChurn(manager, seed=seed, fill=FILL).run(CHURN_TICKS, WARM_UP_TICKS)
+            rows.append(
+                {
+                    "pool_blocks": blocks,
+                    "allocation": allocation,
+                    "fill": result.fill,
+                    "swaps": result.swaps,
+                    "blocks_per_swap": result.blocks / max(1, result.swaps),
+                    "mean_run_blocks": result.mean_run,
+                }
+            )
+    return rows
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title=f"one swap, KV of {report['config']['model']}")
+    for title in ("layout", "allocation", "submitted", *TITLES):
+        table.add_column(title, justify="right")
+    for row in report["results"]:
+        numbers = (
+            f"{row[column]:,.0f}" if row[column] >= 100 else f"{row[column]:.2f}" for column in COLUMNS
+        )
+        table.add_row(row["layout"], row["allocation"], row["submission"], *numbers)
+    console.print(table)
+    submitted = report["submission"]
+    console.print(
+        f"handing a swap to the copier: {submitted['begin_us_p50']:.0f} µs of the engine's thread, "
+        f"done after {submitted['until_done_ms_p50']:.2f} ms"
+    )
+    churn = Table(title=f"runs under churn, pool {FILL:.0%} full")
+    for column in ("pool blocks", "allocation", "fill", "blocks per swap", "mean run"):
+        churn.add_column(column, justify="right")
+    for row in report["churn"]:
+        churn.add_row(
+            str(row["pool_blocks"]),
+            row["allocation"],
+            f"{row['fill']:.2f}",
+            f"{row['blocks_per_swap']:.1f}",
+            f"{row['mean_run_blocks']:.1f}",
+        )
+    console.print(churn)
+
+
+@click.command(name="swap")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option("--model", type=click.Choice(list(LAYOUTS)), default="smollm2-135m", show_default=True)
+@click.option("--blocks", default=64, show_default=True, help="Blocks per swap.")
+@click.option("--pool-blocks", default=2048, show_default=True, help="Blocks of each pool, device and host.")
+@click.option("--repeats", default=60, show_default=True, help="Swaps per row.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
+@click.option("--seed", default=0, show_default=True)
+def command(
+    json_path: Path | None, model: str, blocks: int, pool_blocks: int, repeats: int, device: str, seed: int
+) -> None:
+    """Copies, bandwidth and bookkeeping of swapping KV to host memory."""
+    machine = describe_machine()
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = torch.device(kind)
+    one = LAYOUTS[model]
+    layout = KvLayout(pool_blocks, one.layers, one.kv_heads, one.block_size, one.head_dim, one.dtype)
+    results = measure_transfers(layout, where, blocks=blocks, repeats=repeats, seed=seed)
+    report = {
+        "benchmark": "swap",
+        "machine": machine,
+        "config": {
+            "model": model,
+            "blocks": blocks,
+            "pool_blocks": pool_blocks,
+            "repeats": repeats,
+            "device": kind,
+            "seed": seed,
+        },
+        "results": [asdict(result) for result in results],
+        "submission": submission_us(layout, where, blocks=blocks, repeats=repeats, seed=seed),
+        "churn": churn_rows(seed),
+    }
+    _show(report)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
