@@ -47,6 +47,7 @@ class EngineCore:
             block_size=limits.block_size,
             step_tokens_max=config.step_tokens_max,
             batch_max=config.batch_max,
+            prefill_alone=config.prefill == "alone",
         )
         self._requests: dict[str, Request] = {}
         self._finished = FinishedOutputs()

@@ -4,7 +4,8 @@ A request held here is in exactly one place: waiting (no KV), prefilling or deco
 taken out by a migration (its KV, if any, stays where it is). Called by the engine core, between steps only.
 
 - A step has a token budget. Every decode is in every step; what is left goes to prefill chunks, oldest
-  admission first, then to newly admitted requests, so a long prompt never stalls a decode.
+  admission first, then to newly admitted requests, so a long prompt never stalls a decode. With
+  ``prefill_alone`` a step that prefills does nothing else, as in engines before chunked prefill.
 - The head of the queue is admitted once the KV of all its tokens fits and room for the others to grow is
   left. It gets all those blocks at once, so no prefill can block halfway. Nothing overtakes a head that does
   not fit.
@@ -54,6 +55,7 @@ class LocalScheduler:
         block_size: int,
         step_tokens_max: int,
         batch_max: int,
+        prefill_alone: bool = False,
         tenants: TenantCounters | None = None,
     ) -> None:
         self.tenants = tenants or TenantCounters(SchedulerConfig())
@@ -65,6 +67,7 @@ class LocalScheduler:
         self._blocks = blocks
         self._block_size = block_size
         self._step_tokens_max = step_tokens_max
+        self._prefill_alone = prefill_alone
         # Every decode must fit the budget, and one prefilling request among them must find a token left.
         self._batch_max = min(batch_max, step_tokens_max)
         self._watermark = max(1, int(blocks.capacity * WATERMARK_SHARE))
@@ -141,7 +144,13 @@ class LocalScheduler:
     def plan(self) -> tuple[list[Chunk], list[str]]:
         """The next step's chunks, decodes first, and the requests preempted for it."""
         preempted = self._grow()
-        chunks = [Chunk(request, request.computed_tokens, 1, True) for request in self.decoding.values()]
+        decodes = [Chunk(request, request.computed_tokens, 1, True) for request in self.decoding.values()]
+        if not self._prefill_alone:
+            return self._add_prefills(decodes), preempted
+        return self._add_prefills([]) or decodes, preempted
+
+    def _add_prefills(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Fill what is left of a step's budget, admitting who fits."""
         budget = self._step_tokens_max - len(chunks)
         for request in self.prefilling.values():
             if budget == 0:
@@ -159,7 +168,7 @@ class LocalScheduler:
             head.blocks = self._blocks.table(head.request_id)
             self.join(head)
             budget -= self._prefill(head, budget, chunks)
-        return chunks, preempted
+        return chunks
 
     def quiet(self, most: int) -> QuietStretch:
         """How many of the next steps, at most ``most``, admit, prefill, end and preempt nothing. A request

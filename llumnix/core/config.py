@@ -53,6 +53,9 @@ class EngineConfig(Leaf):
     step_tokens_max: int = setting(
         512, "most tokens computed in one step (decodes first, then prefill chunks)"
     )
+    prefill: str = setting(
+        "mixed", "with the decodes of a step, or in steps of their own, decodes waiting", ("mixed", "alone")
+    )
     batch_max: int = setting(64, "most requests running at once on one instance")
     waiting_max: int = setting(1024, "most requests waiting at one instance before it refuses more")
     threads: int = setting(0, "compute threads per instance on a CPU; 0 shares the cores evenly")

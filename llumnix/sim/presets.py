@@ -2,7 +2,7 @@
 
 Each preset is a list of cases: a workload and a configuration, by a name that says which policy it is. Cases
 of one preset share workloads and seeds. The cluster is the paper's: 16 instances of LLaMA-7B on A10, block
-size 16, queues without bounds, whole prompts in one step as its engine had them.
+size 16, queues without bounds, whole prompts in steps of their own as its engine had them.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ PAPER_CONFIG = Config(
     engine=EngineConfig(
         kind="simulated",
         step_tokens_max=LLAMA_7B_A10.max_model_len,
+        prefill="alone",
         batch_max=256,
         waiting_max=UNBOUNDED,
     ),

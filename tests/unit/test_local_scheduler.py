@@ -9,6 +9,7 @@ from llumnix.instance.executor import StepPlan
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.local_scheduler import LocalScheduler
 from llumnix.instance.request import Request
+from llumnix.instance.simulated_executor import SimulatedExecutor
 from llumnix.instance.waiting_queue import WaitingQueue
 
 
@@ -47,6 +48,17 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
     assert planned(engine) == [("short", 3, 1, True), ("long", 7, 7, False)]
     assert planned(engine) == [("short", 4, 1, True), ("long", 14, 4, True)]
     assert planned(engine) == [("short", 5, 1, True), ("long", 18, 1, True)]
+
+
+def test_prefill_alone_lets_decodes_wait() -> None:
+    config = EngineConfig(kind="simulated", block_size=4, kv_blocks=16, step_tokens_max=8, prefill="alone")
+    engine = InProcessEngine(SimulatedExecutor(config), config)
+    engine.submit(spec("short", prompt_len=2, max_tokens=4), 0.0)
+    assert planned(engine) == [("short", 0, 2, True)]
+    engine.submit(spec("long", prompt_len=10, max_tokens=2), 1.0)
+    assert planned(engine) == [("long", 0, 8, False)]
+    assert planned(engine) == [("long", 8, 2, True)]
+    assert planned(engine) == [("short", 2, 1, True), ("long", 10, 1, True)]
 
 
 def test_one_step_admits_as_many_prompts_as_the_budget_reaches() -> None:
