@@ -29,6 +29,7 @@ from llumnix.core.messages.control import (
     RequestStatus,
     SchedulerSettings,
     SetDraining,
+    SetRole,
     TenantTotals,
 )
 from llumnix.core.messages.migration import (
@@ -59,6 +60,7 @@ from llumnix.instance.agent_incoming import IncomingMigrations
 from llumnix.instance.agent_memory import Latest
 from llumnix.instance.agent_outgoing import OutgoingMigrations
 from llumnix.instance.agent_reports import LoadReporter
+from llumnix.instance.agent_role import AgentRole
 from llumnix.instance.engine import Engine, StepResult
 from llumnix.migration.events import CloseReader, Effect, StartRead
 from llumnix.migration.pace import Pace
@@ -89,6 +91,7 @@ class Agent:
         self._draining = False
         self._settings: SchedulerSettings | None = None
         self._reports = LoadReporter(identity, engine, report_interval_s, manager_address)
+        self._role = AgentRole(identity, engine, manager_address)
         self._pace = Pace()
         self._outgoing = OutgoingMigrations(identity, engine, migration, self._pace, manager_address)
         self._incoming = IncomingMigrations(identity, engine, migration, self._pace)
@@ -103,6 +106,7 @@ class Agent:
             HelloWanted: self._hello,
             MigrateOrder: self._outgoing.order,
             SetDraining: self._set_draining,
+            SetRole: self._set_role,
             SchedulerSettings: self._use_settings,
             TenantTotals: self._hear_tenants,
             Fenced: self._fenced,
@@ -180,6 +184,7 @@ class Agent:
         ]
         effects += self._outgoing.step_ended(now)
         effects += self._incoming.step_ended(now)
+        effects += self._role.step_ended(result.deltas.values(), now)
         return [*effects, *self._report_if_due(now)]
 
     def after_quiet_steps(self, durations_s: Sequence[float], now: float) -> list[Effect]:
@@ -224,6 +229,7 @@ class Agent:
             return [self._rejected(spec, refusal.code, refusal.reason)]
         self._submitted.remember((spec.request_id, spec.epoch), None)
         self._reports.accepted(spec.request_id)
+        self._role.arrived(spec.request_id)
         return list(self._outgoing.arrived(spec.request_id, now))
 
     def _rejected(self, spec: RequestSpec, code: RejectCode, reason: str) -> Send:
@@ -272,11 +278,17 @@ class Agent:
 
     def _hello(self, message: HelloWanted | None, now: float) -> list[Effect]:
         kept = [] if self._settings is None else [Send(self._manager_address, self._settings)]
-        return [Send(self._manager_address, self._me), *kept, self._report(now)]
+        me = replace(self._me, role=self._role.role)
+        wanted = self._role.all_decoding(now)
+        return [Send(self._manager_address, me), *kept, self._report(now), *wanted]
 
     def _set_draining(self, message: SetDraining, now: float) -> list[Effect]:
         self._draining = message.draining
         return [self._report(now)]
+
+    def _set_role(self, message: SetRole, now: float) -> list[Effect]:
+        wanted = self._role.become(message.role, now)
+        return [self._report(now), *wanted]
 
     def _use_settings(self, message: SchedulerSettings, now: float) -> list[Effect]:
         """Settings that cannot hold here are kept for the manager all the same, and named as a fault."""
@@ -318,6 +330,7 @@ class Agent:
             migrating_in=len(self._incoming),
             migrating_out=len(self._outgoing),
             draining=self._draining,
+            role=self._role.role,
         )
 
     # Bookkeeping.
@@ -327,6 +340,9 @@ class Agent:
         effects: list[Effect] = []
         for request_id in self._incoming.take_adopted():
             self._reports.accepted(request_id)
+            state = self._engine.movable(request_id)
+            if state is not None and state.waiting:
+                self._role.arrived(request_id)
             effects += self._outgoing.arrived(request_id, now)
         return effects
 

@@ -8,7 +8,7 @@ manager no time for anything else. Each carries a sequence number one above the 
 """
 
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import InstanceHello, LoadReport
+from llumnix.core.messages.control import InstanceHello, InstanceRole, LoadReport
 from llumnix.instance.engine import Engine
 
 HEARTBEAT_S = 1.0
@@ -60,7 +60,9 @@ class LoadReporter:
         """Whether a report should go out now."""
         return now >= self.next_deadline()
 
-    def report(self, now: float, *, migrating_in: int, migrating_out: int, draining: bool) -> Send:
+    def report(
+        self, now: float, *, migrating_in: int, migrating_out: int, draining: bool, role: InstanceRole
+    ) -> Send:
         """The report, due or not."""
         load = self._engine.load()
         self._sequence += 1
@@ -91,5 +93,6 @@ class LoadReporter:
             policy_fault=self.fault or load.policy_fault,
             tenants=load.tenants,
             settings_revision=self.settings_revision,
+            role=role,
         )
         return Send(self._manager_address, report)

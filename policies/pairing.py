@@ -3,14 +3,16 @@
 Invariants: no instance is source and target in one round; a resting request is not moved; a move makes the
 worse side of its pair strictly better off and leaves the target above the low mark, so with free blocks even
 if its queue were served. Every such move raises the sorted vector of scores, so in a cluster where nothing
-else happens rounds come to rest.
+else happens rounds come to rest. Where instances have roles, those whose role suits a request are tried
+before the others.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
+from llumnix.core.roles import suits
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
 from llumnix.policies.freeness import Load
 
@@ -165,10 +167,11 @@ class _Round:
             (side for side in targets if side.room > 0 and side.instance_id not in self._gave),
             key=lambda side: (-side.score, side.instance_id),
         )
+        apart = any(side.view.role is not InstanceRole.NEUTRAL for side in ranked)
         for candidate in source.view.candidates:
             if candidate.request_id in source.taken or candidate.request_id in self._resting:
                 continue
-            for target in ranked:
+            for target in _suiting_first(ranked, candidate) if apart else ranked:
                 if target.instance_id != source.instance_id and self._try(source, target, candidate, allowed):
                     return True
         return False
@@ -202,3 +205,8 @@ class _Round:
 
     def _freeness(self, load: Load) -> float:
         return load.queue_freeness(self._config.headroom_blocks)
+
+
+def _suiting_first(sides: list[_Side], candidate: MoveCandidate) -> list[_Side]:
+    """The same order within those whose role suits the request, and after them within the others."""
+    return sorted(sides, key=lambda side: not suits(side.view.role, candidate.waiting))

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.views import DispatchPolicy, PairingPolicy, ScalingPolicy, SelectionPolicy
+from llumnix.core.views import DispatchPolicy, PairingPolicy, RolesPolicy, ScalingPolicy, SelectionPolicy
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
+from llumnix.policies.roles import Disaggregate, Strict
 from llumnix.policies.scaling import FreenessScaling, NoScaling
 from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest, Shortest
 
@@ -43,9 +44,12 @@ SELECTION: dict[str, type[SelectionPolicy]] = {
 
 SCALING: dict[str, type[ScalingPolicy]] = {"freeness": FreenessScaling, "none": NoScaling}
 
+ROLES: dict[str, type[RolesPolicy]] = {"disaggregate": Disaggregate, "strict": Strict}
+
 KINDS: dict[str, dict[str, Any]] = {
     "dispatch": DISPATCH,
     "pairing": PAIRING,
+    "roles": ROLES,
     "scaling": SCALING,
     "selection": SELECTION,
 }
@@ -85,6 +89,14 @@ def selection_policy(config: SchedulerConfig) -> SelectionPolicy:
 def scaling_policy(config: SchedulerConfig) -> ScalingPolicy:
     """The policy named by ``scaling_policy``. Raises ConfigurationError."""
     return cast(ScalingPolicy, _build("scaling", config.scaling_policy, SCALING, "scale", config))
+
+
+def roles_policy(config: SchedulerConfig) -> RolesPolicy:
+    """The policy named by ``roles_policy``. Raises ConfigurationError."""
+    policy = _build("roles", config.roles_policy, ROLES, "enter", config)
+    if not callable(getattr(policy, "leave", None)):
+        raise ConfigurationError(f"roles policy {config.roles_policy!r}: has no method leave")
+    return cast(RolesPolicy, policy)
 
 
 def known_names(kind: str) -> tuple[str, ...]:

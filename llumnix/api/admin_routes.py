@@ -16,6 +16,7 @@ from llumnix.api.backend import Backend
 from llumnix.api.errors import ApiError, refused, validation_error
 from llumnix.api.openai_routes import read_body
 from llumnix.core.admin import Refusal
+from llumnix.core.messages.control import InstanceRole
 
 EVENTS_MAX = 1000
 ADMIN_BODY_BYTES_MAX = 64 << 10
@@ -43,6 +44,13 @@ class InstanceBody(_Order):
     """Drain or resume an instance."""
 
     instance_id: Name
+
+
+class RoleBody(_Order):
+    """Let an instance work in a role."""
+
+    instance_id: Name
+    role: Annotated[InstanceRole, Field(strict=False)]
 
 
 class ScaleBody(_Order):
@@ -81,6 +89,7 @@ class AdminRoutes:
             ("/migrate", self.migrate),
             ("/drain", self.drain),
             ("/resume", self.resume),
+            ("/role", self.set_role),
             ("/scale", self.scale),
             ("/policy", self.set_policy),
         ):
@@ -132,6 +141,11 @@ class AdminRoutes:
     async def resume(self, request: Request) -> Response:
         """Let a drained instance take requests again."""
         return _answer(await self._admin.resume((await _body(request, InstanceBody)).instance_id))
+
+    async def set_role(self, request: Request) -> Response:
+        """Let an instance work in another role."""
+        body = await _body(request, RoleBody)
+        return _answer(await self._admin.set_role(body.instance_id, body.role))
 
     async def scale(self, request: Request) -> Response:
         """Have so many instances."""

@@ -20,7 +20,7 @@ from llumnix.core.admin import (
     Refusal,
 )
 from llumnix.core.errors import LlumnixError
-from llumnix.core.messages.control import RequestRow
+from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason, TokenLogprob
 from llumnix.core.sampling import SamplingParams
 
@@ -109,6 +109,8 @@ class Admin(Protocol):
     async def drain(self, instance_id: str) -> InstanceRow | Refusal: ...
 
     async def resume(self, instance_id: str) -> InstanceRow | Refusal: ...
+
+    async def set_role(self, instance_id: str, role: InstanceRole) -> InstanceRow | Refusal: ...
 
     async def scale(self, instances: int) -> ClusterSummary | Refusal: ...
 

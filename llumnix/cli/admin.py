@@ -67,6 +67,16 @@ def resume(instance: str, url: str, token: str, as_json: bool) -> None:
     tables.print_json(row) if as_json else print(f"{row['instance_id']} is {row['state']}")
 
 
+@click.command("role")
+@click.argument("instance")
+@click.argument("role", type=click.Choice(("prefill", "decode", "neutral")))
+@server_options
+def set_role(instance: str, role: str, url: str, token: str, as_json: bool) -> None:
+    """Let INSTANCE prefill only, decode only, or both. What no longer suits it moves away."""
+    row = AdminClient(url, token).order("role", instance_id=instance, role=role)
+    tables.print_json(row) if as_json else print(f"{row['instance_id']} is {row['role']}")
+
+
 @click.command()
 @click.argument("count", metavar="N", type=click.IntRange(min=1))
 @server_options
@@ -110,6 +120,6 @@ def _show(columns: tuple[tables.Column, ...], rows: list[Any], as_json: bool, no
 
 
 COMMANDS: tuple[click.Command, ...] = (
-    *(status, instances, requests, migrate, drain, resume, scale, events),
+    *(status, instances, requests, migrate, drain, resume, set_role, scale, events),
     *(policy.policy, policy.explain),
 )

@@ -1,4 +1,5 @@
-"""Who listens to the manager: the frontends, and what every process has to hear about deaths.
+"""Who listens to the manager: the frontends, those who have still to introduce themselves, and what every
+process has to hear about deaths.
 
 A frontend is known by its address and forgotten after FRONTEND_MEMORY_S without a word. Deaths are remembered
 so that a late message of an ended process is ignored, told again for FENCE_REPEAT_S, since a message may be
@@ -8,10 +9,12 @@ lost, and told to newcomers. Called by the global scheduler only.
 from dataclasses import dataclass
 
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import Fenced
+from llumnix.core.messages.control import Fenced, HelloWanted
 
 FRONTEND_MEMORY_S = 10.0
 FRONTENDS_MAX = 10_000
+ASK_AGAIN_S = 0.2
+STRANGERS_MAX = 10_000
 FENCE_REPEAT_S = 5.0
 DEATHS_MAX = 1_000
 
@@ -30,6 +33,7 @@ class Audience:
     def __init__(self) -> None:
         self._heard_at: dict[str, float] = {}
         self._deaths: dict[tuple[str, str], Death] = {}
+        self._strangers: dict[str, float] = {}
 
     @property
     def frontends(self) -> tuple[str, ...]:
@@ -44,6 +48,19 @@ class Audience:
         self._heard_at[address] = now
         return new
 
+    def ask_stranger(self, address: str, now: float) -> list[Send]:
+        """Ask somebody unknown for a hello, unless that was done a moment ago."""
+        if now < self._strangers.get(address, now):
+            return []
+        if len(self._strangers) >= STRANGERS_MAX:
+            self._strangers.clear()
+        self._strangers[address] = now + ASK_AGAIN_S
+        return [Send(address, HelloWanted())]
+
+    def introduced(self, address: str) -> None:
+        """They have said hello."""
+        self._strangers.pop(address, None)
+
     def knows(self, address: str, now: float) -> bool:
         """Whether a frontend that just spoke has said hello before."""
         if address not in self._heard_at:
@@ -53,6 +70,7 @@ class Audience:
 
     def forget_silent(self, now: float) -> list[str]:
         """Forget frontends not heard of for too long, and return them."""
+        self._strangers = {address: at for address, at in self._strangers.items() if at > now}
         gone = [address for address, at in self._heard_at.items() if now - at > FRONTEND_MEMORY_S]
         for address in gone:
             del self._heard_at[address]

@@ -48,6 +48,11 @@ class Backoff:
         """Keys whose rest is not over."""
         return [key for key, rest in self._rests.items() if rest.until > now]
 
+    def rests(self, key: str, now: float) -> bool:
+        """Whether the rest of this one is not over."""
+        rest = self._rests.get(key)
+        return rest is not None and rest.until > now
+
     def expire(self, now: float) -> None:
         """Forget what no longer matters."""
         for key, rest in list(self._rests.items()):

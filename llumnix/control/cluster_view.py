@@ -20,7 +20,13 @@ from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import InstanceHello, InstanceState, InstanceStatus, LoadReport
+from llumnix.core.messages.control import (
+    InstanceHello,
+    InstanceRole,
+    InstanceState,
+    InstanceStatus,
+    LoadReport,
+)
 from llumnix.core.views import ClusterSnapshot, InstanceView
 
 TOKENS_UNKNOWN = 1 << 62
@@ -36,7 +42,7 @@ class ClusterView:
         self._records: dict[str, InstanceRecord] = {}
         self._ids: list[str] = []
         self._score: Callable[[InstanceView], float] | None = None
-        self._ranking = Ranking()
+        self._entry, self._decode = Ranking(), Ranking()
         self._tokens_max_least = TOKENS_UNKNOWN
         self.heard_any = False
         self.placements = PlacementLedger()
@@ -74,15 +80,27 @@ class ClusterView:
         for record in self._records.values():
             self.refresh(record)
 
-    def candidates(self, tokens: int, exclude: tuple[str, ...]) -> Sequence[InstanceView]:
-        """Instances that may take a request of so many tokens now, in order of `rank_by`'s score. Good until
-        the next change."""
+    def candidates(self, tokens: int, exclude: tuple[str, ...], *, decode: bool) -> Sequence[InstanceView]:
+        """Instances whose role is to decode, or all others, that may take a request of so many tokens now, in
+        order of `rank_by`'s score. Good until the next change."""
+        ranking = self._decode if decode else self._entry
         if not exclude and tokens <= self._tokens_max_least:
-            return self._ranking
+            return ranking
         return [
             record.seen
-            for record in self._ranking.records
+            for record in ranking.records
             if record.instance_id not in exclude and record.tokens_max >= tokens
+        ]
+
+    def waiting_to_leave(self) -> list[InstanceRecord]:
+        """Live decode instances at which requests wait, ordered by id."""
+        return [
+            record
+            for record in self.records()
+            if record.role is InstanceRole.DECODE
+            and not record.down
+            and record.report is not None
+            and record.report.waiting
         ]
 
     def snapshot(self, now: float, resting: frozenset[str], closed: frozenset[str]) -> ClusterSnapshot:
@@ -108,8 +126,9 @@ class ClusterView:
     def hello(self, hello: InstanceHello, now: float) -> InstanceRecord:
         """Enter a process. One of the same id has ended before; the operator's wish outlives it."""
         old = self._records.get(hello.instance_id)
-        draining = old is not None and old.draining
-        record = InstanceRecord(hello, now, self._config.headroom_blocks, draining=draining)
+        record = InstanceRecord(hello, now, self._config.headroom_blocks, role=hello.role)
+        if old is not None:
+            record.draining, record.role = old.draining, old.role
         if old is None:
             insort(self._ids, hello.instance_id)
         self._records[hello.instance_id] = record
@@ -189,11 +208,14 @@ class ClusterView:
         """Bring a record up to date after a change, and put it where it belongs in the ranking."""
         record.changed()
         if record.state is not InstanceState.SERVING or self._over_capacity(record):
-            self._ranking.remove(record.instance_id)
-        else:
-            self._ranking.put(
-                record, record.queue_freeness if self._score is None else self._score(record.seen)
-            )
+            self._entry.remove(record.instance_id)
+            self._decode.remove(record.instance_id)
+            return
+        ranking, other = self._entry, self._decode
+        if record.role is InstanceRole.DECODE:
+            ranking, other = other, ranking
+        other.remove(record.instance_id)
+        ranking.put(record, record.queue_freeness if self._score is None else self._score(record.seen))
 
     # Inside.
 

@@ -20,10 +20,12 @@ from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.orders import Orders
 from llumnix.control.placement import Placer
 from llumnix.control.policy_guard import Faults
-from llumnix.control.rescheduler import Rescheduler
+from llumnix.control.rescheduler import Ended, Rescheduler
 from llumnix.control.scaler import Scaler
 from llumnix.control.settings_in_force import SettingsInForce
 from llumnix.control.tenant_ledger import TenantLedger
+from llumnix.control.wanted_moves import WantedMoves
+from llumnix.control.wishes import Wishes
 from llumnix.core.admin import ClusterSummary, DecisionRow, InstanceRow, PolicyState, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
@@ -33,22 +35,21 @@ from llumnix.core.messages.control import (
     FrontendHello,
     HelloWanted,
     InstanceHello,
+    InstanceRole,
     InstanceState,
     LoadReport,
     MigrationEnded,
+    MoveWanted,
     Place,
     RequestList,
     SchedulerSettings,
-    SetDraining,
 )
 
 __all__ = ["Answered", "Effect", "GlobalScheduler", "Logged"]
 
 HEARTBEAT_S = 1.0
 STATUS_GAP_S = 0.05  # a thousand instances that start together are told in a few messages, not a thousand
-ASK_AGAIN_S = 0.2
 REBUILD_S = 3.0
-STRANGERS_MAX = 10_000
 
 
 class GlobalScheduler:
@@ -63,14 +64,15 @@ class GlobalScheduler:
         self._cluster = ClusterView(config)
         self._audience = Audience()
         self._decisions = DecisionLog()
-        self._placer = Placer(self._settings.dispatch, self._cluster, self._decisions)
+        self._placer = Placer(self._settings.dispatch, self._settings.roles, self._cluster, self._decisions)
         self._rescheduler = Rescheduler(
             config, self._settings.pairing, manager_incarnation, self._cluster, self._decisions
         )
+        self._wanted = WantedMoves(config, self._settings.roles, self._cluster, self._rescheduler)
+        self._wishes = Wishes(self._cluster)
         self._orders = Orders(manager_incarnation, address, self._cluster, self._rescheduler)
         self._tenants = TenantLedger(now)
         self._scaler = Scaler(config, self._settings.scaling, self._cluster, now)
-        self._strangers: dict[str, float] = {}
         self._status_sequence = 0
         self._status_at = now - STATUS_GAP_S
         self._status_due = False
@@ -94,7 +96,9 @@ class GlobalScheduler:
                 effects = self._frontend_hello(message, now)
             case MigrationEnded():
                 ended = self._rescheduler.ended(message, now)
-                effects = self._orders.migration_ended(ended) if ended is not None else []
+                effects = self._end_migrations([ended] if ended is not None else [], now)
+            case MoveWanted():
+                effects = list(self._wanted.heard(message, now))
             case RequestList():
                 effects = self._orders.heard(message, now)
             case SchedulerSettings():
@@ -113,11 +117,11 @@ class GlobalScheduler:
         """Do what is due: expiries, silence, overdue answers, the rescheduling round, the heartbeat."""
         self._cluster.expire(now)
         effects: list[Effect] = self._find_silent(now)
-        for ended in self._rescheduler.expire(now):
-            effects += self._orders.migration_ended(ended)
+        effects += self._end_migrations(self._rescheduler.expire(now), now)
         effects += self._orders.expire(now)
         if now >= self._round_at:
             self._round_at = now + self._config.round_interval_s
+            effects += self._wanted.round(now)
             effects += self._rescheduler.round(now)
             effects += self._scaler.round(now)
             effects += self._faults.take()
@@ -149,22 +153,16 @@ class GlobalScheduler:
 
     def set_draining(self, instance_id: str, on: bool, now: float) -> list[Effect] | Refusal:
         """Empty an instance and give it nothing new, or take it back. Repeating an order changes nothing."""
-        record = self._cluster.get(instance_id)
-        if record is None:
-            return Refusal(f"there is no instance {instance_id}")
-        if record.down:
-            return Refusal(f"{instance_id} is down")
-        if record.draining == on:
-            return []
-        record.draining = on
-        self._cluster.refresh(record)
-        self._status_due = True
-        kind, text = ("draining", "is being emptied") if on else ("resumed", "takes requests again")
-        return [
-            Send(record.hello.address, SetDraining(on)),
-            Logged(kind, f"{instance_id} {text}", {"instance": instance_id}),
-            *self._status_if_due(now),
-        ]
+        return self._told(self._wishes.set_draining(instance_id, on), now)
+
+    def set_role(self, instance_id: str, role: InstanceRole, now: float) -> list[Effect] | Refusal:
+        """Let an instance work in another role. Repeating an order changes nothing."""
+        return self._told(self._wishes.set_role(instance_id, role), now)
+
+    def retired(self, instance_id: str, incarnation: str, now: float) -> list[Effect]:
+        """It was drained in order to be stopped, and has stopped."""
+        self._wishes.retire(instance_id)
+        return self.instance_ended(instance_id, incarnation, now)
 
     def policies(self) -> PolicyState:
         """The policies and settings in force."""
@@ -222,17 +220,16 @@ class GlobalScheduler:
         if known is not None and not known.down:
             effects += self._fence(hello.instance_id, known.hello.incarnation, now)
         record = self._cluster.hello(hello, now)
-        self._strangers.pop(hello.address, None)
+        self._audience.introduced(hello.address)
         self._status_due = True
         effects += self._audience.tell(hello.address)
-        if record.draining:
-            effects.append(Send(hello.address, SetDraining(True)))
+        effects += self._wishes.greet(record)
         if self._settings.revision:
             effects.append(Send(hello.address, self._settings.message()))
         fields: dict[str, str | int | float | bool] = {
             "instance": hello.instance_id,
             "incarnation": hello.incarnation,
-            "role": hello.role.value,
+            "role": record.role.value,
             "model": hello.model,
         }
         return [*effects, Logged("instance_up", f"{hello.instance_id} is up with {hello.model}", fields)]
@@ -242,7 +239,7 @@ class GlobalScheduler:
             return []
         record = self._cluster.get(report.instance_id)
         if record is None or record.hello.incarnation != report.incarnation:
-            return self._ask_stranger(report.address, now)
+            return [*self._audience.ask_stranger(report.address, now)]
         before, last = record.state, record.report
         if not self._cluster.report(record, report, now):
             return []
@@ -278,20 +275,12 @@ class GlobalScheduler:
         """Let everyone go by the settings in force."""
         self._config = self._settings.config
         self._cluster.use(self._config)
-        self._placer.use(self._settings.dispatch)
+        self._placer.use(self._settings.dispatch, self._settings.roles)
+        self._wanted.use(self._config, self._settings.roles)
         self._rescheduler.use(self._config, self._settings.pairing)
         self._scaler.use(self._config, self._settings.scaling)
         message = self._settings.message()
         return [Send(address, message) for address in self._instance_addresses()]
-
-    def _ask_stranger(self, address: str, now: float) -> list[Effect]:
-        """Ask for a hello, unless that was done a moment ago."""
-        if now < self._strangers.get(address, now):
-            return []
-        if len(self._strangers) >= STRANGERS_MAX:
-            self._strangers.clear()
-        self._strangers[address] = now + ASK_AGAIN_S
-        return [Send(address, HelloWanted())]
 
     def _fence(self, instance_id: str, incarnation: str, now: float) -> list[Effect]:
         if not self._audience.died(instance_id, incarnation, now):
@@ -299,10 +288,11 @@ class GlobalScheduler:
         effects: list[Effect] = []
         record = self._cluster.get(instance_id)
         if record is not None and record.hello.incarnation == incarnation:
-            for ended in self._rescheduler.instance_ended(instance_id, now):
-                effects += self._orders.migration_ended(ended)
+            ended = self._rescheduler.instance_ended(instance_id, now)
             self._cluster.end(record, now)
+            effects += self._end_migrations(ended, now)
             self._tenants.instance_ended(instance_id)
+            self._wanted.instance_ended(instance_id)
             effects += self._orders.instance_ended(instance_id, now)
             self._status_due = True
         fields: dict[str, str | int | float | bool] = {"instance": instance_id, "incarnation": incarnation}
@@ -328,7 +318,7 @@ class GlobalScheduler:
     def _place(self, place: Place, now: float) -> list[Effect]:
         effects: list[Effect] = []
         if not self._audience.knows(place.frontend_address, now):
-            effects += self._ask_stranger(place.frontend_address, now)
+            effects += self._audience.ask_stranger(place.frontend_address, now)
         if self._rebuilding(now):
             return effects
         effects.append(Send(place.frontend_address, self._placer.place(place, now)))
@@ -338,7 +328,7 @@ class GlobalScheduler:
     def _frontend_hello(self, hello: FrontendHello, now: float) -> list[Effect]:
         if not self._audience.heard(hello.address, now):
             return []
-        self._strangers.pop(hello.address, None)
+        self._audience.introduced(hello.address)
         text = f"frontend {hello.frontend_id} is up"
         effects: list[Effect] = [Logged("frontend_up", text, {"frontend": hello.frontend_id})]
         effects += self._audience.tell(hello.address)
@@ -377,16 +367,28 @@ class GlobalScheduler:
                     self._cluster.forget(record)
             elif record.report is not None:
                 effects += self._remind(record, record.report)
-        self._strangers = {address: at for address, at in self._strangers.items() if at > now}
         return effects + self._status(now)
 
     # Inside.
 
+    def _end_migrations(self, migrations: list[Ended], now: float) -> list[Effect]:
+        """Tell who waits for them, and let others go in their place."""
+        effects: list[Effect] = []
+        for ended in migrations:
+            effects += self._orders.migration_ended(ended)
+            effects += self._wanted.migration_ended(ended.result, now)
+        return effects
+
+    def _told(self, orders: list[Send | Logged] | Refusal, now: float) -> list[Effect] | Refusal:
+        """An operator's order, and the news of it for everyone."""
+        if isinstance(orders, Refusal) or not orders:
+            return [] if isinstance(orders, list) else orders
+        self._status_due = True
+        return [*orders, *self._status_if_due(now)]
+
     def _remind(self, record: InstanceRecord, report: LoadReport) -> list[Effect]:
         """Say again what an instance shows not to have heard."""
-        effects: list[Effect] = []
-        if report.draining != record.draining:
-            effects.append(Send(record.hello.address, SetDraining(record.draining)))
+        effects: list[Effect] = [*self._wishes.remind(record, report)]
         if report.settings_revision < self._settings.revision:
             effects.append(Send(record.hello.address, self._settings.message()))
         elif report.settings_revision > self._settings.revision:

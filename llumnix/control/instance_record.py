@@ -9,22 +9,23 @@ from dataclasses import dataclass, field
 
 from llumnix.control.ledger import MoveEntry, Placement
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import InstanceHello, InstanceState, LoadReport
+from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceState, LoadReport
 from llumnix.core.views import InstanceView
 from llumnix.policies.freeness import Load
 
 
 @dataclass(slots=True, eq=False)
 class InstanceRecord:
-    """One instance. ``headroom_blocks`` is the scheduler's setting, ``draining`` the operator's wish.
-    ``*_blocks`` and counts below it come from the ledgers. ``silent`` and ``down`` are facts about its
-    process. ``state``, ``load`` and its ``queue_freeness`` follow from all of these: after a change to any of
-    them, `changed` must be called. ``known_view`` is the view, if it has been made since."""
+    """One instance. ``headroom_blocks`` is the scheduler's setting, ``draining`` and ``role`` what the
+    operator wants of it. ``*_blocks`` and counts below it come from the ledgers. ``silent`` and ``down`` are
+    facts about its process. ``state``, ``load`` and its ``queue_freeness`` follow from all of these: after a
+    change to any of them, `changed` must be called. ``known_view`` is the view, if it has been made since."""
 
     hello: InstanceHello
     heard_at: float
     headroom_blocks: int
     report: LoadReport | None = None
+    role: InstanceRole = InstanceRole.NEUTRAL
     draining: bool = False
     silent: bool = False
     down: bool = False
@@ -155,7 +156,7 @@ class InstanceRecord:
         assert self.load is not None
         return InstanceView(
             self.instance_id,
-            self.hello.role,
+            self.role,
             self.state,
             report.capacity_blocks,
             report.used_blocks + report.reserved_blocks,

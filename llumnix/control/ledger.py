@@ -6,6 +6,7 @@ maximum, oldest first. Nothing here needs to outlive the manager. Called by the 
 the sums per instance.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from llumnix.core.errors import InvariantError
@@ -87,6 +88,8 @@ class MoveLedger:
         self._running: dict[str, MoveEntry] = {}
         self._moving: dict[str, MoveEntry] = {}
         self._lingering: list[MoveEntry] = []
+        self._out: Counter[str] = Counter()
+        self._in: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._running) + len(self._lingering)
@@ -109,6 +112,14 @@ class MoveLedger:
         """Whether the request has a running migration."""
         return request_id in self._moving
 
+    def running_out(self, instance_id: str) -> int:
+        """Running migrations that an instance is the source of."""
+        return self._out[instance_id]
+
+    def running_in(self, instance_id: str) -> int:
+        """Running migrations that an instance is the target of."""
+        return self._in[instance_id]
+
     def add(self, entry: MoveEntry) -> None:
         """Enter one that has just been ordered. Its request has no other, and there is room (MOVES_MAX)."""
         if entry.request_id in self._moving or len(self._running) >= MOVES_MAX:
@@ -117,6 +128,8 @@ class MoveLedger:
             )
         entry.pending = (entry.source_id, entry.target_id)
         self._running[entry.migration_id] = self._moving[entry.request_id] = entry
+        self._out[entry.source_id] += 1
+        self._in[entry.target_id] += 1
 
     def end(self, migration_id: str, now: float, *, linger: bool) -> MoveEntry | None:
         """It has ended; ``linger`` if the request changed hands. None: not running, so ended before or not
@@ -125,6 +138,10 @@ class MoveLedger:
         if entry is None:
             return None
         del self._moving[entry.request_id]
+        for counts, instance_id in ((self._out, entry.source_id), (self._in, entry.target_id)):
+            counts[instance_id] -= 1
+            if not counts[instance_id]:
+                del counts[instance_id]
         entry.ended_at = now
         if linger:
             self._lingering.append(entry)

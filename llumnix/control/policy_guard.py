@@ -10,9 +10,11 @@ from math import isfinite
 
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import MoveCandidate
 from llumnix.core.views import (
     ClusterSnapshot,
     DispatchDecision,
+    EntryDecision,
     InstanceView,
     Move,
     RequestView,
@@ -21,7 +23,8 @@ from llumnix.core.views import (
 from llumnix.policies.dispatch import FreenessDispatch
 from llumnix.policies.guard import attempt
 from llumnix.policies.pairing import FreenessPairing
-from llumnix.policies.registry import dispatch_policy, pairing_policy, scaling_policy
+from llumnix.policies.registry import dispatch_policy, pairing_policy, roles_policy, scaling_policy
+from llumnix.policies.roles import Disaggregate
 
 SPEAK_AGAIN_S = 60.0
 TEXT_MAX = 300
@@ -113,6 +116,38 @@ class GuardedPairing:
             fault = f"returned {moves!r}"
         self._faults.note("pairing", self.name, fault, cluster.now)
         return self._default.pair(cluster)
+
+
+class GuardedRoles:
+    """The roles policy that the configuration names. Raises ConfigurationError if it cannot be had."""
+
+    def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
+        self.name = config.roles_policy
+        self._policy = roles_policy(config)
+        self._default = Disaggregate(config)
+        self._faults = faults
+
+    def enter(
+        self, request: RequestView, entry: InstanceView, decode: InstanceView, now: float
+    ) -> EntryDecision:
+        """The policy's decision, or the default's."""
+        decision, fault = attempt(self._policy.enter, request, entry, decode)
+        if isinstance(decision, EntryDecision) and isinstance(decision.reason, str):
+            return decision
+        self._faults.note("roles", self.name, fault or f"returned {decision!r}", now)
+        return self._default.enter(request, entry, decode)
+
+    def leave(
+        self, request: MoveCandidate, source: InstanceView, targets: Sequence[InstanceView], now: float
+    ) -> Move | None:
+        """The policy's move of that request off that instance, or the default's."""
+        move, fault = attempt(self._policy.leave, request, source, targets)
+        if not fault and (move is None or _is_move(move)):
+            expected = request.request_id, source.instance_id
+            if move is None or (move.request_id, move.source_id) == expected:
+                return move
+        self._faults.note("roles", self.name, fault or f"returned {move!r}", now)
+        return self._default.leave(request, source, targets)
 
 
 class GuardedScaling:

@@ -131,6 +131,14 @@ class Rescheduler:
             return f"{ours.instance_id} and {target_id} hold different models or KV layouts"
         return ""
 
+    def resting(self, request_id: str, now: float) -> bool:
+        """Whether a request is moving, or was moved or tried lately."""
+        return self._cluster.moves.is_moving(request_id) or self._requests.rests(request_id, now)
+
+    def closed(self, instance_id: str, now: float) -> bool:
+        """Whether an instance refused a migration just now."""
+        return self._targets.rests(instance_id, now)
+
     def ended(self, message: MigrationEnded, now: float) -> Ended | None:
         """A source says how a migration ended. None: it is not one of ours, or has ended before."""
         committed = message.outcome is MigrationOutcome.COMMITTED

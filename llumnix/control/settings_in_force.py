@@ -8,7 +8,7 @@ with it. Called by the global scheduler only.
 from collections.abc import Mapping
 from dataclasses import fields
 
-from llumnix.control.policy_guard import Faults, GuardedDispatch, GuardedPairing, GuardedScaling
+from llumnix.control.policy_guard import Faults, GuardedDispatch, GuardedPairing, GuardedRoles, GuardedScaling
 from llumnix.core.admin import PolicyState
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.config_source import as_texts, with_settings
@@ -21,8 +21,8 @@ POLICY_SUFFIX = "_policy"
 
 
 class SettingsInForce:
-    """See the module. ``dispatch``, ``pairing`` and ``scaling`` are the policies that ``config`` names.
-    Raises ConfigurationError if one cannot be had."""
+    """See the module. ``dispatch``, ``pairing``, ``roles`` and ``scaling`` are the policies that ``config``
+    names. Raises ConfigurationError if one cannot be had."""
 
     def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
         self.revision = 0
@@ -65,6 +65,7 @@ class SettingsInForce:
 
     def _use(self, config: SchedulerConfig) -> None:
         dispatch, pairing = GuardedDispatch(config, self._faults), GuardedPairing(config, self._faults)
-        scaling = GuardedScaling(config, self._faults)
+        roles, scaling = GuardedRoles(config, self._faults), GuardedScaling(config, self._faults)
         selection_policy(config)  # the instances need it: refused here, before it reaches them
-        self.config, self.dispatch, self.pairing, self.scaling = config, dispatch, pairing, scaling
+        self.config, self.dispatch, self.pairing = config, dispatch, pairing
+        self.roles, self.scaling = roles, scaling

@@ -43,7 +43,7 @@ def _row(record: InstanceRecord, now: float) -> InstanceRow:
     return InstanceRow(
         instance_id=record.hello.instance_id,
         incarnation=record.hello.incarnation,
-        role=record.hello.role,
+        role=record.role,
         state=record.state,
         model=record.hello.model,
         address=record.hello.address,

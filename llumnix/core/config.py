@@ -155,6 +155,9 @@ class SchedulerConfig(Leaf):
         4, "most migrations out of or into one instance that rounds keep running"
     )
     silent_after_s: float = setting(3.0, "reports overdue by this make an instance SILENT")
+    roles_policy: str = setting(
+        "disaggregate", "how requests pass from prefill to decode instances: a name or module:Class"
+    )
     placement_memory_s: float = setting(3.0, "how long a placement no report has confirmed still counts")
     queue_blocks_factor: float = setting(
         4.0, "queued demand, in multiples of an instance's KV, at which it is full"
@@ -248,6 +251,10 @@ class ClusterConfig(Leaf):
 
     instances: int = setting(2, "instances to start with")
     instances_max: int = setting(1024, "most instances scale may ask for")
+    prefill_instances: int = setting(0, "how many of them have the role prefill: they take new requests")
+    decode_instances: int = setting(
+        0, "how many of them have the role decode: they take requests whose prefill has ended"
+    )
     ray_address: str = setting("", "Ray cluster to join; empty starts one on this machine")
     bind_host: str = setting("127.0.0.1", "address the message bus listens on, on every host")
     report_interval_s: float = setting(0.02, "least time between two load reports of an instance")
@@ -255,6 +262,11 @@ class ClusterConfig(Leaf):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.need(1 <= self.instances <= self.instances_max, "instances", "within 1 and instances_max")
+        self.need(
+            self.prefill_instances + self.decode_instances <= self.instances,
+            "instances",
+            "at least prefill_instances + decode_instances, which are among them",
+        )
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,16 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class EntryDecision:
+    """Whether a new request goes to the decode instances (else to the others), with the scores that were
+    compared and the reason."""
+
+    decode: bool
+    scores: tuple[tuple[str, float], ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScalingDecision:
     """How many instances more (or, negative, less) there should be, with the reason."""
 
@@ -118,6 +128,23 @@ class SelectionPolicy(Protocol):
     """Chooses, on an instance, which of its requests it would give away first."""
 
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]: ...
+
+
+class RolesPolicy(Protocol):
+    """Keeps prefill and decode apart where instances have roles; not asked where all are neutral."""
+
+    def enter(self, request: RequestView, entry: InstanceView, decode: InstanceView) -> EntryDecision:
+        """Where a new request is placed: ``entry`` is the first candidate that prefills (by its role or
+        because it is neutral), ``decode`` the first whose role is to decode."""
+        ...
+
+    def leave(
+        self, request: MoveCandidate, source: InstanceView, targets: Sequence[InstanceView]
+    ) -> Move | None:
+        """Where a request goes that its instance's role does not suit: one whose prefill has ended on a
+        prefill instance, or one that waits at a decode instance. ``targets`` are instances that could take
+        it, never empty, decode instances first, then by falling queue freeness. None: it stays for now."""
+        ...
 
 
 class ScalingPolicy(Protocol):

@@ -26,7 +26,7 @@ from llumnix.core.admin import (
 )
 from llumnix.core.config import ClusterConfig, Config
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.messages.control import RequestRow
+from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason
 from llumnix.core.sampling import SEED_MAX, SamplingParams
 from llumnix.runtime.actors import on_this_host
@@ -159,6 +159,11 @@ class Cluster:
     async def resume(self, instance_id: str) -> InstanceRow | Refusal:
         """Let a draining instance serve again."""
         return await self._admin.resume(instance_id)
+
+    async def set_role(self, instance_id: str, role: InstanceRole | str) -> InstanceRow | Refusal:
+        """Let an instance work as "prefill", "decode" or "neutral"; what no longer suits it moves. Raises
+        ValueError for another role."""
+        return await self._admin.set_role(instance_id, InstanceRole(role))
 
     async def scale(self, instances: int) -> ClusterSummary | Refusal:
         """Have this many instances. Answered when they serve, or when the surplus ones are empty and

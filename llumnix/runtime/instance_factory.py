@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llumnix.core.config import Config
-from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint
+from llumnix.core.messages.control import InstanceHello, KvEndpoint
+from llumnix.core.roles import starting_role
 from llumnix.instance.agent import Agent
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.kv_pool import KvPool
@@ -62,7 +63,7 @@ class Instance:
                 instance_id=identity.instance_id,
                 incarnation=identity.incarnation,
                 address=address,
-                role=InstanceRole.NEUTRAL,
+                role=starting_role(config.cluster, identity.instance_id),
                 model=served_name(config.engine, config.frontend.served_model_name),
                 max_model_len=engine.max_model_len,
                 kv_layout=executor.kv_layout,

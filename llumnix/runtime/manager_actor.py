@@ -26,7 +26,7 @@ from llumnix.core.admin import (
     Refusal,
 )
 from llumnix.core.config import Config
-from llumnix.core.messages.control import InstanceHello, InstanceState, RequestRow
+from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceState, RequestRow
 from llumnix.migration.transports.base import host_identity
 from llumnix.runtime.actors import (
     INSTANCE_PREFIX,
@@ -98,6 +98,9 @@ class ManagerActor:
 
     def resume(self, instance_id: str) -> InstanceRow | Refusal:
         return self._on_loop(lambda: self._server.set_draining(instance_id, False))
+
+    def set_role(self, instance_id: str, role: InstanceRole) -> InstanceRow | Refusal:
+        return self._on_loop(lambda: self._server.set_role(instance_id, role))
 
     def policies(self) -> PolicyState:
         return self._on_loop(self._server.policies)
@@ -218,7 +221,7 @@ class ManagerActor:
         await asyncio.to_thread(self._stop_instance, instance_id)
         hello = self._hellos.pop(instance_id, None)
         if hello is not None:
-            self._server.instance_ended(instance_id, hello.incarnation)
+            self._server.instance_retired(instance_id, hello.incarnation)
         self._server.note("stopped", f"{instance_id} was emptied and stopped", instance=instance_id)
         return None
 

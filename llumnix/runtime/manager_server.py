@@ -24,7 +24,7 @@ from llumnix.core.admin import (
 from llumnix.core.config import Config
 from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import InstanceHello, RequestRow
+from llumnix.core.messages.control import InstanceHello, InstanceRole, RequestRow
 from llumnix.observe.event_log import EventLog
 from llumnix.runtime.bus import Bus
 from llumnix.runtime.garbage import Garbage
@@ -71,6 +71,10 @@ class ManagerServer:
         """The process is gone for certain."""
         self._perform(self.core.instance_ended(instance_id, incarnation, time.monotonic()))
 
+    def instance_retired(self, instance_id: str, incarnation: str) -> None:
+        """The process was drained in order to be stopped, and is stopped."""
+        self._perform(self.core.retired(instance_id, incarnation, time.monotonic()))
+
     def note(self, kind: str, text: str, **fields: str | int | float | bool) -> None:
         """Put something that only the runtime knows into the event log."""
         self.events.append(time.time(), kind, text, fields)
@@ -102,6 +106,13 @@ class ManagerServer:
 
     def set_draining(self, instance_id: str, draining: bool) -> InstanceRow | Refusal:
         outcome = self.core.set_draining(instance_id, draining, time.monotonic())
+        if isinstance(outcome, Refusal):
+            return outcome
+        self._perform(outcome)
+        return next(row for row in self.instances() if row.instance_id == instance_id)
+
+    def set_role(self, instance_id: str, role: InstanceRole) -> InstanceRow | Refusal:
+        outcome = self.core.set_role(instance_id, role, time.monotonic())
         if isinstance(outcome, Refusal):
             return outcome
         self._perform(outcome)

@@ -17,7 +17,7 @@ from llumnix.core.admin import (
     PolicyState,
     Refusal,
 )
-from llumnix.core.messages.control import RequestRow
+from llumnix.core.messages.control import InstanceRole, RequestRow
 
 CALL_TIMEOUT_S = 900.0  # scaling down waits for running requests to leave
 
@@ -46,6 +46,9 @@ class RayAdmin:
 
     async def resume(self, instance_id: str) -> InstanceRow | Refusal:
         return await self._call("resume", instance_id)  # type: ignore[no-any-return]
+
+    async def set_role(self, instance_id: str, role: InstanceRole) -> InstanceRow | Refusal:
+        return await self._call("set_role", instance_id, role)  # type: ignore[no-any-return]
 
     async def scale(self, instances: int) -> ClusterSummary | Refusal:
         return await self._call("scale", instances)  # type: ignore[no-any-return]

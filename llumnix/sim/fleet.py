@@ -56,5 +56,5 @@ class Fleet:
             simulation.clock.at(simulation.clock.now + POLL_S, self._stop_if_empty, name)
             return
         simulation.kill(instance)
-        simulation.scheduler.instance_ended(name, instance.hello.incarnation)
+        simulation.scheduler.instance_ended(name, instance.hello.incarnation, retired=True)
         self._retiring.discard(name)

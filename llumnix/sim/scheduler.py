@@ -52,12 +52,14 @@ class SchedulerHost:
         self.core = None
         self._network.detach(MANAGER_ADDRESS)
 
-    def instance_ended(self, instance_id: str, incarnation: str) -> None:
-        """Tell the scheduler, now or once there is one, that a process has ended for certain."""
+    def instance_ended(self, instance_id: str, incarnation: str, *, retired: bool = False) -> None:
+        """Tell the scheduler, now or once there is one, that a process has ended for certain; ``retired``: as
+        it was meant to."""
         if self.core is None:
             self._dead.append((instance_id, incarnation))
         else:
-            self._perform(self.core.instance_ended(instance_id, incarnation, self._clock.now))
+            end = self.core.retired if retired else self.core.instance_ended
+            self._perform(end(instance_id, incarnation, self._clock.now))
 
     def set_draining(self, instance_id: str, on: bool) -> None:
         """As an administrator would order it. Refusals are ignored."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from llumnix.core.config import Config
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import LoadReport
+from llumnix.core.roles import starting_role
 from llumnix.policies.registry import selection_policy
 from llumnix.sim.checks import OwnerCheck, check_idle
 from llumnix.sim.clients import ClientSide
@@ -139,7 +140,8 @@ class Simulation:
     def boot(self, instance_id: str) -> Instance:
         """A new process for an instance."""
         self._incarnations += 1
-        instance = Instance(self.machine, instance_id, f"p{self._incarnations}")
+        role = starting_role(self.settings.config.cluster, instance_id)
+        instance = Instance(self.machine, instance_id, f"p{self._incarnations}", role)
         self.instances[instance_id] = instance
         self._processes.add(instance.address)
         self.timeline.instance_up(instance_id)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llumnix.api.backend import FailKind, ManagerAway, ModelInfo, StreamCall, StreamFailed, TokenChunk
 from llumnix.api.server import ApiServer
@@ -140,6 +140,13 @@ class LocalAdmin:
         self._present("resume", instance_id)
         rows = {row.instance_id: row for row in await self.instances()}
         return rows.get(instance_id) or Refusal(f"there is no instance {instance_id}")
+
+    async def set_role(self, instance_id: str, role: InstanceRole) -> InstanceRow | Refusal:
+        self._present("role", instance_id, role.value)
+        rows = {row.instance_id: row for row in await self.instances()}
+        if instance_id not in rows:
+            return Refusal(f"there is no instance {instance_id}")
+        return replace(rows[instance_id], role=role)
 
     async def scale(self, instances: int) -> ClusterSummary | Refusal:
         self._present("scale", str(instances))

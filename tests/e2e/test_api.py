@@ -364,6 +364,10 @@ class TestOtherRoutes:
         assert refused.status_code == 409 and "nowhere" in refused.json()["error"]["message"]
         assert http.post("/admin/drain", json={"instance_id": "instance-0"}).json()["state"] == "serving"
         assert http.post("/admin/resume", json={"instance_id": "x"}).status_code == 409
+        roled = http.post("/admin/role", json={"instance_id": "instance-0", "role": "prefill"})
+        assert roled.json()["role"] == "prefill"
+        unknown = http.post("/admin/role", json={"instance_id": "instance-0", "role": "cook"})
+        assert unknown.status_code == 400 and unknown.json()["error"]["param"] == "role"
         assert http.post("/admin/scale", json={"instances": 2}).status_code == 200
         assert http.post("/admin/scale", json={"instances": "2"}).json()["error"]["param"] == "instances"
         assert http.post("/admin/scale", json={"instance": 2}).status_code == 400

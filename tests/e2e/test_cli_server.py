@@ -59,9 +59,11 @@ def test_orders(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0 and "committed" in out and "2.0 ms" in out
     assert run(capsys, "drain", "instance-0") == (0, "instance-0 is serving\n", "")
     assert run(capsys, "resume", "instance-0")[0] == 0
+    assert run(capsys, "role", "instance-0", "decode") == (0, "instance-0 is decode\n", "")
     assert run(capsys, "scale", "3")[0] == 0
-    assert server.backend.admin.orders[-4:] == [
-        ("migrate", "r-7", "instance-1"), ("drain", "instance-0"), ("resume", "instance-0"), ("scale", "3"),
+    assert server.backend.admin.orders[-5:] == [
+        ("migrate", "r-7", "instance-1"), ("drain", "instance-0"), ("resume", "instance-0"),
+        ("role", "instance-0", "decode"), ("scale", "3"),
     ]  # fmt: skip
 
 
@@ -70,6 +72,7 @@ def test_orders(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["migrate", "r", "--to", "nowhere"], "llumnix: there is no instance nowhere\n"),
         (["drain", "nowhere"], "llumnix: there is no instance nowhere\n"),
+        (["role", "nowhere", "prefill"], "llumnix: there is no instance nowhere\n"),
         (["scale", "9"], "llumnix: at most 4 instances\n"),
         (
             ["status", "--token", "wrong"],

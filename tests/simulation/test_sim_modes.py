@@ -13,12 +13,19 @@ from llumnix.sim.summary import summarize, timeline_of
 from llumnix.sim.workload import Conversations, Mix, Synthetic, Workload
 
 
-def settings(workload: Workload, *, quiet: bool = True, pairing: str = "freeness") -> Settings:
+def settings(
+    workload: Workload, *, quiet: bool = True, pairing: str = "freeness", prefill: int = 0
+) -> Settings:
     """Three small instances that run out of memory now and then."""
     config = Config(
         engine=EngineConfig(kind="simulated", kv_blocks=90, max_model_len=1400, step_tokens_max=256),
         scheduler=SchedulerConfig(pairing_policy=pairing, queue_blocks_factor=1000.0),
-        cluster=ClusterConfig(instances=3, report_interval_s=0.2),
+        cluster=ClusterConfig(
+            instances=3,
+            report_interval_s=0.2,
+            prefill_instances=prefill,
+            decode_instances=3 - prefill if prefill else 0,
+        ),
     )
     return Settings(config, LLAMA_7B_A10, workload, seed=3, quiet=quiet)
 
@@ -33,18 +40,23 @@ BUSY = Synthetic("120:260", 1.6, 60, seed=5, cv=2.0, mix=Mix(0.2, 1, (("a", 1.0)
 
 
 @pytest.mark.parametrize(
-    ("workload", "pairing"),
+    ("workload", "pairing", "prefill"),
     [
-        (BUSY, "freeness"),
-        (BUSY, "none"),
-        (Synthetic("S-S", 2.0, 80, seed=1, tokens_max=1400), "freeness"),
-        (Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0), tokens_max=1400), "none"),
+        (BUSY, "freeness", 0),
+        (BUSY, "none", 0),
+        (BUSY, "freeness", 1),
+        (Synthetic("S-S", 2.0, 80, seed=1, tokens_max=1400), "freeness", 0),
+        (
+            Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0), tokens_max=1400),
+            "none",
+            0,
+        ),
     ],
-    ids=["busy", "no-moves", "power-law", "conversations"],
+    ids=["busy", "no-moves", "roles", "power-law", "conversations"],
 )
-def test_stretches_are_their_single_steps(workload: Workload, pairing: str) -> None:
-    fast = run(settings(workload, pairing=pairing))
-    slow = run(settings(workload, pairing=pairing, quiet=False))
+def test_stretches_are_their_single_steps(workload: Workload, pairing: str, prefill: int) -> None:
+    fast = run(settings(workload, pairing=pairing, prefill=prefill))
+    slow = run(settings(workload, pairing=pairing, prefill=prefill, quiet=False))
     for name in COLUMNS:
         assert list(fast.recorder.columns[name]) == pytest.approx(
             list(slow.recorder.columns[name]), rel=1e-12, abs=1e-9

@@ -19,6 +19,8 @@ from llumnix.core.messages.control import (
     MigrationEnded,
     MigrationOutcome,
     MoveCandidate,
+    MoveCause,
+    MoveWanted,
     NotPlaced,
     Place,
     Placed,
@@ -26,6 +28,7 @@ from llumnix.core.messages.control import (
     RequestRow,
     RequestStatus,
     SetDraining,
+    SetRole,
 )
 from llumnix.policies.selection import Cheapest
 
@@ -35,15 +38,18 @@ CANDIDATES_MAX = 8
 
 
 def hello(
-    instance_id: str, incarnation: str = "a", *, model_len: int = 8192, layers: int = 2
+    instance_id: str,
+    incarnation: str = "a",
+    *,
+    model_len: int = 8192,
+    layers: int = 2,
+    role: InstanceRole = InstanceRole.NEUTRAL,
 ) -> InstanceHello:
     """An instance's introduction. Its address carries the incarnation, as a new process has a new port."""
     layout = KvLayout(100, layers, 2, 16, 8, "float32")
     endpoint = KvEndpoint("host", 1, -1, f"pool-{instance_id}", "tcp://kv:1")
     address = f"tcp://{instance_id}:{incarnation}"
-    return InstanceHello(
-        instance_id, incarnation, address, InstanceRole.NEUTRAL, "tiny", model_len, layout, endpoint
-    )
+    return InstanceHello(instance_id, incarnation, address, role, "tiny", model_len, layout, endpoint)
 
 
 def place(request_id: str, prompt_tokens: int = 31, exclude: tuple[str, ...] = ()) -> Place:
@@ -62,6 +68,7 @@ class ToyInstance:
     waiting: dict[str, int] = field(default_factory=dict)
     priorities: dict[str, int] = field(default_factory=dict)
     draining: bool = False
+    role: InstanceRole = InstanceRole.NEUTRAL
     sequence: int = 0
     accepted: list[str] = field(default_factory=list)
 
@@ -104,6 +111,7 @@ class ToyInstance:
             preemptions_total=0,
             finished_total=0,
             address=self.address,
+            role=self.role,
         )
 
     def admit(self) -> None:
@@ -138,10 +146,16 @@ class ToyCluster:
         for instance_id, capacity in capacities.items():
             self.add(instance_id, capacity)
 
-    def add(self, instance_id: str, capacity: int = 100, incarnation: str = "a") -> ToyInstance:
+    def add(
+        self,
+        instance_id: str,
+        capacity: int = 100,
+        incarnation: str = "a",
+        role: InstanceRole = InstanceRole.NEUTRAL,
+    ) -> ToyInstance:
         """A new process says hello and reports."""
-        instance = self.instances[instance_id] = ToyInstance(instance_id, incarnation, capacity)
-        self.do(self.core.handle(hello(instance_id, incarnation), self.now))
+        instance = self.instances[instance_id] = ToyInstance(instance_id, incarnation, capacity, role=role)
+        self.do(self.core.handle(hello(instance_id, incarnation, role=role), self.now))
         self.report(instance_id)
         return instance
 
@@ -161,6 +175,14 @@ class ToyCluster:
         ]
         assert len(answers) == 1
         return answers[0]
+
+    def wants(self, instance_id: str, request_id: str) -> list[MigrateOrder]:
+        """An instance says that a request's prefill has ended; the migrations ordered at once."""
+        instance, before = self.instances[instance_id], len(self.orders)
+        row = MoveCandidate(request_id, instance.running[request_id], 0, False)
+        wanted = MoveWanted(instance_id, instance.incarnation, MoveCause.PREFILLED, row)
+        self.do(self.core.handle(wanted, self.now))
+        return self.orders[before:]
 
     def tick(self, seconds: float = 0.25) -> list[Effect]:
         """Time passes."""
@@ -231,6 +253,8 @@ class ToyCluster:
                 self.orders.append(order)
                 if self.obey:
                     self.end_migration(order, MigrationOutcome.COMMITTED, instance.instance_id)
+            case SetRole(role):
+                instance.role = role
             case SetDraining(draining):
                 instance.draining = draining
             case ListRequests(query_id) if self.obey:

@@ -7,6 +7,9 @@ TENANTS_REPORTED_MAX = 64
 
 
 class InstanceRole(StrEnum):
+    """PREFILL: new requests go there, and leave once their prefill is done. DECODE: takes those. NEUTRAL does
+    both."""
+
     NEUTRAL = "neutral"
     PREFILL = "prefill"
     DECODE = "decode"
@@ -116,7 +119,8 @@ class LoadReport:
     can drop them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
     instance's hello. ``policy_fault``, if not empty, says what
     its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
-    most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by. Reports
+    most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the
+    role it works in. Reports
     repeat about every second while nothing changes: silence is how a hung instance is noticed.
     """
 
@@ -144,6 +148,7 @@ class LoadReport:
     policy_fault: str = ""
     tenants: tuple[TenantService, ...] = ()
     settings_revision: int = 0
+    role: InstanceRole = InstanceRole.NEUTRAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +264,30 @@ class SetDraining:
     """Manager to instance: refuse (or take again) new requests and incoming migrations."""
 
     draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Manager to instance: work in this role from now on. What it holds stays; the manager moves it."""
+
+    role: InstanceRole
+
+
+class MoveCause(StrEnum):
+    """PREFILLED: a request's prefill has ended on an instance whose role is to prefill."""
+
+    PREFILLED = "prefilled"
+
+
+@dataclass(frozen=True, slots=True)
+class MoveWanted:
+    """Instance to manager: this request had better go elsewhere, now rather than at the next round. A wish
+    that is lost costs time only."""
+
+    instance_id: str
+    incarnation: str
+    cause: MoveCause
+    candidate: MoveCandidate
 
 
 @dataclass(frozen=True, slots=True)
