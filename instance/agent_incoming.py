@@ -58,8 +58,8 @@ class IncomingMigrations:
         return len(self._running)
 
     def reserve(self, message: Reserve, draining: bool, now: float) -> list[Effect]:
-        """Hold room for a request, or refuse with the reason. Late words of a decided migration are
-        ignored."""
+        """Hold room for a request, take it if it has no KV, or refuse with the reason. Late words of a
+        decided migration are ignored."""
         migration_id = message.migration_id
         if migration_id in self._decided:
             return []
@@ -170,7 +170,7 @@ class IncomingMigrations:
             code, reason = RefusalCode.WRONG_TARGET, f"this is {self._me.incarnation}"
         elif draining:
             code, reason = RefusalCode.DRAINING, "the target is being drained"
-        elif len(self._running) >= self._config.incoming_max:
+        elif message.blocks > 0 and len(self._running) >= self._config.incoming_max:
             code, reason = RefusalCode.TOO_MANY, f"{len(self._running)} migrations are coming in already"
         elif message.blocks > 0 and not _same_blocks(message.kv_layout, self._me.kv_layout):
             code, reason = (
@@ -204,7 +204,8 @@ class IncomingMigrations:
         return effects
 
     def _settle(self, migration: TargetMigration, now: float) -> None:
-        self._readers[migration.reserve.kv_endpoint.pool_name] = now
+        if migration.reserve.blocks > 0:
+            self._readers[migration.reserve.kv_endpoint.pool_name] = now
         if not migration.ended:
             return
         del self._running[migration.migration_id]

@@ -7,7 +7,7 @@ RESERVING         source            source                 no answer: give up, n
 COPYING           source            source                 the target is stuck or gone: give up
 READY             source            source                 no step came to hand over after: give up
 COMMITTING        source            target, once it adopts not a no: ask (COMMIT_UNKNOWN)
-COMMIT_UNKNOWN    source or target  target, if it adopted  ask again, until answered or fenced
+COMMIT_UNKNOWN    source or target  target, if it adopted  ask again, ASKS_MAX times; then let it go
 COMMITTED         target            target                 (ended)
 RESUMED           source            source, two hops on    (ended)
 ABORTED, REFUSED  source            source, as before      (ended)
@@ -15,12 +15,13 @@ ABORTED, REFUSED  source            source, as before      (ended)
 
 READY means that all full blocks but the newest are over; the request runs on for the few steps after which
 leaving costs least (alignment.py), the last of them announced to the target. A waiting request has nothing to
-copy: its commit follows the reservation. It could go with the Reserve, but a target that died before this
-process began would never be fenced within its hearing: only who has answered will be heard of when it dies.
+copy: it leaves with the Reserve, which then is its commit.
 
-The source resumes a request whose commit it has sent in two cases only. Denied: the target never had it, so
-the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it died, so
-the source takes the one after.
+The source resumes a request whose commit it has sent in two cases only. Denied or refused: the target never
+had it, so the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it
+died, so the source takes the one after. It lets go of the request unanswered if its client is gone (an abort
+of all hops of its generation), if a newer generation has come, or if ASKS_MAX questions brought no answer: a
+target may die unheard of. Nothing is lost: the frontend, told that nobody holds it, goes on elsewhere.
 
 Driven by instance/agent_outgoing.py, between engine steps only.
 """
@@ -31,7 +32,7 @@ from typing import Any
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import next_hop
+from llumnix.core.epochs import HOP_MAX, next_hop
 from llumnix.core.errors import InvariantError, ProtocolError
 from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationEnded, MigrationOutcome
 from llumnix.core.messages.migration import (
@@ -56,6 +57,9 @@ from llumnix.migration.story import Story
 
 LAST_FULL_BLOCKS = 1
 """Full blocks left that are not worth a stage of their own: the commit reads them with the partial one."""
+
+ASKS_MAX = 12
+"""Unanswered questions about a commit after which its request is left to its frontend."""
 
 
 class SourceState(StrEnum):
@@ -106,9 +110,8 @@ class SourceMigration:
         self._copied = self._moved_blocks = 0
         self._known_tokens = 0
         self._pace = pace
-        self._steps_left = STEPS_MAX
+        self._steps_left, self._asks_left = STEPS_MAX, ASKS_MAX
         self._announced = False
-        self._abort_epoch = -1
 
     @property
     def ended(self) -> bool:
@@ -129,12 +132,13 @@ class SourceMigration:
         """Ask the target for room. The request must be movable and have two more hops in its epoch."""
         movable = self._engine.movable(self.order.request_id)
         if movable is None:
-            raise InvariantError(
-                f"migration {self.order.migration_id} began with a request that is not movable"
-            )
+            raise InvariantError(f"not movable: {self.story()}")
         self.spec = self._engine.spec_of(self.order.request_id, now)
         self._began = now
         self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
+        if movable.waiting:
+            self._engine.take_out(self.order.request_id)
+            self.state, self._taken_out_at = SourceState.COMMITTING, now
         reserve = Reserve(
             migration_id=self.order.migration_id,
             source_id=self._me.instance_id,
@@ -183,7 +187,7 @@ class SourceMigration:
         fresh = movable.full_blocks - self._copied
         if fresh > LAST_FULL_BLOCKS and self._stages < self._config.stages_max:
             return self._begin_stage(movable, fresh, now)
-        if movable.waiting or self._config.hold_share == 0:
+        if self._config.hold_share == 0:
             return self._hand_over(movable, now)
         self.state = SourceState.READY
         self._wait(now)
@@ -202,13 +206,8 @@ class SourceMigration:
 
     def _leave_in_time(self, movable: Movable, now: float) -> list[Send]:
         """READY, between steps: go now, or say so if the request is to leave after the next one."""
-        steps = steps_to_wait(
-            now,
-            self._pace.step_s,
-            self.rhythm,
-            hold_share=self._config.hold_share,
-            steps_max=self._steps_left,
-        )
+        share, most = self._config.hold_share, self._steps_left
+        steps = steps_to_wait(now, self._pace.step_s, self.rhythm, hold_share=share, steps_max=most)
         if steps == 0:
             return self._hand_over(movable, now)
         self._steps_left -= 1
@@ -284,34 +283,33 @@ class SourceMigration:
         if event.epoch != epoch:
             raise ProtocolError(f"Committed at epoch {event.epoch}, expected {epoch}: {self.story()}")
         self._engine.release(self.order.request_id)
-        effects = []
-        if self._abort_epoch >= epoch:
-            effects.append(self._send(Abort(self.order.request_id, self._abort_epoch)))
-        effects.append(Send(self.spec.frontend_address, self.moved))
-        return [*effects, *self._end(S.COMMITTED, self.order.reason, now)]
+        told = Send(self.spec.frontend_address, self.moved)
+        return [told, *self._end(S.COMMITTED, self.order.reason, now)]
 
-    def _denied(self, event: Denied, now: float) -> list[Send]:
-        self._continue_at(self.spec.epoch)
-        return self._end(S.ABORTED, event.reason, now)
+    def _not_taken(self, event: Refused | Denied, now: float) -> list[Send]:
+        self._engine.put_back(self.order.request_id, self.spec.epoch)
+        return self._target_said_no(event, now)
 
     def _resume(self, event: object, now: float) -> list[Send]:
-        self._continue_at(next_hop(self.spec.epoch, 2))
+        self._engine.put_back(self.order.request_id, next_hop(self.spec.epoch, 2))
         return self._end(S.RESUMED, "the target ended before it answered the commit", now)
 
-    def _continue_at(self, epoch: int) -> None:
-        self._engine.put_back(self.order.request_id, epoch)
-        self._engine.abort(self.order.request_id, self._abort_epoch)
-
     def _ask(self, event: object, now: float) -> list[Send]:
+        if self._asks_left == 0:
+            self._engine.release(self.order.request_id)
+            return self._give_up("the target never answered the commit", now)
+        self._asks_left -= 1
         self.state = SourceState.COMMIT_UNKNOWN
         self._wait(now)
         return [self._send(QueryCommit(self.order.migration_id, self._me.address))]
 
-    def _remember_abort(self, event: ClientAbort, now: float) -> list[Send]:
-        """Neither side may drop it alone while the commit is open; whoever gets it will, if the abort covers
-        its epoch. One that only tells a stale owner to stop does not, and must not stop the new one."""
-        self._abort_epoch = max(self._abort_epoch, event.epoch)
-        return []
+    def _abort_everywhere(self, event: ClientAbort, now: float) -> list[Send]:
+        """One that only tells a stale owner to stop says nothing about the next, and changes nothing."""
+        if event.epoch < self.spec.epoch | HOP_MAX:
+            return []
+        self._engine.release(self.order.request_id)
+        there = self._send(Abort(self.order.request_id, event.epoch))
+        return [*self._give_up("its client stopped the request", now), there]
 
     def _superseded_late(self, event: object, now: float) -> list[Send]:
         self._engine.release(self.order.request_id)
@@ -370,10 +368,11 @@ EARLY: Rows = {
 
 LATE: Rows = {
     Committed: (M._committed, (S.COMMITTED,)),
-    Denied: (M._denied, (S.ABORTED,)),
+    Denied: (M._not_taken, (S.ABORTED,)),
+    Refused: (M._not_taken, (S.REFUSED,)),
     PeerFenced: (M._resume, (S.RESUMED,)),
-    Timeout: (M._ask, (S.COMMIT_UNKNOWN,)),
-    ClientAbort: (M._remember_abort, UNDECIDED),
+    Timeout: (M._ask, (S.COMMIT_UNKNOWN, S.ABORTED)),
+    ClientAbort: (M._abort_everywhere, (*UNDECIDED, S.ABORTED)),
     Superseded: (M._superseded_late, (S.ABORTED,)),
     Reserved: (M._ignore, UNDECIDED),
     StageCopied: (M._ignore, UNDECIDED),

@@ -16,7 +16,8 @@ EXPIRED      source                 source          (ended)
 ===========  =====================  ==============  ====================================================
 
 The decision falls exactly once, between engine steps: ADOPTED, or one of the others. From then on every
-repeat of the question gets the same answer, once ended from the memory of instance/agent_incoming.py. Blocks
+repeat of the question gets the same answer, once ended from the memory of instance/agent_incoming.py. A
+waiting request brings nothing to copy: the decision about it falls when it is first heard of. Blocks
 are not freed while a read may write to them: LETTING_GO waits for its return, the answer given already.
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
+from llumnix.core.epochs import next_hop
 from llumnix.core.errors import InvariantError, ProtocolError, TransportError
 from llumnix.core.messages.migration import (
     AbortMigration,
@@ -42,6 +44,7 @@ from llumnix.core.messages.migration import (
     Reserved,
     StageCopied,
 )
+from llumnix.core.messages.serving import RequestSpec
 from llumnix.migration.alignment import Rhythm
 from llumnix.migration.engine_sides import TakingEngine
 from llumnix.migration.events import Effect, PeerFenced, ReadEnded, StartRead, StepEnded, Timeout
@@ -97,7 +100,10 @@ class TargetMigration:
         return self.state in ENDED
 
     def begin(self, now: float) -> list[Effect]:
-        """Hold the blocks asked for. Ends at once, with a refusal, if there is no room."""
+        """Hold the blocks asked for. Ends at once, with a refusal, if there is no room; and if there is
+        nothing to copy, with the decision."""
+        if self.reserve.blocks == 0:
+            return self._adopt(replace(self.reserve.spec, epoch=next_hop(self.reserve.spec.epoch)), 0, now)
         blocks = self._engine.reserve(self.migration_id, self.reserve.blocks)
         if blocks is None:
             return self._refuse_for_room(self.reserve.blocks)
@@ -177,7 +183,7 @@ class TargetMigration:
             return self._deny(f"no room for {total} blocks")
         self._commit, self.expected_at = event, None
         if not event.source_blocks:
-            return self._adopt(event, now)
+            return self._take_over(event, now)
         self.state, self.deadline = TargetState.COMMITTING, None
         self._stage += 1
         return [self._start_read(event.source_blocks, final=True)]
@@ -196,19 +202,22 @@ class TargetMigration:
             return self._deny(f"copying the last blocks failed: {event.outcome}")
         if self._commit is None:
             raise InvariantError(f"committing without a commit: {self.story()}")
-        return self._adopt(self._commit, now)
+        return self._take_over(self._commit, now)
 
-    def _adopt(self, commit: Commit, now: float) -> list[Effect]:
+    def _take_over(self, commit: Commit, now: float) -> list[Effect]:
         spec = replace(
             self.reserve.spec,
             epoch=commit.epoch,
             output_tokens=self.reserve.spec.output_tokens + commit.output_tokens,
             waited_s=commit.waited_s,
         )
-        refusal = self._engine.adopt(self.migration_id, spec, commit.computed_tokens, now)
+        return self._adopt(spec, commit.computed_tokens, now)
+
+    def _adopt(self, spec: RequestSpec, computed_tokens: int, now: float) -> list[Effect]:
+        refusal = self._engine.adopt(self.migration_id, spec, computed_tokens, now)
         if refusal is not None:
             return self._deny(refusal.reason)
-        self.answer = Committed(self.migration_id, commit.epoch)
+        self.answer = Committed(self.migration_id, spec.epoch)
         self._end(S.ADOPTED)
         return [self._send(self.answer)]
 

@@ -21,6 +21,7 @@ from llumnix.core.messages.control import Place
 from llumnix.core.messages.serving import FinishReason, RequestSpec, TokenLogprob
 
 GAP_WEIGHT = 0.2  # of the newest gap in the mean
+RETRY_MIN_S, RETRY_MAX_S, RETRY_DOUBLINGS = 0.05, 2.0, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,12 @@ class Stream:
             tenant=call.tenant,
             exclude=self.exclude,
         )
+
+    def retry_s(self, at_least: float = 0.0) -> float:
+        """How long to wait before the next try: longer each time, and as long as was asked for, within
+        RETRY_MAX_S."""
+        own = RETRY_MIN_S * 2.0 ** min(self.tries, RETRY_DOUBLINGS)
+        return min(max(at_least, own), RETRY_MAX_S)
 
     def settle(self) -> None:
         """Its owner has just shown that it holds the request: earlier doubts are void."""

@@ -19,7 +19,7 @@ from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, Strea
 from llumnix.core.admin import MoveSeen
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import HOP_BITS, next_generation
+from llumnix.core.epochs import HOP_BITS, HOP_MAX, next_generation
 from llumnix.core.errors import InvariantError, ProtocolError
 from llumnix.core.messages.control import (
     ClusterStatus,
@@ -49,7 +49,6 @@ REJECTIONS_MAX = 5  # instances that may refuse a fresh request in a row
 UNKNOWN_MAX = 2  # times an owner must deny a request: once may be a Moved still on its way
 UNANSWERED_MAX = 4  # probes an owner may leave unanswered
 MOVES_MAX = 1024  # migrations remembered as clients felt them
-RETRY_MIN_S, RETRY_MAX_S, RETRY_DOUBLINGS = 0.05, 2.0, 6
 FULL_RETRY_AFTER_S = 1.0
 STOPPED_MIN = 1024  # instances lately told to stop a request that are remembered, at least
 
@@ -117,7 +116,7 @@ class StreamTable:
         if stream is None:
             return []
         self.stats.aborted += 1
-        effects = self._stop(request_id, stream.epoch, stream.owner_id, now)
+        effects = self._stop(request_id, stream.epoch | HOP_MAX, stream.owner_id, now)
         self._forget(stream)
         return effects
 
@@ -184,7 +183,7 @@ class StreamTable:
         if now - stream.troubled_at > CONTINUE_MAX_S:
             return self._fail(stream, FailKind.LOST, f"could not be continued: {reason}", retry_after_s)
         stream.exclude = ()
-        self._set(stream, Phase.BACKOFF, now + min(max(retry_after_s, _retry_s(stream)), RETRY_MAX_S))
+        self._set(stream, Phase.BACKOFF, now + stream.retry_s(retry_after_s))
         return []
 
     def _place_alone(self, stream: Stream, now: float) -> list[Effect]:
@@ -214,7 +213,7 @@ class StreamTable:
             return self._ask_place(stream, now)
         if stream.must_continue:
             return self._nowhere(stream, message.reason, 0.0, now)
-        self._set(stream, Phase.BACKOFF, now + _retry_s(stream))
+        self._set(stream, Phase.BACKOFF, now + stream.retry_s())
         return []
 
     # Tokens.
@@ -224,7 +223,7 @@ class StreamTable:
             stream = self._streams.get(delta.request_id)
             if stream is None:
                 if delta.finish_reason is None:
-                    effects += self._stop(delta.request_id, delta.epoch, batch.instance_id, now)
+                    effects += self._stop(delta.request_id, delta.epoch | HOP_MAX, batch.instance_id, now)
             elif delta.epoch == stream.epoch and stream.owner_id:
                 effects += self._accept(stream, delta, now)
             elif self._moves_on(stream, delta.epoch):
@@ -353,8 +352,7 @@ class StreamTable:
             else:
                 stream.unanswered += 1
         if stream.unanswered >= UNANSWERED_MAX and self._directory.freest((stream.owner_id,)) is not None:
-            last_word = self._stop(stream.call.request_id, stream.epoch, stream.owner_id, now)
-            return last_word + self._continue(stream, now)
+            return self._give_up_owner(stream, now)
         stream.asked, stream.probed_at = True, now
         self._set(stream, Phase.STREAMING, now + self._config.silent_probe_s)
         if stream.owner_address:
@@ -373,10 +371,15 @@ class StreamTable:
             if stream.invalid_reason:
                 effects += self._fail(stream, FailKind.INVALID, stream.invalid_reason, 0.0)
             elif stream.unknown >= UNKNOWN_MAX:
-                effects += self._continue(stream, now)
+                effects += self._give_up_owner(stream, now)
             else:
                 self._set(stream, Phase.STREAMING, now + self._requick_s)
         return effects
+
+    def _give_up_owner(self, stream: Stream, now: float) -> list[Effect]:
+        """It lives, yet is of no use: what it has left of the request is to end, in whichever hop."""
+        epoch = stream.epoch | HOP_MAX
+        return self._stop(stream.call.request_id, epoch, stream.owner_id, now) + self._continue(stream, now)
 
     # Bookkeeping.
     def _set(self, stream: Stream, phase: Phase, deadline: float) -> None:
@@ -394,7 +397,3 @@ class StreamTable:
             stream.owner_id = ""
         self._alarms.disarm(stream)
         del self._streams[stream.call.request_id]
-
-
-def _retry_s(stream: Stream) -> float:
-    return min(RETRY_MIN_S * 2.0 ** min(stream.tries, RETRY_DOUBLINGS), RETRY_MAX_S)

@@ -33,7 +33,7 @@ from llumnix.core.messages.control import (
     Placed,
     SetDraining,
 )
-from llumnix.core.messages.migration import Commit, Committed
+from llumnix.core.messages.migration import Commit, Committed, Reserve
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.agent import Agent, CloseReader, StartRead
 from llumnix.instance.engine_core import EngineCore
@@ -219,6 +219,7 @@ class World:
         self.slowness = slowness
         self.now = 0.0
         self.faults = faults
+        self.waiting_moves = 0
         self.outcomes: dict[MigrationOutcome, int] = dict.fromkeys(MigrationOutcome, 0)
         self.table = StreamTable("f", FRONTEND_ADDRESS, MANAGER_ADDRESS, FRONTEND)
         self.clients: dict[str, Client] = {}
@@ -251,7 +252,11 @@ class World:
 
     def send(self, address: str, message: object) -> None:
         faults = self.faults
-        if isinstance(message, Commit | Committed) and self.random.random() < faults.crash_near_commit:
+        hands_over = isinstance(message, Commit | Committed) or (
+            isinstance(message, Reserve) and message.blocks == 0
+        )
+        self.waiting_moves += isinstance(message, Reserve) and message.blocks == 0
+        if hands_over and self.random.random() < faults.crash_near_commit:
             self.at(self.now + self.random.uniform(0, 0.04), lambda: self.crash(address))
         copies = 0 if self.random.random() < faults.lost else 1 + (self.random.random() < faults.doubled)
         for _ in range(copies):
@@ -445,9 +450,13 @@ class World:
     def _settled(self) -> bool:
         if not all(client.ended for client in self.clients.values()):
             return False
-        return all(not n.engine.has_work() and n.engine.load().reserved_blocks == 0 for n in self._alive())
+        return all(
+            not n.engine.has_work() and n.engine.load().reserved_blocks == 0 and not n.agent.migrating
+            for n in self._alive()
+        )
 
     def _unsettled(self) -> str:
         open_clients = [name for name, client in self.clients.items() if not client.ended]
         loads = {node.address: node.engine.load() for node in self._alive()}
-        return f"open {open_clients}, loads {loads}"
+        migrating = [node.address for node in self._alive() if node.agent.migrating]
+        return f"open {open_clients}, migrating {migrating}, loads {loads}"

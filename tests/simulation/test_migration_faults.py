@@ -2,8 +2,10 @@
 names itself in the test's id, which is also how to replay it: ``pytest
 'tests/simulation/test_migration_faults.py::<id>'``."""
 
+from dataclasses import replace
+
 import pytest
-from migration_world import Faults, World
+from migration_world import ENGINE, Faults, World
 
 from llumnix.core.messages.control import MigrationOutcome
 
@@ -23,12 +25,21 @@ KINDS = {
     ),
 }
 SEEDS_PER_KIND = 48
+CROWDED = replace(ENGINE, kv_blocks=30, batch_max=1)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS_PER_KIND))
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_survive(kind: str, seed: int) -> None:
     World(seed, KINDS[kind]).run()
+
+
+@pytest.mark.parametrize("seed", range(SEEDS_PER_KIND))
+@pytest.mark.parametrize("kind", ["lossy", "crashes", "everything"])
+def test_waiting_requests_survive(kind: str, seed: int) -> None:
+    world = World(seed, KINDS[kind], requests=20, engine=CROWDED)
+    world.run()
+    assert world.waiting_moves > 0
 
 
 def test_the_faults_lead_to_every_outcome() -> None:

@@ -9,7 +9,7 @@ from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, 
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX
 from llumnix.core.errors import ProtocolError
 from llumnix.core.messages.control import MigrationEnded, MigrationOutcome
 from llumnix.core.messages.migration import (
@@ -29,7 +29,7 @@ from llumnix.core.messages.migration import (
 from llumnix.core.messages.serving import Abort, Moved
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
-from llumnix.migration.source import ENDED, TRANSITIONS, SourceMigration, SourceState
+from llumnix.migration.source import ASKS_MAX, ENDED, TRANSITIONS, SourceMigration, SourceState
 
 RESERVED = Reserved("m", 15.0)
 COMMITTED = Committed("m", FIRST_EPOCH + 1)
@@ -133,27 +133,62 @@ def test_a_running_request_goes_over_in_stages_and_then_by_commit() -> None:
     engine.check()
 
 
-def test_a_waiting_request_commits_as_soon_as_the_target_has_answered() -> None:
+def waiting() -> tuple[SourceMigration, InProcessEngine]:
     engine = small_engine()
     engine.submit(spec("r"), 0.0)
     migration, effects = begun(engine)
-    assert [type(m) for m in messages(effects)] == [Reserve]
-    (commit,) = messages(migration.handle(RESERVED, 1.0))
-    assert isinstance(commit, Commit)
-    assert (commit.source_blocks, commit.computed_tokens) == ((), 0)
+    (message,) = messages(effects)
+    assert isinstance(message, Reserve)
+    assert message.blocks == 0
+    return migration, engine
+
+
+def test_a_waiting_request_leaves_with_its_only_message() -> None:
+    migration, engine = waiting()
+    assert migration.undecided
     assert not engine.has_work()
+    effects = migration.handle(COMMITTED, 1.0)
+    assert messages(effects, Moved) == [Moved("r", FIRST_EPOCH + 1, "target")]
+    assert not engine.holds("r")
+    told = ended(effects)
+    assert (told.outcome, told.stages, told.kv_bytes) == (MigrationOutcome.COMMITTED, 1, 0)
 
 
-def test_a_request_admitted_while_the_target_answers_takes_its_kv_along() -> None:
-    engine = small_engine()
-    engine.submit(spec("r", prompt_len=16), 0.0)
-    migration, _ = begun(engine)
-    step(engine)
-    step(engine)
-    migration.handle(StepEnded(), 1.0)
-    (stage,) = messages(migration.handle(RESERVED, 1.0))
-    assert isinstance(stage, CopyStage)
-    assert len(stage.source_blocks) == 4
+@pytest.mark.parametrize(
+    ("answer", "outcome", "epoch"),
+    [
+        (Refused("m", RefusalCode.DRAINING, "no"), MigrationOutcome.REFUSED, FIRST_EPOCH),
+        (Denied("m", "its queue is full"), MigrationOutcome.ABORTED, FIRST_EPOCH),
+        (PeerFenced(), MigrationOutcome.RESUMED, FIRST_EPOCH + 2),
+    ],
+)
+def test_a_waiting_request_that_is_not_taken_goes_on_waiting(
+    answer: object, outcome: MigrationOutcome, epoch: int
+) -> None:
+    migration, engine = waiting()
+    assert ended(migration.handle(answer, 1.0)).outcome is outcome
+    assert engine.load().waiting == 1
+    assert engine.spec_of("r", 2.0).epoch == epoch
+
+
+def test_a_target_that_never_answers_is_given_up_and_the_request_left_to_its_frontend() -> None:
+    migration, engine = at(SourceState.COMMITTING)
+    effects = []
+    for ask in range(ASKS_MAX + 1):
+        assert not migration.ended
+        effects = migration.handle(Timeout(), 7.0 + ask)
+    assert ended(effects).outcome is MigrationOutcome.ABORTED
+    assert messages(effects, AbortMigration)  # should it be late and undecided still
+    assert not engine.holds("r")
+    engine.check()
+
+
+def test_silence_about_a_waiting_request_is_no_answer() -> None:
+    migration, engine = waiting()
+    (ask,) = messages(migration.handle(Timeout(), 6.0))
+    assert isinstance(ask, QueryCommit)
+    assert migration.state is SourceState.COMMIT_UNKNOWN
+    assert not engine.has_work()
 
 
 def test_a_short_request_needs_no_stage() -> None:
@@ -263,28 +298,26 @@ def test_a_client_abort_before_the_commit_frees_both_sides() -> None:
     assert not engine.holds("r")
 
 
-ALL_HOPS = FIRST_EPOCH + 1000
+ALL_HOPS = FIRST_EPOCH | HOP_MAX
 """What a client's own abort covers; a stale owner's is told the stale epoch only."""
 
 
 @pytest.mark.parametrize("state", [SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN])
-def test_a_client_abort_during_the_commit_reaches_whoever_owns_the_request_next(state: SourceState) -> None:
+def test_a_client_abort_during_the_commit_ends_the_request_on_both_sides(state: SourceState) -> None:
     migration, engine = at(state)
-    assert migration.handle(ClientAbort(ALL_HOPS), 2.0) == []
+    effects = migration.handle(ClientAbort(ALL_HOPS), 2.0)
+    assert not engine.holds("r")
+    first, then = sent_to(effects, TARGET)
+    assert isinstance(first, AbortMigration)  # if it is undecided there
+    assert then == Abort("r", ALL_HOPS)  # if it has been adopted
+    assert migration.ended
+
+
+@pytest.mark.parametrize("state", [SourceState.COMMITTING, SourceState.COMMIT_UNKNOWN])
+def test_telling_a_stale_owner_to_stop_does_not_stop_the_new_one(state: SourceState) -> None:
+    migration, engine = at(state)
+    assert migration.handle(ClientAbort(FIRST_EPOCH), 2.0) == []
     assert engine.holds("r")
-    effects = migration.handle(COMMITTED, 3.0)
-    assert Abort("r", ALL_HOPS) in sent_to(effects, TARGET)
-
-    for answer in (Denied("m", "no"), PeerFenced()):
-        migration, engine = at(state)
-        migration.handle(ClientAbort(ALL_HOPS), 2.0)
-        migration.handle(answer, 3.0)
-        assert not engine.holds("r")
-
-
-def test_telling_a_stale_owner_to_stop_does_not_stop_the_new_one() -> None:
-    migration, _ = at(SourceState.COMMITTING)
-    migration.handle(ClientAbort(FIRST_EPOCH), 2.0)
     assert not messages(migration.handle(COMMITTED, 3.0), Abort)
 
 

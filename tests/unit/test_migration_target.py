@@ -89,13 +89,23 @@ def test_a_request_arrives_and_goes_on_where_it_was() -> None:
     assert engine.output_since("r", 0).tokens == OUTPUT  # type: ignore[union-attr]
 
 
-def test_a_waiting_request_arrives_with_nothing_to_read() -> None:
+def test_a_waiting_request_is_taken_with_its_only_message() -> None:
     engine = small_engine()
     migration = TargetMigration(reserve(REQUEST, 0), engine=engine, config=CONFIG, pace=pace())
-    migration.begin(1.0)
-    (answer,) = messages(migration.handle(commit((), 0, ()), 1.0))
-    assert answer == Committed("m", FIRST_EPOCH + 1)
+    assert messages(migration.begin(1.0)) == [Committed("m", FIRST_EPOCH + 1)]
+    assert migration.ended
     assert engine.load().waiting == 1
+    assert engine.spec_of("r", 1.0).epoch == FIRST_EPOCH + 1
+
+
+def test_a_waiting_request_that_finds_a_full_queue_is_denied() -> None:
+    engine = small_engine(waiting_max=1)
+    engine.submit(spec("other"), 0.0)
+    migration = TargetMigration(reserve(REQUEST, 0), engine=engine, config=CONFIG, pace=pace())
+    (answer,) = messages(migration.begin(1.0))
+    assert isinstance(answer, Denied)
+    assert migration.ended
+    assert not engine.holds("r")
 
 
 def test_no_room_is_a_refusal_and_holds_nothing() -> None:

@@ -11,7 +11,7 @@ from llumnix.api.stream_state import StreamStats, check_streams
 from llumnix.api.streams import CONTINUE_MAX_S, REJECTIONS_MAX, Deliver, Effect, Fail, StreamTable
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH, next_generation, next_hop
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, next_generation, next_hop
 from llumnix.core.errors import InvariantError, ProtocolError
 from llumnix.core.messages.control import (
     ClusterStatus,
@@ -204,7 +204,8 @@ class TestTokens:
     def test_tokens_of_a_request_that_is_not_open_are_answered_by_an_abort(self) -> None:
         made = streaming("a")
         made.handle(batch("a", FIRST_EPOCH, 0, 7, ends=FinishReason.LENGTH), 0.1)
-        assert made.handle(batch("a", FIRST_EPOCH, 1, 8), 0.2) == [Send("at-a", Abort("r", FIRST_EPOCH))]
+        stop = [Send("at-a", Abort("r", FIRST_EPOCH | HOP_MAX))]
+        assert made.handle(batch("a", FIRST_EPOCH, 1, 8), 0.2) == stop
         assert made.handle(batch("a", FIRST_EPOCH, 2, 9), 0.3) == []
         assert made.handle(batch("a", FIRST_EPOCH, 0, 7, ends=FinishReason.LENGTH), 9.0) == []
 
@@ -349,7 +350,8 @@ class TestSilence:
         assert made.handle(ProbeReply("a", ("r",)), 2.1) == []
         assert made.handle(ProbeReply("a", ("r",)), 2.1) == [], "the same answer doubled"
         assert messages(made.tick(3.0)) == [Probe(FRONTEND, (("r", 0),))]
-        (asked,) = made.handle(ProbeReply("a", ("r",)), 3.1)
+        stop, asked = made.handle(ProbeReply("a", ("r",)), 3.1)
+        assert stop == Send("at-a", Abort("r", FIRST_EPOCH | HOP_MAX)), "should its commit be open still"
         assert asked.message.exclude == ("a",)
 
     def test_denial_by_a_former_owner_means_nothing(self) -> None:
@@ -367,7 +369,7 @@ class TestSilence:
             now = made.next_deadline()
             effects = made.tick(now)
         assert 6.0 <= now <= 12.0
-        assert messages(effects)[0] == Abort("r", FIRST_EPOCH)
+        assert messages(effects)[0] == Abort("r", FIRST_EPOCH | HOP_MAX)
 
     def test_an_owner_that_answers_probes_may_take_as_long_as_it_likes(self) -> None:
         made = streaming("a", "b", silent_probe_s=2.0)
@@ -385,7 +387,7 @@ class TestSilence:
 class TestEnding:
     def test_abort_tells_the_owner_and_forgets(self) -> None:
         made = streaming("a")
-        assert made.abort("r", 0.1) == [Send("at-a", Abort("r", FIRST_EPOCH))]
+        assert made.abort("r", 0.1) == [Send("at-a", Abort("r", FIRST_EPOCH | HOP_MAX))]
         assert made.abort("r", 0.1) == [] and len(made) == 0
         assert made.handle(batch("a", FIRST_EPOCH, 0, 7), 0.2) == [], "told just now"
         made.check()

@@ -24,8 +24,8 @@ class RefusalCode(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Source to target: hold ``blocks`` for this request. ``spec`` is the request as of now, so that the
-    commit only adds what was generated since. ``blocks`` 0: the request waits, has no KV, and moves by commit
-    alone."""
+    commit only adds what was generated since. ``blocks`` 0: the request waits and has no KV. It has left my
+    queue with this message, and is yours at the next hop of its epoch."""
 
     migration_id: str
     source_id: str
@@ -51,8 +51,8 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Target to source: no, and nothing is held. Also the answer to a CopyStage that needs more room than
-    there is."""
+    """Target to source: no, nothing is held nor ever will be. Also the answer to a CopyStage that needs more
+    room than there is."""
 
     migration_id: str
     code: RefusalCode
