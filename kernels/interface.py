@@ -2,7 +2,8 @@
 
 Shapes and rules stand here once. ``pool`` is block first, ``[blocks, layers, 2, kv_heads, block_size,
 head_dim]``, keys at index 0 and values at 1 of its third dimension. Activations are float32 on a CPU and of
-the model's dtype on a GPU; weights and KV are of the model's dtype everywhere.
+the model's dtype on a GPU; weights and KV are of the model's dtype everywhere, and what is multiplied with
+them may be rounded to it; sums are float32.
 Models reach these through ``ops``, which picks the implementation by the tensors' device; the contract tests
 run each one by itself.
 """

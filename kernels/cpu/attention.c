@@ -3,9 +3,10 @@
  * A task is one KV head and a tile of consecutive tokens of one request (a single token when decoding) with all query
  * heads that share the KV head. Scores of the whole context are kept, so there is no rescaling: each query's scores,
  * sum and weighted values come from one fixed order of operations over its context. Its result is therefore the same,
- * to the last bit, whether it is decoded or prefilled, in whatever chunk, batch or number of threads. */
+ * to the last bit, whether it is decoded or prefilled, in whatever chunk, batch or number of threads.
+ * attention_amx.c computes the same for bfloat16 where the processor has AMX. */
+#include "attention.h"
 #include "pool.h"
-#include "vector.h"
 #include <stdlib.h>
 
 #define KEY_GROUP 4      /* keys scored together */
@@ -155,26 +156,22 @@ INLINE void attend(const struct task *task, float *scores, enum format format) {
         for (size_t d = 0; d < task->head_dim; d++) outs[row][d] /= sums[row];
 }
 
-struct job {
-    float *out, *scores;
-    const float *query;
-    const char *keys;
-    const int32_t *tables, *context_lens;
-    int64_t tables_stride, tokens, start, block_stride, kv_heads, block_size, head_dim, heads, query_stride;
+struct tiled_job {
+    const struct attention_job *attention;
+    float *scores;
     int64_t tile, tiles, scores_size;
-    float scale;
-    int format;
 };
 
 /* A part is one task; slots have scores of their own. */
 static void run_part(const void *data, int part, int slot) {
-    const struct job *job = data;
+    const struct tiled_job *tiled = data;
+    const struct attention_job *job = tiled->attention;
     const int decoding = job->start < 0, sharing = (int)(job->heads / job->kv_heads);
     const size_t item = item_bytes((enum format)job->format);
     const size_t head_bytes = (size_t)(job->block_size * job->head_dim) * item;
     /* The last tiles of a chunk have the longest contexts: they go first. */
-    const int64_t head = part % job->kv_heads, first = (job->tiles - 1 - part / job->kv_heads) * job->tile;
-    const int64_t tokens = job->tokens - first < job->tile ? job->tokens - first : job->tile;
+    const int64_t head = part % job->kv_heads, first = (tiled->tiles - 1 - part / job->kv_heads) * tiled->tile;
+    const int64_t tokens = job->tokens - first < tiled->tile ? job->tokens - first : tiled->tile;
     const struct task task = {
         .out = job->out + (first * job->heads + head * sharing) * job->head_dim,
         .query = job->query + first * job->query_stride + head * sharing * job->head_dim,
@@ -192,7 +189,7 @@ static void run_part(const void *data, int part, int slot) {
         .start = (int)(decoding ? job->context_lens[first] - 1 : job->start + first),
         .scale = job->scale,
     };
-    float *scores = job->scores + slot * job->scores_size;
+    float *scores = tiled->scores + slot * tiled->scores_size;
     switch (job->format) {
     case BFLOAT16: attend(&task, scores, BFLOAT16); break;
     case FLOAT16: attend(&task, scores, FLOAT16); break;
@@ -200,12 +197,20 @@ static void run_part(const void *data, int part, int slot) {
     }
 }
 
-/* Requests with one token each if `start` is negative (context_lens then gives each context), else one request's
- * tokens from position `start`. Returns 0, or 1 when there is no memory for scores. */
+INLINE int suits_amx(const struct attention_job *job, enum product product) {
+    return product == AMX_BF16 && job->format == BFLOAT16 && job->head_dim % 32 == 0 && job->block_size % 16 == 0;
+}
+
+/* See struct attention_job. Returns 0, or 1 when there is no memory for scores. */
 int llumnix_attention(float *out, const float *query, const char *pool_layer, const int32_t *tables,
                       const int32_t *context_lens, int64_t tables_stride, int64_t tokens, int64_t start,
                       int64_t block_stride, int64_t kv_heads, int64_t block_size, int64_t head_dim, int64_t heads,
-                      int64_t query_stride, float scale, int format, int threads) {
+                      int64_t query_stride, float scale, int format, int product, int threads) {
+    const struct attention_job job = {
+        out,          query,    pool_layer, tables,   context_lens, tables_stride, tokens, start,
+        block_stride, kv_heads, block_size, head_dim, heads,        query_stride,  scale,  format,
+    };
+    if (suits_amx(&job, (enum product)product)) return llumnix_attention_amx(&job, threads);
     int64_t context = start < 0 ? 1 : start + tokens;
     for (int64_t i = 0; start < 0 && i < tokens; i++) context = context_lens[i] > context ? context_lens[i] : context;
     const int64_t row = (context + LANES - 1) / LANES * LANES * (heads / kv_heads);
@@ -217,11 +222,8 @@ int llumnix_attention(float *out, const float *query, const char *pool_layer, co
         free(scores);
         return 1;
     }
-    const struct job job = {
-        out,          scores, query, pool_layer, tables,    context_lens, tables_stride, tokens,     start,
-        block_stride, kv_heads, block_size, head_dim, heads, query_stride, tile, tiles, row * tile, scale, format,
-    };
-    llumnix_run_parts(run_part, &job, (int)(tiles * kv_heads), threads);
+    const struct tiled_job tiled = {&job, scores, tile, tiles, row * tile};
+    llumnix_run_parts(run_part, &tiled, (int)(tiles * kv_heads), threads);
     free(scores);
     return 0;
 }

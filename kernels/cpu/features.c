@@ -1,5 +1,5 @@
 /* Which ways of multiplying bfloat16 this build and this machine have. */
-#include "linear.h"
+#include "vector.h"
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>

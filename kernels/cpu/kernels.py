@@ -136,6 +136,7 @@ class CpuKernels:
             query.stride(0),
             scale,
             FORMATS[pool.dtype],
+            self.product,
             torch.get_num_threads(),
         )
         if failed:

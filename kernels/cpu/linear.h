@@ -4,12 +4,7 @@
 
 #include "vector.h"
 
-#define PANEL 16
-
 enum finish { WRITE = 0, ADD = 1, SILU_MUL = 2 };
-
-/* How weights are laid out and multiplied; mirrored in kernels.py. */
-enum product { WIDENED = 0, AVX512_BF16 = 1, AMX_BF16 = 2 };
 
 struct linear_job {
     float *y;

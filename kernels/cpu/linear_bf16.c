@@ -11,11 +11,10 @@
 #include <stdlib.h>
 
 #ifdef __AVX512BF16__
+#include "amx.h"
 
 #define STRIP (2 * PANEL)
-#define CHUNK 32     /* inputs of one tile */
-#define TILE_ROWS 16
-#define TILE_BYTES 1024
+#define CHUNK 32 /* inputs of one tile */
 #define ALIGNMENT 64
 #define ROW_BLOCK_BYTES (768 << 10) /* packed rows that stay in the second-level cache while all strips pass by */
 #define AHEAD_BYTES 8192
@@ -101,19 +100,6 @@ static void multiply_dots(struct tile *tiles, const char *x, const char *strip, 
 }
 
 #ifdef __AMX_BF16__
-
-INLINE void configure_tiles(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        config.row_bytes[i] = 64;
-        config.rows[i] = TILE_ROWS;
-    }
-    _tile_loadconfig(&config);
-}
 
 /* Tile registers: 0 … 3 sums, 4 and 5 rows, 6 and 7 weights. */
 static void multiply_one(struct tile *tiles, const char *x, const char *strip, size_t chunks) {

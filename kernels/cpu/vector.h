@@ -14,8 +14,12 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
+#define PANEL 16 /* outputs of a product that are computed together */
 
 enum format { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* How bfloat16 is multiplied; mirrored in kernels.py. */
+enum product { WIDENED = 0, AVX512_BF16 = 1, AMX_BF16 = 2 };
 
 typedef float vec __attribute__((vector_size(32)));
 typedef int32_t ivec __attribute__((vector_size(32)));

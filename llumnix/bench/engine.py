@@ -3,7 +3,8 @@
 Runs the engine core and the torch executor in this process: no Ray, no network, no frontend. Decode rates
 count steps of a full batch only, after every request has prefilled. The parts of a step are measured in
 further steps with a clock around each kernel, so those clocks do not touch the rates. Needs a quiet machine
-to mean anything; the load is noted in the result.
+to mean anything; the load is noted in the result. On request plain vLLM does the same work right afterwards,
+and the two are set side by side (``engine_comparison``).
 """
 
 import json
@@ -23,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llumnix.bench.engine_comparison import measure_vllm, with_ratios
 from llumnix.bench.machine import describe_machine
 from llumnix.core.config import EngineConfig
 from llumnix.core.epochs import FIRST_EPOCH
@@ -30,6 +32,7 @@ from llumnix.core.errors import LlumnixError
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.model_loader import resolve_model
 from llumnix.instance.request import Request
 from llumnix.instance.sampler import Sampler
 from llumnix.instance.torch_executor import TorchExecutor
@@ -71,8 +74,9 @@ class PrefillResult:
     ms_p50: float
 
 
-def run(config: EngineConfig, steps: int, seed: int) -> dict[str, Any]:
-    """Measure one engine. Returns what goes into the JSON file; ``results`` holds the decode rates."""
+def run(config: EngineConfig, steps: int, seed: int, vllm_python: str | None = None) -> dict[str, Any]:
+    """Measure one engine, and plain vLLM in the environment of ``vllm_python``. Returns what goes into the
+    JSON file; ``results`` holds the decode rates."""
     executor = TorchExecutor(config, pool_name="llumnix-bench-engine")
     try:
         load_before = os.getloadavg()[0]
@@ -81,7 +85,7 @@ def run(config: EngineConfig, steps: int, seed: int) -> dict[str, Any]:
         prefills = [bench.prefill(tokens) for tokens in PREFILLS if tokens < bench.engine.max_model_len]
     finally:
         executor.close()
-    return {
+    report: dict[str, Any] = {
         "benchmark": "engine",
         "config": asdict(config),
         "seed": seed,
@@ -95,6 +99,32 @@ def run(config: EngineConfig, steps: int, seed: int) -> dict[str, Any]:
         "results": [asdict(result) for result in results],
         "prefill": [asdict(result) for result in prefills],
         "peak_memory_bytes": _peak_memory_bytes(),
+    }
+    if vllm_python is not None:
+        theirs = measure_vllm(vllm_python, _workload(bench, config, steps, seed))
+        for rows in ("results", "prefill"):
+            theirs[rows] = with_ratios(report[rows], theirs[rows])
+        report["vllm"] = theirs
+    return report
+
+
+def _workload(bench: "_Bench", config: EngineConfig, steps: int, seed: int) -> dict[str, Any]:
+    """The same work for vLLM; see ``plain_vllm``."""
+    executor = bench.engine.executor
+    prefills = [tokens for tokens in PREFILLS if tokens < bench.engine.max_model_len]
+    return {
+        "model": str(resolve_model(config.model)),
+        "dtype": executor.kv_layout.dtype,
+        "max_model_len": bench.engine.max_model_len,
+        "kv_gib": max(1, round(config.kv_gib)),
+        "vocab_size": executor.vocab_size,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "steps": steps,
+        "warmup_steps": WARMUP_STEPS,
+        "decodes": [(batch, prompt) for prompt in PROMPTS for batch in BATCHES],
+        "prefills": prefills,
+        "prefill_repeats": PREFILL_REPEATS,
     }
 
 
@@ -243,6 +273,12 @@ def _show(report: dict[str, Any]) -> None:
     console.print(decode)
     for row in report["prefill"]:
         console.print(f"prefill of {row['prompt_tokens']}: {row['tokens_per_s']:.0f} tokens/s")
+    for row in report.get("vllm", {}).get("results", ()):
+        shape = f"batch {row['batch']} after prompts of {row['prompt_tokens']}"
+        console.print(f"vLLM {shape}: {row['tokens_per_s']:.1f} tokens/s, ours {row['ratio']:.2f} times that")
+    for row in report.get("vllm", {}).get("prefill", ()):
+        shape = f"prefill of {row['prompt_tokens']}"
+        console.print(f"vLLM {shape}: {row['tokens_per_s']:.0f} tokens/s, ours {row['ratio']:.2f} times that")
     console.print(f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")
 
 
@@ -254,13 +290,23 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--threads", default=0, help="compute threads; 0 takes torch's own choice")
 @click.option("--steps", default=50, show_default=True, help="decode steps measured per batch")
 @click.option("--seed", default=0, show_default=True, help="of the random prompts")
+@click.option(
+    "--against-vllm", metavar="PYTHON", help="the interpreter of an environment with vLLM, to compare with"
+)
 def command(
-    json_path: Path | None, model: str, dtype: str, device: str, threads: int, steps: int, seed: int
+    json_path: Path | None,
+    model: str,
+    dtype: str,
+    device: str,
+    threads: int,
+    steps: int,
+    seed: int,
+    against_vllm: str | None,
 ) -> None:
     """Tokens per second and decode step times of one engine, without a cluster."""
     try:
         config = EngineConfig(model=model, dtype=dtype, device=device, threads=threads)
-        report = run(config, steps, seed)
+        report = run(config, steps, seed, against_vllm)
     except LlumnixError as error:
         raise click.ClickException(str(error)) from error
     _show(report)

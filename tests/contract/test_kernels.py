@@ -80,18 +80,20 @@ class TestC(KernelContract):
             torch.set_num_threads(threads)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("block_size,heads", [(4, 9), (16, 9), (16, 60)])
     def test_prefill_in_any_chunks_and_decode_agree_bit_for_bit(
-        self, kernels: Kernels, dtype: torch.dtype
+        self, kernels: Kernels, dtype: torch.dtype, block_size: int, heads: int
     ) -> None:
-        pool = stored(40, 2, 2, 3, 4, 64, dtype=dtype, device="cpu")
+        tokens = 37 * block_size
+        pool = stored(40, 2, 2, 3, block_size, 64, dtype=dtype, device="cpu")
         table = torch.randperm(40, generator=torch.Generator().manual_seed(4)).int()
-        query = activations(150, 9, 64, like=dtype, device="cpu")
+        query = activations(tokens, heads, 64, like=dtype, device="cpu")
         whole = kernels.prefill_attention(query, pool, 1, table, 0, 0.125)
-        for begin, end in ((0, 1), (0, 50), (50, 67), (67, 150)):
+        for begin, end in ((0, 1), (0, 50), (50, 67), (67, tokens)):
             part = kernels.prefill_attention(query[begin:end], pool, 1, table, begin, 0.125)
             assert torch.equal(part, whole[begin:end])
-        lens = torch.arange(1, 151, dtype=torch.int32)
-        tables = table.expand(150, -1).contiguous()
+        lens = torch.arange(1, tokens + 1, dtype=torch.int32)
+        tables = table.expand(tokens, -1).contiguous()
         assert torch.equal(kernels.decode_attention(query, pool, 1, tables, lens, 0.125), whole)
 
     def test_callers_on_several_threads_share_the_workers(self, kernels: Kernels) -> None:
