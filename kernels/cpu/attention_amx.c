@@ -13,13 +13,12 @@
 #include <stdlib.h>
 
 #ifdef __AMX_BF16__
-#include "amx.h"
+#include "avx512.h"
 
 #define STRETCH 256 /* keys */
 #define PAIR_KEYS 32
 #define ROWS_WANTED 96 /* rows of a task, if it has as many tokens */
 #define AHEAD 4        /* key tiles fetched ahead */
-#define LOG2_E 1.44269504088896341f
 
 struct task {
     float *out;
@@ -50,14 +49,17 @@ INLINE int context_of(const struct task *task, int row) {
 /* Queries of one row tile, in pairs of dimensions by rows: [head_dim / 32][16][16 rows][2]. */
 INLINE void pack_queries(const struct task *task, char *to, int first) {
     const int rows = task->rows - first < TILE_ROWS ? task->rows - first : TILE_ROWS;
-    memset(to, 0, task->head_dim * TILE_ROWS * 2);
-    for (int r = 0; r < rows; r++) {
-        const float *from = task->query + (size_t)((first + r) / task->sharing) * task->query_stride +
-                            (size_t)((first + r) % task->sharing) * task->head_dim;
-        for (size_t pair = 0; pair < task->head_dim / 2; pair++) {
-            const uint32_t both = float_to_bfloat(from[2 * pair]) | (uint32_t)float_to_bfloat(from[2 * pair + 1]) << 16;
-            memcpy(to + (pair * TILE_ROWS + (size_t)r) * 4, &both, sizeof both);
+    for (size_t d = 0; d < task->head_dim; d += 32, to += TILE_BYTES) {
+        __m512i pairs[TILE_ROWS];
+        for (int r = 0; r < TILE_ROWS; r++) {
+            pairs[r] = _mm512_setzero_si512();
+            if (r >= rows) continue;
+            const float *from = task->query + (size_t)((first + r) / task->sharing) * task->query_stride +
+                                (size_t)((first + r) % task->sharing) * task->head_dim + d;
+            pairs[r] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + PANEL), _mm512_loadu_ps(from));
         }
+        transpose(pairs);
+        for (int pair = 0; pair < TILE_ROWS; pair++) _mm512_store_si512(to + pair * 64, pairs[pair]);
     }
 }
 
@@ -102,19 +104,6 @@ INLINE void score(const struct task *task, float *scores, const char *queries, i
         }
         _tile_stored(0, scores, 64);
     }
-}
-
-/* 2^x for x <= 0: the Taylor series of its fraction, to 3e-6. Below -126 it gives 2^-126. */
-INLINE __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(1.33335581e-3f), _mm512_set1_ps(9.61812911e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(sum, whole);
 }
 
 /* Which of 16 rows have a key in their context. */

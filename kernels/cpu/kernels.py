@@ -69,21 +69,24 @@ class CpuKernels:
     def write_kv(self, pool: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         _, _, _, kv_heads, block_size, head_dim = pool.shape
         strides, item_bytes = pool.stride(), pool.element_size()
-        target, tokens = pool.data_ptr() + layer * strides[1] * item_bytes, len(keys)
-        for rows in (_heads(keys), _heads(values)):
-            self._write_kv(
-                target,
-                rows.data_ptr(),
-                slots.data_ptr(),
-                tokens,
-                rows.stride(0),
-                strides[0],
-                kv_heads,
-                block_size,
-                head_dim,
-                FORMATS[pool.dtype],
-            )
-            target += strides[2] * item_bytes
+        target = pool.data_ptr() + layer * strides[1] * item_bytes
+        keys, values = _heads(keys), _heads(values)
+        self._write_kv(
+            target,
+            target + strides[2] * item_bytes,
+            keys.data_ptr(),
+            values.data_ptr(),
+            slots.data_ptr(),
+            keys.shape[0],
+            keys.stride(0),
+            values.stride(0),
+            strides[0],
+            kv_heads,
+            block_size,
+            head_dim,
+            FORMATS[pool.dtype],
+            torch.get_num_threads(),
+        )
 
     def decode_attention(
         self,
@@ -235,19 +238,26 @@ class CpuKernels:
             strides[1],
             eps,
             FORMATS[weight.dtype],
+            torch.get_num_threads(),
         )
         return out
 
     def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-        for rows in (query, key):
-            self._rope(
-                rows.data_ptr(),
-                cos.data_ptr(),
-                sin.data_ptr(),
-                positions.data_ptr(),
-                *rows.shape,
-                rows.stride(0),
-            )
+        tokens, heads, head_dim = query.shape
+        self._rope(
+            query.data_ptr(),
+            key.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions.data_ptr(),
+            tokens,
+            heads,
+            key.shape[1],
+            head_dim,
+            query.stride(0),
+            key.stride(0),
+            torch.get_num_threads(),
+        )
 
 
 def _fits(pool: Tensor) -> bool:

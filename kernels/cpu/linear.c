@@ -75,6 +75,25 @@ INLINE void multiply_rows(struct tile *tiles, const float *x, size_t x_stride, c
     }
 }
 
+/* Put `rows` rows of one panel where they belong. `up` is the up projection where `values` is the gate. */
+INLINE void finish_tile(const struct linear_job *job, const float (*values)[PANEL], const float (*up)[PANEL], size_t row,
+                        int rows, size_t column) {
+    const size_t width = job->out - column < PANEL ? job->out - column : PANEL;
+    for (int r = 0; r < rows; r++) {
+        float done[PANEL];
+        memcpy(done, values[r], sizeof done);
+        if (job->bias) for (size_t c = 0; c < width; c++) done[c] += job->bias[column + c];
+        if (job->finish == SILU_MUL)
+            for (int c = 0; c < PANEL; c += LANES) {
+                vec gate = load(done + c);
+                store(done + c, gate / (1.0f + exponential(-gate)) * load(&up[r][c]));
+            }
+        float *to = job->y + (row + r) * job->out + column;
+        if (job->finish == ADD) for (size_t c = 0; c < width; c++) to[c] += done[c];
+        else memcpy(to, done, width * sizeof(float));
+    }
+}
+
 /* Rows in even groups of at most ROWS_MAX; eight are 6 + 2, measured faster than 4 + 4. */
 INLINE int rows_at(size_t left) {
     if (left == 8) return ROWS_MAX;

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 
 #ifdef __AVX512BF16__
-#include "amx.h"
+#include "avx512.h"
 
 #define STRIP (2 * PANEL)
 #define CHUNK 32 /* inputs of one tile */
@@ -142,15 +142,31 @@ INLINE void multiply_two(struct tile *tiles, const char *x, const char *strip, s
 
 #endif
 
+/* Sixteen outputs of one row. `up` is the up projection where `values` is the gate. */
+INLINE void finish_row(const struct linear_job *job, __m512 values, __m512 up, size_t row, size_t column, __mmask16 mask) {
+    float *to = job->y + row * job->out + column;
+    if (job->bias) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, job->bias + column));
+    if (job->finish == SILU_MUL) {
+        const __m512 power = _mm512_mul_ps(values, _mm512_set1_ps(-LOG2_E));
+        const __m512 below = power_of_two(_mm512_min_ps(power, _mm512_set1_ps(126.0f)));
+        values = _mm512_mul_ps(_mm512_div_ps(values, _mm512_add_ps(below, _mm512_set1_ps(1.0f))), up);
+    }
+    if (job->finish == ADD) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, to));
+    _mm512_mask_storeu_ps(to, mask, values);
+}
+
 /* Two panels of 16 outputs each, or one gated panel. */
 INLINE void finish_strip(const struct linear_job *job, const struct tile *tiles, size_t row, size_t strip) {
-    const int rows = job->rows - row < TILE_ROWS ? (int)(job->rows - row) : TILE_ROWS;
-    if (job->finish == SILU_MUL) {
-        finish_tile(job, tiles[0].at, tiles[1].at, row, rows, strip * PANEL);
-        return;
+    const size_t rows = job->rows - row < TILE_ROWS ? job->rows - row : TILE_ROWS;
+    const int panels = job->finish == SILU_MUL ? 1 : 2;
+    for (int panel = 0; panel < panels; panel++) {
+        const size_t column = (strip * (size_t)panels + (size_t)panel) * PANEL;
+        if (column >= job->out) return;
+        const size_t left = job->out - column;
+        const __mmask16 mask = left < PANEL ? (__mmask16)((1u << left) - 1) : 0xffff;
+        for (size_t r = 0; r < rows; r++)
+            finish_row(job, _mm512_load_ps(tiles[panel].at[r]), _mm512_load_ps(tiles[1].at[r]), row + r, column, mask);
     }
-    finish_tile(job, tiles[0].at, NULL, row, rows, strip * STRIP);
-    if (strip * STRIP + PANEL < job->out) finish_tile(job, tiles[1].at, NULL, row, rows, strip * STRIP + PANEL);
 }
 
 /* Outputs of one strip for the row tiles first … last. */

@@ -1,6 +1,6 @@
-/* AMX tiles as the kernels use them: every tile is 16 rows of 64 bytes. For files compiled with AVX-512. */
-#ifndef LLUMNIX_AMX_H
-#define LLUMNIX_AMX_H
+/* Sixteen floats at a time, and AMX tiles: every tile is 16 rows of 64 bytes. For files compiled with AVX-512. */
+#ifndef LLUMNIX_AVX512_H
+#define LLUMNIX_AVX512_H
 
 #include "vector.h"
 #include <immintrin.h>
@@ -55,6 +55,21 @@ INLINE void transpose(__m512i *rows) {
         rows[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
         rows[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
     }
+}
+
+#define LOG2_E 1.44269504088896341f
+
+/* 2^x for x < 128: the Taylor series of its fraction, to 3e-6. Below -126 it gives 2^-126. */
+INLINE __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(1.33335581e-3f), _mm512_set1_ps(9.61812911e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.55041087e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.40226507e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.93147181e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, whole);
 }
 
 #endif
