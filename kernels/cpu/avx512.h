@@ -72,4 +72,16 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
+/* The same for x <= 0 to 1.1e-4, enough for what becomes bfloat16: of the cubics that are 1 at 0 the one of the least
+ * greatest relative error, found by reweighted least squares. */
+INLINE __m512 power_of_two_roughly(__m512 x) {
+    const __m512 rounder = _mm512_set1_ps(12582912.0f);
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 shifted = _mm512_add_ps(x, rounder), rest = _mm512_sub_ps(x, _mm512_sub_ps(shifted, rounder));
+    __m512 sum = _mm512_fmadd_ps(rest, _mm512_set1_ps(5.500874e-2f), _mm512_set1_ps(2.4221113e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.9328297e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+    return (__m512)_mm512_add_epi32((__m512i)sum, _mm512_slli_epi32((__m512i)shifted, 23));
+}
+
 #endif
