@@ -20,6 +20,7 @@ BENCHMARKS = {
     "frontend": "a thousand streaming clients on a simulated cluster",
     "migration": "downtime of live migrations against other ways to move",
     "scheduler": "time per decision of the global scheduler, by number of instances",
+    "simulator": "time and memory of a simulated cluster",
     "swap": "copies, bandwidth and bookkeeping of swapping KV to host memory",
     "validation": "one workload on a real cluster and in the simulator",
 }
