@@ -94,5 +94,6 @@ class LoadReporter:
             tenants=load.tenants,
             settings_revision=self.settings_revision,
             role=role,
+            swap=load.swap,
         )
         return Send(self._manager_address, report)

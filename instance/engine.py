@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate, RequestRow, TenantService, TenantTotals
+from llumnix.core.messages.control import MoveCandidate, RequestRow, SwapTotals, TenantService, TenantTotals
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
 
 
@@ -39,6 +39,7 @@ class EngineLoad:
     finished_total: int
     policy_fault: str = ""
     tenants: tuple[TenantService, ...] = ()
+    swap: SwapTotals | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,41 +9,58 @@ Invariants: a request is held in one place only (local_scheduler.py); a token is
 sampled; a stop or end token is reported like any other and ends the request with STOP.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from llumnix.core.config import EngineConfig, SchedulerConfig
+from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import MoveCandidate, RequestRow, TenantTotals
+from llumnix.core.messages.control import RequestRow, TenantTotals
 from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
+from llumnix.instance.batch import QuietStretch
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.engine import EngineLoad, MovableState, StepResult, SubmitRefusal
 from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.instance.finished_outputs import FinishedOutputs
-from llumnix.instance.local_scheduler import LocalScheduler, QuietStretch
+from llumnix.instance.local_scheduler import LocalScheduler
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.request import Request
-from llumnix.policies.registry import selection_policy
-
-CANDIDATES_MAX = 4
-WAITING_CANDIDATES_MAX = 2
-STEP_MEAN_WEIGHT = 0.1
+from llumnix.instance.step_times import StepTimes
+from llumnix.instance.swap import SwapDone
+from llumnix.instance.switching import HostMemory, Switching
+from llumnix.policies.registry import preemption_policy, selection_policy
 
 
 class EngineCore:
     """See the module. ``selection`` says which requests a load report offers to move; by default the
-    cheapest."""
+    cheapest; ``host`` where KV can be swapped to, None: nowhere."""
 
     def __init__(
-        self, limits: ModelLimits, config: EngineConfig, selection: SelectionPolicy | None = None
+        self,
+        limits: ModelLimits,
+        config: EngineConfig,
+        selection: SelectionPolicy | None = None,
+        swap: SwapConfig | None = None,
+        host: HostMemory | None = None,
     ) -> None:
+        swap = swap or SwapConfig()
         self._limits = limits
         self._waiting_max = config.waiting_max
         self._offers = MoveOffers(selection)
-        self._blocks = BlockManager(limits.capacity_blocks)
+        self._times = StepTimes()
+        self._blocks = BlockManager(limits.capacity_blocks, grouped=swap.block_groups)
+        self._switching = Switching(
+            self._blocks,
+            host,
+            swap,
+            block_size=limits.block_size,
+            block_bytes=limits.block_bytes,
+            times=self._times,
+        )
         self._scheduler = LocalScheduler(
             self._blocks,
+            self._switching,
+            swap,
             block_size=limits.block_size,
             step_tokens_max=config.step_tokens_max,
             batch_max=config.batch_max,
@@ -52,7 +69,6 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._finished = FinishedOutputs()
         self._preempted: list[str] = []
-        self._step_s = 0.0
         self._tokens_total = 0
         self._preemptions_total = 0
         self._finished_total = 0
@@ -72,7 +88,14 @@ class EngineCore:
         chunks, preempted = self._scheduler.plan()
         self._preempted.extend(preempted)
         self._preemptions_total += len(preempted)
-        return StepPlan(tuple(chunks))
+        jobs, wait_for = self._switching.orders(computes=bool(chunks))
+        return StepPlan(tuple(chunks), jobs, wait_for)
+
+    def swapped(self, done: Collection[SwapDone]) -> bool:
+        """Take in which copies have ended; called before ``schedule``, and again once those have ended that
+        a plan waits for. True: then that plan must not be computed but made again, by another ``schedule``:
+        it counts on KV that was lost."""
+        return self._scheduler.swapped(done)
 
     def apply(
         self, plan: StepPlan, sampled: Sequence[SampledToken], now: float, duration_s: float
@@ -81,13 +104,14 @@ class EngineCore:
         number."""
         deltas: dict[str, list[TokenDelta]] = {}
         finished: list[str] = []
-        prefilling, tenants = self._scheduler.prefilling, self._scheduler.tenants
-        results, steady = iter(sampled), not prefilling
-        computed = taken = 0
+        batch, tenants = self._scheduler.batch, self._scheduler.tenants
+        results, steady = iter(sampled), not batch.prefilling and not plan.jobs
+        computed = taken = prompt = 0
         for chunk in plan.chunks:
             request = chunk.request
             request.computed_tokens += chunk.count
             computed += chunk.count
+            prompt += chunk.count if chunk.count > 1 else 0
             if not chunk.samples:
                 continue
             result = next(results, None)
@@ -106,15 +130,18 @@ class EngineCore:
             if reason is not None:
                 finished.append(request.request_id)
                 self._finish(request, reason)
-            elif request.request_id in prefilling:
-                self._scheduler.prefill_done(request)
+            elif request.request_id in batch.prefilling:
+                batch.prefill_done(request)
         if taken != len(sampled):
             raise InvariantError(
                 f"the executor returned {len(sampled)} tokens where {taken} were to be sampled"
             )
         self._tokens_total += taken
         if computed:
-            self._note_steps((duration_s,))
+            if prompt:
+                self._times.note_prefill(duration_s, prompt)
+            else:
+                self._times.note_decodes((duration_s,))
         preempted, self._preempted = tuple(self._preempted), []
         steady = steady and not (finished or preempted)
         return StepResult(deltas, tuple(finished), preempted, computed, duration_s, steady)
@@ -129,17 +156,11 @@ class EngineCore:
         """Do as many steps of a quiet stretch as there are durations, with the outcome of single ones.
         ``sample`` as in LocalScheduler.advance. Returns who was decoded; the tokens are in nobody's deltas
         and to be had from ``output_since``."""
-        steps, decoding = len(durations_s), list(self._scheduler.decoding)
+        steps, decoding = len(durations_s), list(self._scheduler.batch.decoding)
         self._scheduler.advance(steps, sample)
         self._tokens_total += steps * len(decoding)
-        self._note_steps(durations_s)
+        self._times.note_decodes(durations_s)
         return decoding
-
-    def _note_steps(self, durations_s: Sequence[float]) -> None:
-        mean_s = self._step_s or durations_s[0]
-        for duration_s in durations_s:
-            mean_s += STEP_MEAN_WEIGHT * (duration_s - mean_s)
-        self._step_s = mean_s
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()
@@ -155,7 +176,8 @@ class EngineCore:
         return FinishReason.LENGTH if generated >= sampling.max_tokens else None
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        self._forget(request)
+        self._scheduler.finish(request)
+        self._leaves(request)
         self._finished.add(request, reason)
         self._finished_total += 1
 
@@ -196,8 +218,11 @@ class EngineCore:
         return request
 
     def _forget(self, request: Request) -> None:
-        del self._requests[request.request_id]
         self._scheduler.drop(request)
+        self._leaves(request)
+
+    def _leaves(self, request: Request) -> None:
+        del self._requests[request.request_id]
         self._scheduler.tenants.left(request.tenant)
 
     def _queue_refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
@@ -229,27 +254,28 @@ class EngineCore:
             waiting_blocks=scheduler.waiting.blocks,
             running=scheduler.running,
             waiting=len(scheduler.waiting),
-            execution_priorities=tuple(sorted(scheduler.priorities.items())),
-            candidates=self._candidates(),
-            step_s=self._step_s,
+            execution_priorities=tuple(sorted(scheduler.batch.priorities.items())),
+            candidates=self._offers.offers(scheduler.batch, scheduler.waiting),
+            step_s=self._times.mean_s,
             tokens_total=self._tokens_total,
             preemptions_total=self._preemptions_total,
             finished_total=self._finished_total,
-            policy_fault=self._offers.fault,
+            policy_fault=self._offers.fault or self._switching.fault,
+            swap=self._switching.totals(),
             tenants=scheduler.tenants.report(),
         )
 
     def configure(self, config: SchedulerConfig) -> None:
-        self._offers.use(selection_policy(config))
+        selection, preemption = selection_policy(config), preemption_policy(config)
+        self._offers.use(selection)
+        self._switching.use(preemption)
         self._scheduler.tenants.configure(config)
 
     def hear_tenants(self, totals: TenantTotals) -> None:
         self._scheduler.tenants.hear(totals.offsets)
 
     def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
-        scheduler = self._scheduler
-        held = [*scheduler.running_requests(), *scheduler.taken_out.values(), *scheduler.waiting]
-        return tuple(request.row(instance_id, now) for request in held)
+        return tuple(request.row(instance_id, now) for request in self._scheduler.held())
 
     def output_since(self, request_id: str, index: int) -> TokenDelta | None:
         request = self._requests.get(request_id)
@@ -264,27 +290,18 @@ class EngineCore:
     def check(self) -> None:
         """Raise InvariantError unless every block is accounted for and every request is in one place."""
         self._blocks.check()
-        scheduler = self._scheduler
-        held = [*scheduler.running_requests(), *scheduler.taken_out.values(), *scheduler.waiting]
+        self._switching.host.check()
+        held = self._scheduler.held()
         if sorted(request.request_id for request in held) != sorted(self._requests):
             raise InvariantError("a request is in no place or in two")
         if sum(len(request.blocks) for request in held) != self._blocks.owned_blocks:
             raise InvariantError("blocks are owned by requests that are not held")
 
-    def _candidates(self) -> tuple[MoveCandidate, ...]:
-        rows = [_candidate(request, len(request.blocks)) for request in self._scheduler.running_requests()]
-        waiting = self._scheduler.waiting
-        rows.extend(
-            _candidate(request, waiting.blocks_of(request))
-            for request in waiting.first(WAITING_CANDIDATES_MAX)
-        )
-        return self._offers.best(rows, CANDIDATES_MAX)
-
     # A migration's source.
 
     def movable(self, request_id: str) -> MovableState | None:
         request = self._requests.get(request_id)
-        if request is None or request_id in self._scheduler.taken_out:
+        if request is None or self._scheduler.is_aside(request_id):
             return None
         return self._movable_state(request)
 
@@ -293,8 +310,8 @@ class EngineCore:
 
     def take_out(self, request_id: str) -> MovableState:
         request = self._held(request_id)
-        if request_id in self._scheduler.taken_out:
-            raise InvariantError(f"request {request_id} is taken out already")
+        if self._scheduler.is_aside(request_id):
+            raise InvariantError(f"request {request_id} is taken out or arriving from the host already")
         self._scheduler.take_out(request)
         return self._movable_state(request)
 
@@ -333,7 +350,7 @@ class EngineCore:
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """A new reservation also needs a batch slot, and leaves running requests room to grow."""
         if blocks > 0 and self._blocks.reserved(migration_id) == 0:
-            room = self._blocks.free_blocks - self._scheduler.spare_blocks()
+            room = self._blocks.idle_blocks - self._scheduler.spare_blocks()
             if blocks > room or not self._scheduler.has_slot():
                 return None
         return self._blocks.reserve(migration_id, blocks)
@@ -376,17 +393,4 @@ def _delta(request: Request, result: SampledToken, index: int, reason: FinishRea
         (result.token,),
         reason,
         () if result.logprob is None else (result.logprob,),
-    )
-
-
-def _candidate(request: Request, blocks: int) -> MoveCandidate:
-    known = len(request.tokens)
-    return MoveCandidate(
-        request.request_id,
-        blocks,
-        request.execution_priority,
-        not request.blocks,
-        known,
-        known - request.prompt_len,
-        request.arrived_at,
     )

@@ -10,13 +10,14 @@ from llumnix.instance.executor import Executor
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
     """``max_model_len`` is the least of what model, settings and KV pool allow, so that every request within
-    it can run to its end, if need be alone."""
+    it can run to its end, if need be alone. ``block_bytes`` are those of a KV block."""
 
     capacity_blocks: int
     block_size: int
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    block_bytes: int
 
     @classmethod
     def of(cls, executor: Executor, config: EngineConfig) -> "ModelLimits":
@@ -32,6 +33,7 @@ class ModelLimits:
             ),
             vocab_size=executor.vocab_size,
             eos_token_ids=executor.eos_token_ids,
+            block_bytes=layout.block_bytes,
         )
 
     def fault(self, spec: RequestSpec) -> str | None:

@@ -10,9 +10,14 @@ from collections.abc import Sequence
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MoveCandidate
 from llumnix.core.views import SelectionPolicy
+from llumnix.instance.batch import Batch
+from llumnix.instance.request import Request
+from llumnix.instance.waiting_queue import WaitingQueue
 from llumnix.policies.guard import attempt
 from llumnix.policies.selection import Cheapest
 
+CANDIDATES_MAX = 4
+WAITING_CANDIDATES_MAX = 2
 FAULT_CHARS_MAX = 300
 
 
@@ -28,6 +33,13 @@ class MoveOffers:
         self._policy = policy
         self.fault = ""
 
+    def offers(self, batch: Batch, waiting: WaitingQueue) -> tuple[MoveCandidate, ...]:
+        """The requests offered now, best first: of all that run and the next few to be admitted."""
+        rows = [_candidate(request, len(request.blocks)) for request in batch]
+        first = waiting.first(WAITING_CANDIDATES_MAX)
+        rows.extend(_candidate(request, waiting.blocks_of(request)) for request in first)
+        return self.best(rows, CANDIDATES_MAX)
+
     def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first."""
         chosen, fault = attempt(self._policy.select, rows, limit)
@@ -36,6 +48,19 @@ class MoveOffers:
         name = type(self._policy).__name__
         self.fault = f"{name} {fault or f'returned {chosen!r}'}"[:FAULT_CHARS_MAX]
         return self._default.select(rows, limit)
+
+
+def _candidate(request: Request, blocks: int) -> MoveCandidate:
+    known = len(request.tokens)
+    return MoveCandidate(
+        request.request_id,
+        blocks,
+        request.execution_priority,
+        not request.blocks,
+        known,
+        known - request.prompt_len,
+        request.arrived_at,
+    )
 
 
 def _all_of(chosen: Sequence[MoveCandidate], rows: Sequence[MoveCandidate]) -> bool:

@@ -2,7 +2,8 @@
 
 Owned by the engine core; executors, samplers and the agent read it. Positions count prompt + output together.
 ``computed_tokens`` of those have their KV in ``blocks``; a running request that has prefilled always knows
-exactly one token more than it has computed, the one sampled last.
+exactly one token more than it has computed, the one sampled last. One that waits has computed none, wherever
+its KV may have been copied to.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from llumnix.core.sampling import SamplingParams
 class Request:
     """Mutable state of one request. ``kv_version`` grows each time its KV is given up (preemption), so that a
     migration in progress notices that what it copied no longer counts. ``charged``: its prompt is in its
-    tenant's service already; what is computed again is no service."""
+    tenant's service already; what is computed again is no service. ``joined_tokens`` were computed when it
+    joined the batch last. ``block_hashes``: chained hashes of its first full blocks, as far as anyone has
+    asked (host_cache.py)."""
 
     request_id: str
     epoch: int
@@ -34,6 +37,8 @@ class Request:
     kv_version: int = 0
     preemptions: int = 0
     charged: bool = False
+    joined_tokens: int = 0
+    block_hashes: list[int] = field(default_factory=list)
 
     @classmethod
     def from_spec(cls, spec: RequestSpec, now: float) -> "Request":

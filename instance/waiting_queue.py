@@ -1,15 +1,17 @@
 """The requests waiting on one instance, in the order in which they are to be admitted.
 
-Order: higher scheduling priority first; within one, the tenant that has been served least; within a tenant,
-earlier arrival, then id. Service changes while requests wait, so tenants are compared when the head is asked
-for; each tenant's own order is kept. Knows the KV blocks all of them will need, for load reports. A waiting
-request's tokens do not change, so neither does its need. Called by the local scheduler.
+Order: higher scheduling priority first; within one, the lane (ranking.py; most often a tenant) that stands
+first; within a lane, earlier arrival, then id. Where lanes stand changes while requests wait, so they are
+compared when the head is asked for; each lane's own order is kept. Knows the KV blocks all of them will need,
+for load reports. A waiting request's tokens do not change, so neither does its need. Called by the local
+scheduler.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
+from llumnix.instance.ranking import Ranking
 from llumnix.instance.request import Request
 
 Rank = tuple[float, str]
@@ -17,13 +19,12 @@ Key = tuple[int, str]
 
 
 class WaitingQueue:
-    """See the module. ``blocks`` is what the prefills of all requests in it need together; ``counter`` says
-    where a tenant stands, lower goes first."""
+    """See the module. ``blocks`` is what the prefills of all requests in it need together."""
 
-    def __init__(self, block_size: int, counter: Callable[[str], float]) -> None:
+    def __init__(self, block_size: int, ranking: Ranking) -> None:
         self.blocks = 0
         self._block_size = block_size
-        self._counter = counter
+        self._ranking = ranking
         self._ranks: dict[Key, list[Rank]] = {}
         self._requests: dict[str, Request] = {}
 
@@ -40,7 +41,7 @@ class WaitingQueue:
 
     @property
     def settled(self) -> bool:
-        """Whether service to tenants cannot change who is the head."""
+        """Whether nothing but a newcomer can change who is the head."""
         return len(self._ranks) <= 1
 
     def blocks_of(self, request: Request) -> int:
@@ -49,13 +50,13 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         """Add a request at its place."""
-        insort(self._ranks.setdefault(_key(request), []), (request.arrived_at, request.request_id))
+        insort(self._ranks.setdefault(self._key(request), []), (request.arrived_at, request.request_id))
         self._requests[request.request_id] = request
         self.blocks += self.blocks_of(request)
 
     def remove(self, request: Request) -> None:
         """Take out a request that is in the queue."""
-        key = _key(request)
+        key = self._key(request)
         ranks = self._ranks[key]
         del ranks[bisect_left(ranks, (request.arrived_at, request.request_id))]
         if not ranks:
@@ -71,13 +72,12 @@ class WaitingQueue:
         return self._requests[self._ranks[key][0][1]]
 
     def first(self, count: int) -> list[Request]:
-        """The ``count`` requests that would be admitted next, were service to stand still."""
+        """The ``count`` requests that would be admitted next, were all lanes to stand still."""
         return list(islice(self, count))
 
     def _urgency(self, key: Key) -> tuple[int, float, Rank]:
-        priority, tenant = key
-        return priority, self._counter(tenant), self._ranks[key][0]
+        priority, lane = key
+        return priority, self._ranking.standing(lane), self._ranks[key][0]
 
-
-def _key(request: Request) -> Key:
-    return -request.scheduling_priority, request.tenant
+    def _key(self, request: Request) -> Key:
+        return -request.scheduling_priority, self._ranking.lane(request)

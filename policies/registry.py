@@ -3,7 +3,8 @@
 A name is built in (registering one is a line in the tables below), or ``module:Class``, or the name of an
 entry point in the group ``llumnix.policies``. Every policy class is constructed with the scheduler's
 configuration. Whatever is wrong with a plug-in, the caller gets a ConfigurationError that says which one,
-why, and what else there is. Called by the global scheduler (dispatch, pairing) and by engines (selection).
+why, and what else there is. Called by the global scheduler (dispatch, pairing, scaling) and by engines
+(selection, preemption).
 """
 
 import importlib
@@ -12,9 +13,17 @@ from typing import Any, cast
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.views import DispatchPolicy, PairingPolicy, RolesPolicy, ScalingPolicy, SelectionPolicy
+from llumnix.core.views import (
+    DispatchPolicy,
+    PairingPolicy,
+    PreemptionPolicy,
+    RolesPolicy,
+    ScalingPolicy,
+    SelectionPolicy,
+)
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
+from llumnix.policies.preemption import AlwaysRecompute, AlwaysSwap, CheapestPreemption
 from llumnix.policies.roles import Disaggregate, Strict
 from llumnix.policies.scaling import FreenessScaling, NoScaling
 from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest, Shortest
@@ -34,6 +43,11 @@ PAIRING: dict[str, type[PairingPolicy]] = {
     "freeness": FreenessPairing,
     "none": NoPairing,
 }
+PREEMPTION: dict[str, type[PreemptionPolicy]] = {
+    "cheapest": CheapestPreemption,
+    "recompute": AlwaysRecompute,
+    "swap": AlwaysSwap,
+}
 SELECTION: dict[str, type[SelectionPolicy]] = {
     "cheapest": Cheapest,
     "first-waiting": FirstWaiting,
@@ -49,6 +63,7 @@ ROLES: dict[str, type[RolesPolicy]] = {"disaggregate": Disaggregate, "strict": S
 KINDS: dict[str, dict[str, Any]] = {
     "dispatch": DISPATCH,
     "pairing": PAIRING,
+    "preemption": PREEMPTION,
     "roles": ROLES,
     "scaling": SCALING,
     "selection": SELECTION,
@@ -84,6 +99,13 @@ def pairing_policy(config: SchedulerConfig) -> PairingPolicy:
 def selection_policy(config: SchedulerConfig) -> SelectionPolicy:
     """The policy named by ``selection_policy``. Raises ConfigurationError."""
     return cast(SelectionPolicy, _build("selection", config.selection_policy, SELECTION, "select", config))
+
+
+def preemption_policy(config: SchedulerConfig) -> PreemptionPolicy:
+    """The policy named by ``preemption_policy``. Raises ConfigurationError."""
+    return cast(
+        PreemptionPolicy, _build("preemption", config.preemption_policy, PREEMPTION, "decide", config)
+    )
 
 
 def scaling_policy(config: SchedulerConfig) -> ScalingPolicy:

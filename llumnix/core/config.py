@@ -91,7 +91,19 @@ class SwapConfig(Leaf):
     swap_async: bool = setting(True, "swap while the batch computes; off: the batch waits for every copy")
     swap_reuse: bool = setting(True, "keep host copies after a swap-in and after a request's end")
     swap_ahead: bool = setting(True, "copy full blocks of likely victims out before they must go")
+    rerank_frequency: float = setting(
+        0.0, "how often, per step, waiting requests of higher rank displace running ones; 0 never does"
+    )
+    rerank_by: str = setting(
+        "tenants",
+        "what ranks requests of equal priority: their tenants' service, or a random or Markov trace (tests)",
+        ("tenants", "random", "markov"),
+    )
     swap_step_mib: float = setting(0.0, "most MiB begun to be swapped per step and direction; 0 is no limit")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need(self.rerank_frequency <= 1, "rerank_frequency", "within 0 and 1")
 
     @property
     def enabled(self) -> bool:
@@ -143,6 +155,9 @@ class SchedulerConfig(Leaf):
         "freeness", "which instances exchange requests: a name or module:Class; none is off"
     )
     selection_policy: str = setting("cheapest", "which request an instance gives away first")
+    preemption_policy: str = setting(
+        "cheapest", "how a request gives way where there is host memory for KV: swap, recompute, the cheapest"
+    )
     round_interval_s: float = setting(0.25, "time between rescheduling rounds")
     low_freeness: float = setting(
         4.0, "instances below this many free blocks per running request give requests away"

@@ -8,6 +8,7 @@ reason, so that it can be explained later. Ties break by instance id.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
@@ -108,6 +109,40 @@ class ScalingDecision:
     reason: str
 
 
+class PreemptionAction(StrEnum):
+    """How a running request gives way: its KV is copied to host memory, or given up and computed again."""
+
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(frozen=True, slots=True)
+class VictimView:
+    """A running request that has to give way on its instance. ``blocks`` of the device hold the KV of
+    ``computed_tokens`` of its ``known_tokens``; ``dirty_blocks`` of them are not in host memory yet.
+    Estimates: ``swap_out_s`` to copy those out, ``swap_in_s`` to copy all back in, ``recompute_s`` to compute
+    them again (0.0: not known yet)."""
+
+    request_id: str
+    execution_priority: int
+    known_tokens: int
+    computed_tokens: int
+    blocks: int
+    dirty_blocks: int
+    swap_out_s: float
+    swap_in_s: float
+    recompute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionDecision:
+    """What becomes of a victim, with what each way was estimated to cost and the reason."""
+
+    action: PreemptionAction
+    scores: tuple[tuple[str, float], ...]
+    reason: str
+
+
 class DispatchPolicy(Protocol):
     """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in
     falling order of ``queue_freeness``, then by id. A policy that also has ``score(view) -> float`` gets them
@@ -145,6 +180,13 @@ class RolesPolicy(Protocol):
         prefill instance, or one that waits at a decode instance. ``targets`` are instances that could take
         it, never empty, decode instances first, then by falling queue freeness. None: it stays for now."""
         ...
+
+
+class PreemptionPolicy(Protocol):
+    """Chooses, on an instance with host memory for KV, how a request gives way. If the host turns out to be
+    full, it is computed again whatever was chosen."""
+
+    def decide(self, victim: VictimView) -> PreemptionDecision: ...
 
 
 class ScalingPolicy(Protocol):

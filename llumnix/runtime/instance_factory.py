@@ -55,7 +55,7 @@ class Instance:
         self._executor = executor
         inprocess.offer(executor.pool)
         self._blocks = BlockServer(executor.pool, config.cluster.bind_host)
-        engine = InProcessEngine(executor, config.engine)
+        engine = InProcessEngine(executor, config.engine, swap=config.swap)
         engine.configure(config.scheduler)
 
         def make_agent(address: str) -> Agent:

@@ -75,6 +75,7 @@ class Machine:
             max_model_len=min(longest, cost.max_model_len, self.layout.blocks * engine.block_size),
             vocab_size=VOCAB_SIZE,
             eos_token_ids=frozenset((EOS_TOKEN,)),
+            block_bytes=self.layout.block_bytes,
         )
         self.committed = 0
 

@@ -2,14 +2,18 @@
 
 from engine_driving import Client, run_out, small_engine, spec, step, undisturbed
 
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.control import RequestStatus
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.executor import StepPlan
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.local_scheduler import LocalScheduler
+from llumnix.instance.ranking import Ranking
 from llumnix.instance.request import Request
 from llumnix.instance.simulated_executor import SimulatedExecutor
+from llumnix.instance.step_times import StepTimes
+from llumnix.instance.switching import Switching
+from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.waiting_queue import WaitingQueue
 
 
@@ -26,7 +30,7 @@ def held(engine: InProcessEngine, status: RequestStatus) -> list[str]:
 
 
 def test_queue_order_is_priority_then_arrival_then_id() -> None:
-    queue = WaitingQueue(4, lambda tenant: 0.0)
+    queue = WaitingQueue(4, Ranking(TenantCounters(SchedulerConfig()), SwapConfig()))
     order = [("d", 5, 9.0), ("a", 0, 1.0), ("b", 0, 2.0), ("c", 0, 2.0)]
     requests = {}
     for name, priority, arrived in (order[2], order[0], order[3], order[1]):
@@ -205,9 +209,15 @@ def test_no_work_when_nothing_can_be_admitted() -> None:
 
 
 def test_the_watermark_scales_with_the_pool() -> None:
-    config = EngineConfig()
+    config, swap, blocks = EngineConfig(), SwapConfig(), BlockManager(1000)
+    switching = Switching(blocks, None, swap, block_size=16, block_bytes=1, times=StepTimes())
     scheduler = LocalScheduler(
-        BlockManager(1000), block_size=16, step_tokens_max=config.step_tokens_max, batch_max=config.batch_max
+        blocks,
+        switching,
+        swap,
+        block_size=16,
+        step_tokens_max=config.step_tokens_max,
+        batch_max=config.batch_max,
     )
     assert scheduler.spare_blocks() == 0, "an idle instance admits whatever fits"
     request = Request.from_spec(spec("a"), 0.0)

@@ -108,6 +108,29 @@ class TenantService:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapTotals:
+    """Swapping on an instance since its start. ``host_*`` blocks are those of its host memory. Blocks copied
+    ``out`` for requests that gave way, ``ahead`` of likely victims and ``kept`` of ended ones, and ``in``;
+    ``reused_blocks`` did not have to be copied out because the host had them, ``prefix_blocks`` came from the
+    host instead of being computed. ``host_full`` requests were computed again for want of host memory,
+    ``errors`` copies failed."""
+
+    host_capacity: int
+    host_used: int
+    swapped_out: int
+    swapped_in: int
+    out_blocks: int
+    in_blocks: int
+    ahead_blocks: int
+    kept_blocks: int
+    reused_blocks: int
+    prefix_hits: int
+    prefix_blocks: int
+    host_full: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since
     start.
@@ -120,7 +143,7 @@ class LoadReport:
     instance's hello. ``policy_fault``, if not empty, says what
     its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
     most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the
-    role it works in. Reports
+    role it works in, ``swap`` None without host memory. Reports
     repeat about every second while nothing changes: silence is how a hung instance is noticed.
     """
 
@@ -149,6 +172,7 @@ class LoadReport:
     tenants: tuple[TenantService, ...] = ()
     settings_revision: int = 0
     role: InstanceRole = InstanceRole.NEUTRAL
+    swap: SwapTotals | None = None
 
 
 @dataclass(frozen=True, slots=True)
