@@ -20,7 +20,7 @@ from llumnix.bench.profile_grid import HELD_OUT, grid, held_out
 from llumnix.bench.profile_processes import Measured, Timed, measure_engines
 from llumnix.bench.profile_serving import Serving, measure_serving, rounds, with_serving
 from llumnix.core.config import Config
-from llumnix.core.errors import ConfigurationError
+from llumnix.core.errors import ConfigurationError, LlumnixError
 from llumnix.sim.cost import STEP_TERMS, CostModel, to_json
 
 Progress = Callable[[int], None]
@@ -45,7 +45,8 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
         raise ConfigurationError(f"only torch engines can be profiled, not {config.engine.kind}")
     machine = describe_machine()
     measured = measure_engines(config, grid(), held_out(seed), progress)
-    engine = _fit(config, measured)
+    fitted, checked = (_calm(timed) for timed in (measured.fitted, measured.held_out))
+    engine = _fit(config, measured, fitted)
     serving = measure_serving(config, engine, seed, progress)
     cost = with_serving(engine, serving)
     report = {
@@ -56,8 +57,12 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
         "cost_model": asdict(cost),
         "engine_alone": {name: getattr(engine, name) for name in STEP_TERMS},
         "errors": {
-            "fitted": _errors(engine, measured.fitted),
-            "held_out": _errors(engine, measured.held_out),
+            "fitted": _errors(engine, fitted),
+            "held_out": _errors(engine, checked),
+        },
+        "disturbed": {
+            "steps": sum(p.disturbed for t in (*measured.fitted, *measured.held_out) for p in t.points),
+            "kinds_left_out": len(measured.fitted) + len(measured.held_out) - len(fitted) - len(checked),
         },
         "serving": _serving_report(serving),
         "copies": [{"tokens": tokens, "ms": round(seconds * 1e3, 4)} for tokens, seconds in measured.copies],
@@ -72,15 +77,25 @@ def write_model(path: Path, cost: CostModel) -> None:
     path.write_text(to_json(cost), encoding="utf-8")
 
 
-def _fit(config: Config, measured: Measured) -> CostModel:
+def _calm(timed: tuple[Timed, ...]) -> tuple[Timed, ...]:
+    """Those that others on the machine left in peace."""
+    calm = tuple(one for one in timed if one.calm)
+    if 2 * len(calm) < len(timed):
+        raise LlumnixError(
+            "the machine is too busy to profile: processes other than ours want its processors"
+        )
+    return calm
+
+
+def _fit(config: Config, measured: Measured, fitted: tuple[Timed, ...]) -> CostModel:
     layout = measured.layout
-    coefficients = fit_steps(*_split(measured.fitted))
+    coefficients = fit_steps(*_split(fitted))
     model = Path(config.engine.model).name
     instances = config.cluster.instances
-    draft = CostModel(
+    return CostModel(
         name=f"{model}, {instances} instances on one host" if instances > 1 else model,
         source=f"llumnix profile: {model} in {layout.dtype}, {instances} engines at once, least squares over "
-        f"{len(measured.fitted)} kinds of steps and what serving added to them",
+        f"{len(fitted)} kinds of steps and what serving added to them",
         copy_ms=float(f"{fit_copy_ms(measured.copies):.5g}"),
         serving_ms=0.0,
         capacity_tokens=layout.blocks * layout.block_size,
@@ -91,7 +106,6 @@ def _fit(config: Config, measured: Measured) -> CostModel:
         dtype=layout.dtype,
         **{name: float(f"{value:.5g}") for name, value in coefficients.items()},
     )
-    return draft
 
 
 def _split(timed: tuple[Timed, ...]) -> tuple[list[Any], list[float]]:
@@ -100,6 +114,8 @@ def _split(timed: tuple[Timed, ...]) -> tuple[list[Any], list[float]]:
 
 def _errors(cost: CostModel, timed: tuple[Timed, ...]) -> dict[str, float]:
     """Of the formula against median steps, as shares of these."""
+    if not timed:
+        return {"steps": 0}
     errors = np.abs(relative_errors({name: getattr(cost, name) for name in STEP_TERMS}, *_split(timed)))
     return {
         "steps": len(timed),

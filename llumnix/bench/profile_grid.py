@@ -9,6 +9,7 @@ taken around the whole step, scheduling and bookkeeping included, since that is 
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +28,11 @@ CHUNKS = (16, 64, 256, 512)
 STARTS = (0, 512, 1536)
 MIXED_BATCHES, MIXED_CONTEXT, MIXED_CHUNKS = (2, 8, 24), 256, (32, 128, 384)
 HELD_OUT = 16
-WARMUP_STEPS, STEPS_MIN, STEPS_MAX, SCENARIO_S = 1, 2, 10, 1.0
+WARMUP_STEPS, STEPS_MIN, STEPS_MAX, TRIES_MAX = 1, 2, 10, 24
+SCENARIO_S = 1.0
+WAITED_SHARE_MAX = 0.02
+"""A step whose threads waited longer for a processor was disturbed by others; another is done for it."""
+TASKS = Path("/proc/self/task")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +47,25 @@ class Scenario:
     @property
     def longest(self) -> int:
         """Tokens of its longest request when all its steps are done."""
-        return max((*self.contexts, self.start + self.chunk)) + WARMUP_STEPS + STEPS_MAX
+        return max((*self.contexts, self.start + self.chunk)) + TRIES_MAX
 
     def blocks(self, block_size: int) -> int:
         """KV blocks it needs at most."""
         lengths = [*self.contexts, *([self.start + self.chunk] if self.chunk else [])]
-        return sum(-(-(length + WARMUP_STEPS + STEPS_MAX) // block_size) for length in lengths)
+        return sum(-(-(length + TRIES_MAX) // block_size) for length in lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What one scenario's steps had to do (of its middle step) and took: median and mean seconds."""
+    """What one scenario's steps had to do (of its middle step) and took: median and mean seconds.
+    ``disturbed`` steps were left out; not ``calm``: there were too few others, so nothing was left out."""
 
     features: StepFeatures
     median_s: float
     mean_s: float
     steps: int
+    disturbed: int
+    calm: bool
 
 
 def grid() -> list[Scenario]:
@@ -94,6 +102,28 @@ class _Watched(InProcessEngine):
         return plan
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    features: StepFeatures
+    seconds: float
+    waited_s: float
+
+    @property
+    def disturbed(self) -> bool:
+        return self.waited_s > WAITED_SHARE_MAX * self.seconds
+
+
+def _waited_s() -> float:
+    """How long this process's threads have been ready to run and had no processor; 0 where nobody counts."""
+    waited_ns = 0
+    for task in TASKS.glob("*/schedstat"):
+        try:
+            waited_ns += int(task.read_text().split()[1])
+        except (OSError, IndexError):
+            continue  # the thread has just ended
+    return waited_ns * 1e-9
+
+
 class Probe:
     """Runs scenarios on one engine that has nothing else to do."""
 
@@ -115,34 +145,44 @@ class Probe:
     def measure(self, scenario: Scenario) -> Point:
         """Step the scenario a few times. A prefill chunk is done anew for every step."""
         decoding = [self._adopt(length, length - 1) for length in scenario.contexts]
-        times: list[float] = []
-        features: list[StepFeatures] = []
+        taken: list[_Step] = []
+        calm: list[_Step] = []
         began = time.perf_counter()
-        while len(times) < WARMUP_STEPS + STEPS_MAX:
-            if len(times) >= WARMUP_STEPS + STEPS_MIN and time.perf_counter() - began > SCENARIO_S:
+        while len(taken) < TRIES_MAX and len(calm) < WARMUP_STEPS + STEPS_MAX:
+            if len(calm) >= WARMUP_STEPS + STEPS_MIN and time.perf_counter() - began > SCENARIO_S:
                 break
             prompt = self._adopt(scenario.start + scenario.chunk, scenario.start) if scenario.chunk else None
-            begin = time.perf_counter()
-            self._engine.step(time.perf_counter)
-            times.append(time.perf_counter() - begin)
-            features.append(self._engine.features)
+            taken.append(self._step())
+            if not taken[-1].disturbed or len(taken) <= WARMUP_STEPS:
+                calm.append(taken[-1])
             if prompt is not None:
                 self._engine.abort(prompt.request_id, prompt.epoch)
         for spec in decoding:
             self._engine.abort(spec.request_id, spec.epoch)
-        counted = times[WARMUP_STEPS:]
+        enough = len(calm) >= WARMUP_STEPS + STEPS_MIN
+        counted = (calm if enough else taken)[WARMUP_STEPS:]
+        times = [step.seconds for step in counted]
         return Point(
-            features[(WARMUP_STEPS + len(times)) // 2],
-            statistics.median(counted),
-            statistics.fmean(counted),
+            counted[len(counted) // 2].features,
+            statistics.median(times),
+            statistics.fmean(times),
             len(counted),
+            len(taken) - len(calm),
+            enough,
         )
+
+    def _step(self) -> "_Step":
+        waited_s = _waited_s()
+        begin = time.perf_counter()
+        self._engine.step(time.perf_counter)
+        seconds = time.perf_counter() - begin
+        return _Step(self._engine.features, seconds, _waited_s() - waited_s)
 
     def _adopt(self, known: int, computed: int) -> RequestSpec:
         """A request of ``known`` tokens of which ``computed`` have KV."""
         self._requests += 1
         name = f"profile-{self._requests}"
-        sampling = SamplingParams(max_tokens=WARMUP_STEPS + STEPS_MAX + 1, seed=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=TRIES_MAX + 1, seed=0, ignore_eos=True)
         spec = RequestSpec(
             request_id=name,
             epoch=FIRST_EPOCH,
@@ -154,7 +194,7 @@ class Probe:
         if computed == 0:
             refusal = self._engine.submit(spec, time.perf_counter())
         else:
-            blocks = -(-(known + WARMUP_STEPS + STEPS_MAX) // self._engine.block_size)
+            blocks = -(-(known + TRIES_MAX) // self._engine.block_size)
             if self._engine.reserve(name, blocks) is None:
                 raise InvariantError(f"no room for {known} tokens in a profile")
             refusal = self._engine.adopt(name, spec, computed, time.perf_counter())

@@ -45,6 +45,11 @@ class Timed:
         return statistics.fmean(point.median_s for point in self.points)
 
     @property
+    def calm(self) -> bool:
+        """Whether every process had its processor to itself for long enough."""
+        return all(point.calm for point in self.points)
+
+    @property
     def mean_s(self) -> float:
         """The mean step of all processes."""
         return statistics.fmean(point.mean_s for point in self.points)

@@ -26,7 +26,7 @@ LONE_TOKENS = 4
 BATCHES = (1, 4, 12)
 BATCH_PROMPT = 4
 BATCH_TOKENS = 40
-BATCH_ROUNDS = 2
+BATCH_ROUNDS = 3
 MESSAGES = 4
 """Place, its answer, Submit, tokens: the simulator lets each take LATENCY_S."""
 
@@ -34,7 +34,7 @@ MESSAGES = 4
 @dataclass(frozen=True, slots=True)
 class Serving:
     """``request_ms``: added to a request's first token, messages included. ``paces``: (batch, measured ms per
-    token, ms of a step by the formula), one per round."""
+    token, ms of a step by the formula), the median of a few rounds each."""
 
     request_ms: float
     paces: tuple[tuple[int, float, float], ...]
@@ -57,12 +57,13 @@ def measure_serving(config: Config, cost: CostModel, seed: int, progress: Callab
         for batch in BATCHES:
             if batch > config.engine.batch_max:
                 break
+            context = batch * (BATCH_PROMPT + BATCH_TOKENS // 2)
+            rounds_s = []
             for place in range(BATCH_ROUNDS):
                 answers = _together(cluster, batch * instances, BATCH_PROMPT, BATCH_TOKENS, seed + 10 + place)
-                context = batch * (BATCH_PROMPT + BATCH_TOKENS // 2)
-                pace_s = statistics.median(answer.tpot_s for answer in answers)
-                paces.append((batch, pace_s * 1e3, cost.step_s(batch, context, 0, 0) * 1e3))
+                rounds_s.append(statistics.median(answer.tpot_s for answer in answers))
                 progress(1)
+            paces.append((batch, statistics.median(rounds_s) * 1e3, cost.step_s(batch, context, 0, 0) * 1e3))
     return Serving(statistics.median(added), tuple(paces))
 
 

@@ -51,9 +51,17 @@ def _show(report: dict[str, Any]) -> None:
         if name.endswith("_ms"):
             print(f"{name:<14} {value:.6g}")
     for use, errors in report["errors"].items():
+        if not errors["steps"]:
+            continue
         print(
             f"{use.replace('_', ' ')}: off by {errors['mean']:.1%} on average, {errors['p90']:.1%} at P90, "
             f"{errors['worst']:.1%} at worst, over {errors['steps']} kinds of steps"
+        )
+    disturbed = report["disturbed"]
+    if disturbed["steps"]:
+        print(
+            f"{disturbed['steps']} steps were disturbed by others on this machine and not counted; "
+            f"{disturbed['kinds_left_out']} kinds of steps had too few others"
         )
     for pace in report["serving"]["paces"]:
         print(
