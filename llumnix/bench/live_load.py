@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,23 +24,68 @@ from llumnix.bench.frontend import served_cluster
 from llumnix.bench.frontend_client import DONE_EVENT, StreamingClient, completion_request
 from llumnix.core.config import Config
 from llumnix.core.config_source import to_toml
-from llumnix.core.errors import LlumnixError
+from llumnix.core.errors import ConfigurationError, LlumnixError
+from llumnix.sim.lengths import BURSTGPT_IN, BURSTGPT_OUT, SHAREGPT_IN, SHAREGPT_OUT, Quantiles
 from llumnix.sim.workload import Arrival
 
 TOKEN_IDS = (1000, 2000)
 """Prompts are random tokens from here: common words in every tokenizer we know."""
 ADMIN_TIMEOUT_S = 60.0
+LENGTHS = {"burstgpt": (BURSTGPT_IN, BURSTGPT_OUT), "sharegpt": (SHAREGPT_IN, SHAREGPT_OUT)}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What clients ask for. Lengths of real conversations by name, divided by ``shrink``, since a processor
+    core is slow; Gamma arrivals at ``rate`` per second (``cv`` 1: Poisson)."""
+
+    lengths: str
+    shrink: float
+    rate: float
+    cv: float
+    count: int
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "cv", "shrink"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigurationError(f"--{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """In a line."""
+        arrivals = f"{self.rate:g}/s, CV {self.cv:g}"
+        return f"{self.count} requests, {self.lengths} lengths / {self.shrink:g}, {arrivals}"
+
+    def arrivals(self, tokens_max: int, seed: int) -> list[Arrival]:
+        """The requests. Every answer has at least two tokens."""
+        gaps_rng, in_rng, out_rng = np.random.default_rng(seed).spawn(3)
+        shape = 1 / self.cv**2
+        times = np.cumsum(gaps_rng.gamma(shape, 1 / (shape * self.rate), self.count))
+        inputs, outputs = (_shrunk(lengths, self.shrink) for lengths in LENGTHS[self.lengths])
+        answers = np.clip(outputs.draw(out_rng, self.count), 2, tokens_max // 2)
+        prompts = np.minimum(inputs.draw(in_rng, self.count), tokens_max - answers)
+        return [
+            Arrival(float(at), int(prompt), int(answer))
+            for at, prompt, answer in zip(times, prompts, answers, strict=True)
+        ]
+
+
+def _shrunk(lengths: Quantiles, shrink: float) -> Quantiles:
+    points = tuple((share, max(1.0, tokens / shrink)) for share, tokens in lengths.points)
+    return Quantiles(points, max(1, round(lengths.most / shrink)))
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
     """What one client saw, in seconds from the run's begin. ``arrival`` is when it was to send and
-    ``sent_s`` when it did; ``problem`` is empty for an answer that is complete."""
+    ``sent_s`` when it did; ``longest_gap_s`` between two chunks; ``problem`` is empty for an answer that is
+    complete."""
 
     arrival: Arrival
     sent_s: float
     first_s: float
     last_s: float
+    longest_gap_s: float
     tokens: int
     problem: str
 
@@ -69,6 +115,12 @@ class RealCluster:
 
     def __init__(self, url: str) -> None:
         self.url = url
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt + output that it takes."""
+        answer = httpx.get(f"{self.url}/v1/models", trust_env=False, timeout=ADMIN_TIMEOUT_S)
+        return int(answer.raise_for_status().json()["data"][0]["max_model_len"])
 
     def ask(self, path: str) -> Any:
         """GET /admin/``path``."""
@@ -138,7 +190,8 @@ def _read(client: StreamingClient, arrival: Arrival, began: float) -> Streamed:
     if not problem and (not done or tokens != arrival.output_tokens):
         problem = f"{tokens} of {arrival.output_tokens} tokens, ended: {done}"
     first, last = (times[0], times[-1]) if times else (began, began)
-    return Streamed(arrival, client.sent_at - began, first - began, last - began, tokens, problem)
+    longest = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+    return Streamed(arrival, client.sent_at - began, first - began, last - began, longest, tokens, problem)
 
 
 def quantiles_ms(values_s: Sequence[float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from llumnix.bench.machine import describe_machine
 from llumnix.bench.profile_fit import fit_copy_ms, fit_steps, relative_errors
 from llumnix.bench.profile_grid import HELD_OUT, grid, held_out
 from llumnix.bench.profile_processes import Measured, Timed, measure_engines
-from llumnix.bench.profile_serving import Serving, measure_serving, rounds, with_serving
+from llumnix.bench.profile_serving import added, measure_serving, rounds, with_serving
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError, LlumnixError
 from llumnix.sim.cost import STEP_TERMS, CostModel, to_json
@@ -47,8 +47,9 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
     measured = measure_engines(config, grid(), held_out(seed), progress)
     fitted, checked = (_calm(timed) for timed in (measured.fitted, measured.held_out))
     engine = _fit(config, measured, fitted)
-    serving = measure_serving(config, engine, seed, progress)
-    cost = with_serving(engine, serving)
+    paces = measure_serving(config, engine, seed, progress)
+    extra = added(paces)
+    cost = with_serving(engine, extra)
     report = {
         "benchmark": "profile",
         "seed": seed,
@@ -64,7 +65,7 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
             "steps": sum(p.disturbed for t in (*measured.fitted, *measured.held_out) for p in t.points),
             "kinds_left_out": len(measured.fitted) + len(measured.held_out) - len(fitted) - len(checked),
         },
-        "serving": _serving_report(serving),
+        "serving": {**asdict(extra), "paces": [asdict(pace) for pace in paces]},
         "copies": [{"tokens": tokens, "ms": round(seconds * 1e3, 4)} for tokens, seconds in measured.copies],
         "points": [_row(engine, timed, "fitted") for timed in measured.fitted]
         + [_row(engine, timed, "held out") for timed in measured.held_out],
@@ -122,16 +123,6 @@ def _errors(cost: CostModel, timed: tuple[Timed, ...]) -> dict[str, float]:
         "mean": round(float(errors.mean()), 4),
         "p90": round(float(np.percentile(errors, 90)), 4),
         "worst": round(float(errors.max()), 4),
-    }
-
-
-def _serving_report(serving: Serving) -> dict[str, Any]:
-    return {
-        "request_ms": round(serving.request_ms, 3),
-        "paces": [
-            {"batch": batch, "measured_ms": round(measured, 3), "formula_ms": round(formula, 3)}
-            for batch, measured, formula in serving.paces
-        ],
     }
 
 

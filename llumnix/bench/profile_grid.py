@@ -28,8 +28,8 @@ CHUNKS = (16, 64, 256, 512)
 STARTS = (0, 512, 1536)
 MIXED_BATCHES, MIXED_CONTEXT, MIXED_CHUNKS = (2, 8, 24), 256, (32, 128, 384)
 HELD_OUT = 16
-WARMUP_STEPS, STEPS_MIN, STEPS_MAX, TRIES_MAX = 1, 2, 10, 24
-SCENARIO_S = 1.0
+WARMUP_STEPS, STEPS_MIN, STEPS_MAX, TRIES_MAX = 1, 2, 10, 16
+SCENARIO_S = 0.8
 WAITED_SHARE_MAX = 0.02
 """A step whose threads waited longer for a processor was disturbed by others; another is done for it."""
 TASKS = Path("/proc/self/task")

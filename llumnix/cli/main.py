@@ -18,6 +18,7 @@ from llumnix.core.errors import LlumnixError
 BENCHMARKS = {
     "engine": "tokens per second and step times of one engine",
     "frontend": "a thousand streaming clients on a simulated cluster",
+    "live": "bursts on a real cluster: migration off and on, priorities ignored and used",
     "migration": "downtime of live migrations against other ways to move",
     "scheduler": "time per decision of the global scheduler, by number of instances",
     "simulator": "time and memory of a simulated cluster",

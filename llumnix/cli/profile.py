@@ -63,9 +63,13 @@ def _show(report: dict[str, Any]) -> None:
             f"{disturbed['steps']} steps were disturbed by others on this machine and not counted; "
             f"{disturbed['kinds_left_out']} kinds of steps had too few others"
         )
-    for pace in report["serving"]["paces"]:
+    serving = report["serving"]
+    for pace in serving["paces"]:
+        what = f"batch {pace['batch']}, per token" if pace["batch"] else f"prompt of {pace['prompt']}"
         print(
-            f"in service, batch {pace['batch']}: {pace['measured_ms']:.1f} ms a token, "
-            f"{pace['formula_ms']:.1f} by the engine alone"
+            f"in service, {what}: {pace['measured_ms']:.1f} ms, {pace['formula_ms']:.1f} by the engine alone"
         )
-    print(f"serving adds {report['serving']['request_ms']:.1f} ms to a request's first token")
+    print(
+        f"serving adds {serving['share']:.1%} to every step, {serving['per_request_ms']:.2f} ms for each "
+        f"request it decodes, {serving['first_token_ms']:.1f} ms to a first token"
+    )

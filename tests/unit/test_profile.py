@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.bench.profile_fit import fit_copy_ms, fit_steps, non_negative, relative_errors
 from llumnix.bench.profile_grid import TRIES_MAX, Probe, Scenario, grid, held_out
-from llumnix.bench.profile_serving import MESSAGES, Serving, with_serving
+from llumnix.bench.profile_serving import MESSAGES, Added, Pace, added, with_serving
 from llumnix.core.config import EngineConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.instance.models.config import ModelConfig
@@ -56,13 +56,15 @@ def test_copies_are_fitted_per_token() -> None:
 
 
 def test_what_serving_adds_goes_to_steps_requests_and_beginnings() -> None:
-    paces = tuple((batch, 40.0 + 2.0 + 0.5 * batch, 40.0) for batch in (1, 4, 12))
-    model = with_serving(LLAMA_7B_A10, Serving(request_ms=9.0, paces=paces))
-    assert model.fixed_ms == pytest.approx(LLAMA_7B_A10.fixed_ms + 2.0)
-    assert model.request_ms == pytest.approx(LLAMA_7B_A10.request_ms + 0.5)
+    decoding = [Pace(batch, 0, 40.0 * 1.05 + 0.5 * batch, 40.0) for batch in (1, 4, 12)]
+    lone = [Pace(0, prompt, prompt * 1.05 + 9.0, float(prompt)) for prompt in (16, 128, 512)]
+    extra = added([*lone, *decoding])
+    assert (extra.share, extra.per_request_ms) == (pytest.approx(0.05), pytest.approx(0.5))
+    model = with_serving(LLAMA_7B_A10, extra)
+    assert model.weights_ms == pytest.approx(LLAMA_7B_A10.weights_ms * 1.05, rel=1e-4)
+    assert model.request_ms == pytest.approx(LLAMA_7B_A10.request_ms * 1.05 + 0.5, rel=1e-4)
     assert model.serving_ms == pytest.approx(9.0 - MESSAGES * LATENCY_S * 1e3)
-    faster = with_serving(LLAMA_7B_A10, Serving(0.5, tuple((b, 30.0, 40.0) for b in (1, 4, 12))))
-    assert faster == LLAMA_7B_A10  # nothing is taken off an engine's own time
+    assert added([Pace(one.batch, one.prompt, 10.0, 40.0) for one in decoding]) == Added(0.0, 0.0, 0.0)
 
 
 def test_the_steps_of_a_probe_are_those_of_its_scenario() -> None:

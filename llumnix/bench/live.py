@@ -1,0 +1,242 @@
+"""``llumnix bench live``: what migration and priorities are worth on a real cluster, under bursts.
+
+One cluster of real engines whose KV pools are small enough to run out. Two comparisons, each on the very same
+requests, alternating within one run: migration off (dispatch alone) against on; priorities of a tenth of the
+requests ignored against used. Policies are changed while the cluster runs, as ``llumnix policy set`` does.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llumnix.bench.live_load import (
+    LENGTHS,
+    Load,
+    RealCluster,
+    Streamed,
+    quantiles_ms,
+    real_cluster,
+)
+from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
+from llumnix.cli.config_flags import config_options, resolve
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig
+from llumnix.core.config_source import Value
+from llumnix.sim.workload import Arrival
+
+BASE = Config(
+    engine=EngineConfig(dtype="bfloat16", threads=1, max_model_len=1024, kv_blocks=128),
+    scheduler=SchedulerConfig(queue_blocks_factor=1000.0),
+    cluster=ClusterConfig(instances=2),
+)
+HIGH_SHARE = 0.1
+WARM_UP = Arrival(0.0, 16, 8)
+WARM_UPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way to run the workload. ``priorities``: the marked requests have one."""
+
+    name: str
+    pairing: str
+    priorities: bool
+
+
+DISPATCH_ONLY = Mode("migration off", "none", priorities=False)
+MIGRATING = Mode("migration on", "freeness", priorities=False)
+PRIORITIES = Mode("migration on, priorities", "freeness", priorities=True)
+MODES = (DISPATCH_ONLY, MIGRATING, PRIORITIES)
+COMPARISONS = (
+    (DISPATCH_ONLY, MIGRATING, "all"),
+    (MIGRATING, PRIORITIES, "high"),
+    (MIGRATING, PRIORITIES, "normal"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of one mode once. ``high``: which answers are of marked requests."""
+
+    mode: Mode
+    answers: tuple[Streamed, ...]
+    high: tuple[bool, ...]
+    preemptions: int
+    migrations: int
+
+    def of(self, which: str) -> list[Streamed]:
+        """The answers of ``all``, ``high`` or ``normal`` requests."""
+        wanted = {"all": (True, False), "high": (True,), "normal": (False,)}[which]
+        return [answer for answer, high in zip(self.answers, self.high, strict=True) if high in wanted]
+
+
+def run_modes(cluster: RealCluster, load: Load, repeats: int, seed: int) -> list[Run]:
+    """All modes on the same requests, ``repeats`` times on others each, the order turned each time."""
+    cluster.run([WARM_UP] * WARM_UPS, seed)  # connections are made with the first requests
+    runs = []
+    for number in range(repeats):
+        arrivals = load.arrivals(cluster.max_model_len, seed + number)
+        high = np.random.default_rng((seed + number, 1)).random(len(arrivals)) < HIGH_SHARE
+        for mode in MODES[:: -1 if number % 2 else 1]:
+            cluster.order("policy", {"kind": "pairing", "name": mode.pairing, "settings": {}})
+            asked = [
+                replace(arrival, execution_priority=int(mode.priorities and marked))
+                for arrival, marked in zip(arrivals, high, strict=True)
+            ]
+            before = _counted(cluster)
+            answers = cluster.run(asked, seed + number)
+            preemptions, migrations = (
+                now - then for now, then in zip(_counted(cluster), before, strict=True)
+            )
+            runs.append(Run(mode, tuple(answers), tuple(high.tolist()), preemptions, migrations))
+    return runs
+
+
+def _counted(cluster: RealCluster) -> tuple[int, int]:
+    """Preemptions and migrations so far."""
+    rows = cluster.ask("instances")["data"]
+    return sum(row["preemptions_total"] for row in rows), cluster.ask("status")["migrations_committed"]
+
+
+def latencies(runs: Sequence[Run], which: str) -> dict[str, Any]:
+    """Of one mode's runs together, in ms."""
+    answers = [answer for run in runs for answer in run.of(which)]
+    return {
+        "requests": len(answers),
+        "ttft_ms": quantiles_ms([answer.ttft_s for answer in answers]),
+        "tpot_ms": quantiles_ms([answer.tpot_s for answer in answers]),
+        "longest_gap_ms": quantiles_ms([answer.longest_gap_s for answer in answers]),
+        "request_ms": quantiles_ms([answer.last_s - answer.sent_s for answer in answers]),
+    }
+
+
+def results_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each mode, over its repeats."""
+    rows = []
+    for mode in MODES:
+        ours = [run for run in runs if run.mode == mode]
+        rows.append(
+            {
+                "mode": mode.name,
+                "runs": len(ours),
+                "preemptions": sum(run.preemptions for run in ours),
+                "migrations": sum(run.migrations for run in ours),
+                **{which: latencies(ours, which) for which in ("all", "high", "normal")},
+                "each_run_p99": [
+                    {
+                        name: values["p99"]
+                        for name, values in latencies([run], "all").items()
+                        if name != "requests"
+                    }
+                    for run in ours
+                ],
+            }
+        )
+    return rows
+
+
+def gains_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times smaller each latency is with what is compared than without."""
+    by_mode = {row["mode"]: row for row in rows}
+    gains = []
+    for without, used, which in COMPARISONS:
+        before, after = by_mode[without.name][which], by_mode[used.name][which]
+        ratios = {
+            name: {point: round(before[name][point] / after[name][point], 3) for point in before[name]}
+            for name in before
+            if name != "requests"
+        }
+        gains.append({"of": used.name, "over": without.name, "requests": which, **ratios})
+    return gains
+
+
+def _show(report: dict[str, Any]) -> None:
+    table = Table(title=report["load"]["name"])
+    for title in (
+        "",
+        "requests",
+        "TTFT P50",
+        "P99",
+        "TPOT P50",
+        "P99 ms",
+        "longest gap P99",
+        "preempted",
+        "moved",
+    ):
+        table.add_column(title, justify="right" if title else "left")
+    for row in report["results"]:
+        for which in ("all", "high", "normal"):
+            found = row[which]
+            points = [(found["ttft_ms"], "p50"), (found["ttft_ms"], "p99"), (found["tpot_ms"], "p50")]
+            points += [(found["tpot_ms"], "p99"), (found["longest_gap_ms"], "p99")]
+            counts = [str(row[name]) if which == "all" else "" for name in ("preemptions", "migrations")]
+            name = row["mode"] if which == "all" else f"  {which}"
+            table.add_row(
+                name, str(found["requests"]), *(f"{of[point]:.0f}" for of, point in points), *counts
+            )
+    Console().print(table)
+    for gain in report["gains"]:
+        parts = (
+            f"{name.removesuffix('_ms').replace('_', ' ')} {gain[name]['p99']:.2f}"
+            for name in ("ttft_ms", "tpot_ms", "longest_gap_ms", "request_ms")
+        )
+        print(f"{gain['of']} over {gain['over']}, {gain['requests']}, P99 times smaller: {', '.join(parts)}")
+    warn_of_others(report["others_cpu"])
+
+
+@click.command("live")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
+)
+@click.option("--lengths", type=click.Choice(sorted(LENGTHS)), default="sharegpt", show_default=True)
+@click.option("--shrink", type=float, default=4.0, show_default=True, help="Lengths are divided by this.")
+@click.option("--rate", type=float, default=5.0, show_default=True, help="Requests per second.")
+@click.option("--cv", type=float, default=3.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
+@click.option("--requests", "count", type=click.IntRange(min=10), default=200, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@config_options
+def command(
+    json_file: Path | None,
+    repeats: int,
+    seed: int,
+    config_file: Path | None,
+    lengths: str,
+    shrink: float,
+    rate: float,
+    cv: float,
+    count: int,
+    **given: Value | None,
+) -> None:
+    """Bursts on a real cluster: migration off and on, priorities ignored and used.
+
+    Settings are those of serve, from two instances of SmolLM2 with one thread and little KV each on. Takes
+    about five minutes, on a machine that has nothing else to do."""
+    load = Load(lengths, shrink, rate, cv, count)
+    config = resolve(config_file, given, BASE)
+    machine = describe_machine()
+    with real_cluster(config) as cluster:
+        others = OthersCpu()
+        runs = run_modes(cluster, load, repeats, seed)
+        others_cpu = others.share()
+    rows = results_of(runs)
+    report = {
+        "benchmark": "live",
+        "machine": machine,
+        "seed": seed,
+        "repeats": repeats,
+        "others_cpu": others_cpu,
+        "load": {"name": load.name, **asdict(load)},
+        "config": {name: asdict(getattr(config, name)) for name in ("engine", "scheduler", "cluster")},
+        "results": rows,
+        "gains": gains_of(rows),
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _show(report)
