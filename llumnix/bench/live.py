@@ -1,7 +1,7 @@
 """``llumnix bench live``: what migration and priorities are worth on a real cluster, under bursts.
 
-One cluster of real engines whose KV pools are small enough to run out. Two comparisons, each on the very same
-requests, alternating within one run: migration off (dispatch alone) against on; priorities of a tenth of the
+One cluster of real engines whose KV pools are small enough to run out. Compared on the very same requests,
+alternating within one run: migration off (dispatch alone) against on; or priorities of a tenth of the
 requests ignored against used. Policies are changed while the cluster runs, as ``llumnix policy set`` does.
 """
 
@@ -31,9 +31,9 @@ from llumnix.core.config_source import Value
 from llumnix.sim.workload import Arrival
 
 BASE = Config(
-    engine=EngineConfig(dtype="bfloat16", threads=1, max_model_len=1024, kv_blocks=128),
+    engine=EngineConfig(dtype="bfloat16", threads=1, max_model_len=1024, kv_blocks=80),
     scheduler=SchedulerConfig(queue_blocks_factor=1000.0),
-    cluster=ClusterConfig(instances=2),
+    cluster=ClusterConfig(instances=4),
 )
 HIGH_SHARE = 0.1
 WARM_UP = Arrival(0.0, 16, 8)
@@ -52,12 +52,11 @@ class Mode:
 DISPATCH_ONLY = Mode("migration off", "none", priorities=False)
 MIGRATING = Mode("migration on", "freeness", priorities=False)
 PRIORITIES = Mode("migration on, priorities", "freeness", priorities=True)
-MODES = (DISPATCH_ONLY, MIGRATING, PRIORITIES)
-COMPARISONS = (
-    (DISPATCH_ONLY, MIGRATING, "all"),
-    (MIGRATING, PRIORITIES, "high"),
-    (MIGRATING, PRIORITIES, "normal"),
-)
+COMPARISONS = {
+    "migration": ((DISPATCH_ONLY, MIGRATING), ("all",)),
+    "priorities": ((MIGRATING, PRIORITIES), ("all", "high", "normal")),
+}
+"""What is compared: (without, with), and for which requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +75,14 @@ class Run:
         return [answer for answer, high in zip(self.answers, self.high, strict=True) if high in wanted]
 
 
-def run_modes(cluster: RealCluster, load: Load, repeats: int, seed: int) -> list[Run]:
+def run_modes(cluster: RealCluster, modes: Sequence[Mode], load: Load, repeats: int, seed: int) -> list[Run]:
     """All modes on the same requests, ``repeats`` times on others each, the order turned each time."""
     cluster.run([WARM_UP] * WARM_UPS, seed)  # connections are made with the first requests
     runs = []
     for number in range(repeats):
         arrivals = load.arrivals(cluster.max_model_len, seed + number)
         high = np.random.default_rng((seed + number, 1)).random(len(arrivals)) < HIGH_SHARE
-        for mode in MODES[:: -1 if number % 2 else 1]:
+        for mode in modes[:: -1 if number % 2 else 1]:
             cluster.order("policy", {"kind": "pairing", "name": mode.pairing, "settings": {}})
             asked = [
                 replace(arrival, execution_priority=int(mode.priorities and marked))
@@ -116,10 +115,11 @@ def latencies(runs: Sequence[Run], which: str) -> dict[str, Any]:
     }
 
 
-def results_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def results_of(runs: Sequence[Run], compared: str) -> list[dict[str, Any]]:
     """One row for each mode, over its repeats."""
     rows = []
-    for mode in MODES:
+    modes, kinds = COMPARISONS[compared]
+    for mode in modes:
         ours = [run for run in runs if run.mode == mode]
         rows.append(
             {
@@ -127,7 +127,7 @@ def results_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "runs": len(ours),
                 "preemptions": sum(run.preemptions for run in ours),
                 "migrations": sum(run.migrations for run in ours),
-                **{which: latencies(ours, which) for which in ("all", "high", "normal")},
+                **{which: latencies(ours, which) for which in kinds},
                 "each_run_p99": [
                     {
                         name: values["p99"]
@@ -141,52 +141,41 @@ def results_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def gains_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def gains_of(rows: Sequence[dict[str, Any]], compared: str) -> list[dict[str, Any]]:
     """How many times smaller each latency is with what is compared than without."""
-    by_mode = {row["mode"]: row for row in rows}
     gains = []
-    for without, used, which in COMPARISONS:
-        before, after = by_mode[without.name][which], by_mode[used.name][which]
+    for which in COMPARISONS[compared][1]:
+        before, after = (row[which] for row in rows)
         ratios = {
             name: {point: round(before[name][point] / after[name][point], 3) for point in before[name]}
             for name in before
             if name != "requests"
         }
-        gains.append({"of": used.name, "over": without.name, "requests": which, **ratios})
+        gains.append({"requests": which, **ratios})
     return gains
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table(title=report["load"]["name"])
-    for title in (
-        "",
-        "requests",
-        "TTFT P50",
-        "P99",
-        "TPOT P50",
-        "P99 ms",
-        "longest gap P99",
-        "preempted",
-        "moved",
-    ):
-        table.add_column(title, justify="right" if title else "left")
+    table = Table(title=f"{report['load']['name']}; times in ms")
+    table.add_column("", no_wrap=True)
+    for title in ("requests", "TTFT P50", "P99", "TPOT P50", "P99", "gap P99", "preempted", "moved"):
+        table.add_column(title, justify="right")
     for row in report["results"]:
-        for which in ("all", "high", "normal"):
+        for which in COMPARISONS[report["compared"]][1]:
             found = row[which]
-            points = [(found["ttft_ms"], "p50"), (found["ttft_ms"], "p99"), (found["tpot_ms"], "p50")]
-            points += [(found["tpot_ms"], "p99"), (found["longest_gap_ms"], "p99")]
+            points = [found[name][point] for name in ("ttft_ms", "tpot_ms") for point in ("p50", "p99")]
+            points.append(found["longest_gap_ms"]["p99"])
             counts = [str(row[name]) if which == "all" else "" for name in ("preemptions", "migrations")]
             name = row["mode"] if which == "all" else f"  {which}"
-            table.add_row(
-                name, str(found["requests"]), *(f"{of[point]:.0f}" for of, point in points), *counts
-            )
+            numbers = (f"{point:.0f}" for point in points)
+            table.add_row(name, str(found["requests"]), *numbers, *counts)
     Console().print(table)
     for gain in report["gains"]:
         parts = (
             f"{name.removesuffix('_ms').replace('_', ' ')} {gain[name]['p99']:.2f}"
             for name in ("ttft_ms", "tpot_ms", "longest_gap_ms", "request_ms")
         )
-        print(f"{gain['of']} over {gain['over']}, {gain['requests']}, P99 times smaller: {', '.join(parts)}")
+        print(f"P99 times smaller, {gain['requests']} requests: {', '.join(parts)}")
     warn_of_others(report["others_cpu"])
 
 
@@ -194,16 +183,18 @@ def _show(report: dict[str, Any]) -> None:
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
 )
+@click.option("--compare", type=click.Choice(sorted(COMPARISONS)), default="migration", show_default=True)
 @click.option("--lengths", type=click.Choice(sorted(LENGTHS)), default="sharegpt", show_default=True)
 @click.option("--shrink", type=float, default=4.0, show_default=True, help="Lengths are divided by this.")
-@click.option("--rate", type=float, default=5.0, show_default=True, help="Requests per second.")
-@click.option("--cv", type=float, default=3.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
-@click.option("--requests", "count", type=click.IntRange(min=10), default=200, show_default=True)
+@click.option("--rate", type=float, default=2.5, show_default=True, help="Requests per second.")
+@click.option("--cv", type=float, default=2.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
+@click.option("--requests", "count", type=click.IntRange(min=10), default=130, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @config_options
 def command(
     json_file: Path | None,
+    compare: str,
     repeats: int,
     seed: int,
     config_file: Path | None,
@@ -214,20 +205,21 @@ def command(
     count: int,
     **given: Value | None,
 ) -> None:
-    """Bursts on a real cluster: migration off and on, priorities ignored and used.
+    """Bursts on a real cluster: migration off and on, or priorities ignored and used.
 
-    Settings are those of serve, from two instances of SmolLM2 with one thread and little KV each on. Takes
+    Settings are those of serve, from four instances of SmolLM2 with one thread and little KV each on. Takes
     about five minutes, on a machine that has nothing else to do."""
     load = Load(lengths, shrink, rate, cv, count)
     config = resolve(config_file, given, BASE)
     machine = describe_machine()
     with real_cluster(config) as cluster:
         others = OthersCpu()
-        runs = run_modes(cluster, load, repeats, seed)
+        runs = run_modes(cluster, COMPARISONS[compare][0], load, repeats, seed)
         others_cpu = others.share()
-    rows = results_of(runs)
+    rows = results_of(runs, compare)
     report = {
         "benchmark": "live",
+        "compared": compare,
         "machine": machine,
         "seed": seed,
         "repeats": repeats,
@@ -235,7 +227,7 @@ def command(
         "load": {"name": load.name, **asdict(load)},
         "config": {name: asdict(getattr(config, name)) for name in ("engine", "scheduler", "cluster")},
         "results": rows,
-        "gains": gains_of(rows),
+        "gains": gains_of(rows, compare),
     }
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,58 @@
+"""Benchmarks against a real cluster, without one: what they ask for, and what they make of the answers."""
+
+import pytest
+
+from llumnix.bench.live import COMPARISONS, HIGH_SHARE, Run, gains_of, results_of
+from llumnix.bench.live_load import Load, Streamed
+from llumnix.bench.machine import OthersCpu
+from llumnix.bench.validation import Seen, compare
+from llumnix.core.errors import ConfigurationError
+from llumnix.sim.workload import Arrival
+
+
+def test_a_load_is_the_same_for_its_seed_and_keeps_within_the_model() -> None:
+    load = Load("sharegpt", 4.0, rate=5.0, cv=2.0, count=2000)
+    arrivals = load.arrivals(512, seed=3)
+    assert arrivals == load.arrivals(512, seed=3) != load.arrivals(512, seed=4)
+    assert all(one.prompt_tokens >= 1 and one.output_tokens >= 2 for one in arrivals)
+    assert max(one.prompt_tokens + one.output_tokens for one in arrivals) <= 512
+    assert arrivals[-1].at_s == pytest.approx(2000 / 5.0, rel=0.15)
+    middle = sorted(one.output_tokens for one in arrivals)[1000]
+    assert middle == pytest.approx(487 / 4, rel=0.05)  # ShareGPT's median answer, shortened
+    with pytest.raises(ConfigurationError, match="--rate must be above 0, got 0"):
+        Load("sharegpt", 4.0, rate=0, cv=1.0, count=5)
+
+
+def test_percentiles_are_compared_with_all_real_runs_together() -> None:
+    runs = [Seen((0.1,) * 100, (0.01,) * 100), Seen((0.3,) * 100, (0.01,) * 100)]
+    rows = compare(runs, Seen((0.22,) * 100, (0.012,) * 100))
+    by_name = {(row["latency"], row["percentile"]): row for row in rows}
+    assert by_name["ttft", "p50"]["off"] == pytest.approx(0.1)
+    assert by_name["ttft", "p50"]["real_apart"] == pytest.approx(0.5)
+    assert by_name["tpot", "p99"]["off"] == pytest.approx(0.2)
+    assert by_name["tpot", "p99"]["real_apart"] == 0.0
+
+
+def answer(scale: float) -> Streamed:
+    return Streamed(Arrival(0.0, 8, 11), 0.0, scale, 2 * scale, scale / 5, 11, "")
+
+
+def test_modes_are_compared_over_their_repeats_and_by_priority() -> None:
+    without, used = COMPARISONS["priorities"][0]
+    high = (True, False, False)
+    runs = [
+        *(Run(without, (answer(4.0),) * 3, high, 2, 1) for _ in range(2)),
+        *(Run(used, (answer(1.0), answer(5.0), answer(5.0)), high, 1, 3) for _ in range(2)),
+    ]
+    rows = results_of(runs, "priorities")
+    assert [(row["preemptions"], row["migrations"], row["runs"]) for row in rows] == [(4, 2, 2), (2, 6, 2)]
+    assert [row["high"]["requests"] for row in rows] == [2, 2]
+    assert rows[0]["all"]["tpot_ms"]["p50"] == pytest.approx(400.0)
+    gains = {gain["requests"]: gain for gain in gains_of(rows, "priorities")}
+    assert gains["high"]["ttft_ms"]["p99"] == pytest.approx(4.0)
+    assert gains["normal"]["ttft_ms"]["p99"] == pytest.approx(0.8)
+    assert 0 < HIGH_SHARE < 1
+
+
+def test_the_processors_others_use_are_a_share() -> None:
+    assert OthersCpu().share() >= 0.0
