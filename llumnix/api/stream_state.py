@@ -61,8 +61,8 @@ class Stream:
 
     ``tokens`` are those given to the client. ``must_continue``: an instance had taken it, so a lack of room
     may no longer be shown to the client. ``troubled_at`` is when it lost its owner, until tokens come again.
-    ``asked``: a probe is out whose answer may still say unknown. ``alarm`` is the earliest timer entry that
-    will look at it. ``fed_*``: when, by whom and at which epoch tokens came last; ``usual_gap_s``: the recent
+    ``refusal``: what the instance that refused it last said. ``asked``: a probe is out whose answer may still
+    say unknown. ``alarm`` is the earliest timer entry that will look at it. ``fed_*``: when, by whom and at which epoch tokens came last; ``usual_gap_s``: the recent
     mean time between them.
     """
 
@@ -85,6 +85,7 @@ class Stream:
     unanswered: int = 0
     unknown: int = 0
     invalid_reason: str = ""
+    refusal: str = ""
     fed_at: float = -inf
     fed_by: str = ""
     fed_epoch: int = 0
@@ -138,6 +139,11 @@ class Stream:
         RETRY_MAX_S."""
         own = RETRY_MIN_S * 2.0 ** min(self.tries, RETRY_DOUBLINGS)
         return min(max(at_least, own), RETRY_MAX_S)
+
+    def begin(self) -> None:
+        """Its owner decodes it: what went before is of no matter any more, and it will be seen through."""
+        self.exclude, self.tries, self.troubled_at, self.must_continue = (), 0, None, True
+        self.refusal = ""
 
     def settle(self) -> None:
         """Its owner has just shown that it holds the request: earlier doubts are void."""

@@ -121,8 +121,7 @@ class StreamTable:
         return effects
 
     def peer_lost(self, address: str, now: float) -> list[Effect]:
-        """The connection to an instance broke: go on elsewhere. If it lives after all, its epoch is
-        outdated."""
+        """The connection to an instance broke: go on elsewhere. Its epoch is outdated, should it live."""
         self._directory.suspect(address)
         lost = [stream for stream in self._streams.values() if address and stream.owner_address == address]
         return [effect for stream in lost for effect in self._continue(stream, now)]
@@ -171,7 +170,8 @@ class StreamTable:
         stream = self._streams.get(message.request_id)
         if stream is None or stream.phase is not Phase.PLACING:
             return []
-        return self._nowhere(stream, message.reason, message.retry_after_s, now)
+        reason = f"{message.reason}; last refusal: {stream.refusal}" if stream.refusal else message.reason
+        return self._nowhere(stream, reason, message.retry_after_s, now)
 
     def _nowhere(self, stream: Stream, reason: str, retry_after_s: float, now: float) -> list[Effect]:
         """No instance takes it now: an answer for a fresh request, a delay for one that had begun."""
@@ -201,6 +201,7 @@ class StreamTable:
         if stream is None or stream.epoch != message.epoch or stream.owner_id != message.instance_id:
             return []
         self.stats.rejected += 1
+        stream.refusal = message.reason
         if message.code is RejectCode.INVALID:
             # A doubled Submit is refused as well, while its first copy runs: ask before failing the client.
             stream.invalid_reason = message.reason
@@ -252,7 +253,7 @@ class StreamTable:
             return []
         self.moves.extend(filter(None, [stream.feed(tokens, now)]))
         self.stats.tokens += len(tokens)
-        stream.exclude, stream.tries, stream.troubled_at, stream.must_continue = (), 0, None, True
+        stream.begin()
         if ends:
             self.stats.finished += 1
             self._forget(stream)

@@ -118,6 +118,6 @@ class Placer:
             )
             return NotPlaced(place.request_id, reason, NO_USE_S)
         if all(record.instance_id in place.exclude for record in serving):
-            reason = "every serving instance has just failed this request"
+            reason = "every serving instance has just refused this request or lost it"
             return NotPlaced(place.request_id, reason, RETRY_SOON_S)
         return NotPlaced(place.request_id, "every instance's queue is full", RETRY_LATER_S)

@@ -10,7 +10,7 @@ from math import isfinite
 
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate
+from llumnix.core.messages.control import InstanceState, MoveCandidate
 from llumnix.core.views import (
     ClusterSnapshot,
     DispatchDecision,
@@ -22,7 +22,7 @@ from llumnix.core.views import (
 )
 from llumnix.policies.dispatch import FreenessDispatch
 from llumnix.policies.guard import attempt
-from llumnix.policies.pairing import FreenessPairing
+from llumnix.policies.pairing import DrainPairing, FreenessPairing
 from llumnix.policies.registry import dispatch_policy, pairing_policy, roles_policy, scaling_policy
 from llumnix.policies.roles import Disaggregate
 
@@ -104,15 +104,27 @@ class GuardedPairing:
         self.name = config.pairing_policy
         self._policy = pairing_policy(config)
         self._default = FreenessPairing(config)
+        self._drain = DrainPairing(config)
         self._faults = faults
         self._moves_max = config.moves_per_round_max
 
     def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
-        """The policy's moves, or the default's; at most ``moves_per_round_max``."""
+        """The policy's moves, or the default's; at most ``moves_per_round_max``. A drain is an order and no
+        matter of balance: what the policy leaves on draining instances moves as well."""
+        moves = self._chosen(cluster)
+        left = {view.instance_id for view in cluster.instances if view.state is InstanceState.DRAINING}
+        left.difference_update(move.source_id for move in moves)
+        if left:
+            giving = {move.source_id for move in moves}
+            drained = (move for move in self._drain.pair(cluster) if move.source_id in left)
+            moves += tuple(move for move in drained if move.target_id not in giving)
+        return moves[: self._moves_max]
+
+    def _chosen(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
         moves, fault = attempt(self._policy.pair, cluster)
         if not fault and isinstance(moves, tuple):
             if all(map(_is_move, moves)):
-                return moves[: self._moves_max]
+                return moves
             fault = f"returned {moves!r}"
         self._faults.note("pairing", self.name, fault, cluster.now)
         return self._default.pair(cluster)

@@ -4,6 +4,7 @@ them."""
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from control_driving import ToyCluster, hello
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,8 +125,9 @@ def test_a_target_that_refuses_is_left_alone_for_a_moment() -> None:
     assert {order.target_id for order in cluster.step()} == {"c"}  # though b is freer
 
 
-def test_draining_empties_an_instance_by_migration_and_says_so() -> None:
-    cluster = ToyCluster(MARKS, a=100, b=1000)
+@pytest.mark.parametrize("pairing", ["freeness", "none", "drain"])
+def test_draining_empties_an_instance_by_migration_and_says_so(pairing: str) -> None:
+    cluster = ToyCluster(replace(MARKS, pairing_policy=pairing), a=100, b=1000)
     cluster.instances["a"].running = {f"r{number}": 2 for number in range(20)}
     cluster.instances["a"].waiting = {"w": 5}
     cluster.report()

@@ -321,6 +321,12 @@ class TestRefusals:
         assert effects == [Fail("r", FailKind.OVERLOADED, "draining", 1.0)]
         assert waits == sorted(waits) and len(waits) >= 2
 
+    def test_a_client_hears_what_the_last_instance_said(self) -> None:
+        made = streaming("a")
+        made.handle(Rejected("a", "r", FIRST_EPOCH, RejectCode.QUEUE_FULL, "64 are waiting"), 0.1)
+        (failed,) = made.handle(NotPlaced("r", "nobody is left", 0.1), 0.2)
+        assert failed == Fail("r", FailKind.OVERLOADED, "nobody is left; last refusal: 64 are waiting", 0.1)
+
     def test_a_refusal_of_an_earlier_epoch_is_ignored(self) -> None:
         made = streaming("a", "b")
         made.handle(Fenced("a", "p"), 0.1)
