@@ -60,10 +60,10 @@ class Stream:
     """Mutable state of one request in flight.
 
     ``tokens`` are those given to the client. ``must_continue``: an instance had taken it, so a lack of room
-    may no longer be shown to the client. ``troubled_at`` is when it lost its owner, until tokens come again.
-    ``refusal``: what the instance that refused it last said. ``asked``: a probe is out whose answer may still
-    say unknown. ``alarm`` is the earliest timer entry that will look at it. ``fed_*``: when, by whom and at which epoch tokens came last; ``usual_gap_s``: the recent
-    mean time between them.
+    may no longer be shown to the client. ``troubled_at`` is when it lost its owner, until tokens come
+    again. ``refusal``: what the instance that refused it last said. ``asked``: a probe is out whose answer
+    may still say unknown. ``alarm`` is the earliest timer entry that will look at it. ``fed_*``: when, by
+    whom and at which epoch tokens came last; ``usual_gap_s``: the recent mean time between them.
     """
 
     call: StreamCall
