@@ -37,7 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/llumnix bench scheduler --json out/scheduler.json
 
 sim: $(INSTALLED)
-	$(BIN)/llumnix simulate faults --seeds 3000
+	$(BIN)/llumnix simulate faults --seeds 3000 --jobs 2
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

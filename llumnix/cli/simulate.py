@@ -72,7 +72,7 @@ def command(
     from llumnix.sim.runs import run_cases
 
     if preset == "faults":
-        _tell_stories(given["seed"], given["seeds"])
+        _tell_stories(given["seed"], given["seeds"], jobs)
         return
     own = {name: given.pop(name) for name in tuple(given) if "__" not in name}
     cases = _cases(preset, own, config_file, given)
@@ -89,15 +89,15 @@ def command(
             write_html(results, html)
 
 
-def _tell_stories(first: int, count: int) -> None:
+def _tell_stories(first: int, count: int, jobs: int) -> None:
     """Run stories of faults; the first that ends badly is reported with the command that replays it."""
     from llumnix.cli.simulate_output import show_stories
-    from llumnix.sim.faults import Story, run_seed
+    from llumnix.sim.faults import Story, run_seeds
 
     stories: list[Story] = []
     try:
-        for seed in range(first, first + count):
-            stories.append(run_seed(seed))
+        for story in run_seeds(range(first, first + count), jobs):
+            stories.append(story)  # one by one, so that their number says which one failed
     finally:
         if len(stories) < count:
             seed = first + len(stories)

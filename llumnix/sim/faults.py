@@ -8,7 +8,8 @@ exactly its tokens, and no instance may hold anything.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 from llumnix.core.config import (
@@ -31,6 +32,7 @@ FAULTS_S, HEALED_S = 4.0, 120.0
 CHECK_S = 0.1
 REQUESTS = 14
 CRASHES_MAX = 4
+STORIES_AHEAD = 100  # told by other processes before the first of them is looked at
 
 Deed = Callable[[], None]
 
@@ -202,6 +204,16 @@ class Trouble:
 
     def _abort(self) -> None:
         self._random.choice(self._simulation.frontends).abort_one(self._random.choice)
+
+
+def run_seeds(seeds: range, jobs: int) -> Iterator[Story]:
+    """These stories in their order, ``jobs`` at a time, up to the first that raises."""
+    if jobs == 1:
+        yield from map(run_seed, seeds)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        for first in range(0, len(seeds), STORIES_AHEAD):
+            yield from pool.map(run_seed, seeds[first : first + STORIES_AHEAD])
 
 
 def run_seed(seed: int) -> Story:

@@ -10,21 +10,14 @@ from llumnix.cli.main import main
 SMALL = ["simulate", "--lengths", "60:40", "--requests", "25", "--instances", "2", "--rate", "2"]
 
 
-def test_a_run_prints_a_table_and_writes_everything(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    outputs = ["--json", f"{tmp_path}/r.json", "--plots", f"{tmp_path}/plots", "--html", f"{tmp_path}/r.html"]
-    assert main([*SMALL, "--policy", "llumnix", *outputs]) == 0
+def test_a_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--policy", "llumnix", "--json", f"{tmp_path}/r.json"]) == 0
     table = capsys.readouterr().out
     assert "llumnix" in table and "60:40 at 2/s" in table
     result = json.loads((tmp_path / "r.json").read_text())
     assert [row["policy"] for row in result["results"]] == ["llumnix"]
     assert all(row["finished"] == 25 and row["failed"] == 0 for row in result["results"])
     assert result["results"][0]["config"]["cluster"]["instances"] == 2
-    pictures = list((tmp_path / "plots").glob("*.png"))
-    assert len(pictures) == 3 and all(one.read_bytes().startswith(b"\x89PNG") for one in pictures)
-    page = (tmp_path / "r.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -44,10 +37,10 @@ def test_presets_run_at_given_rates(tmp_path: Path) -> None:
     arguments = ["osdi24-priorities", "--rate", "9", "--requests", "9"]
     assert main(["simulate", *arguments, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["results"]
-    arguments = ["osdi24-autoscaling", "--rate", "3", "--lengths", "S-S", "--requests", "300"]
+    arguments = ["osdi24-autoscaling", "--rate", "3", "--lengths", "S-S", "--requests", "120"]
     assert main(["simulate", *arguments, "--json", f"{path}.scaled"]) == 0
     scaled = json.loads(Path(f"{path}.scaled").read_text())["results"]
-    assert all(row["events"]["scaling"] > 0 and row["finished"] == 300 for row in scaled)
+    assert all(row["events"]["scaling"] > 0 and row["finished"] == 120 for row in scaled)
     assert len(rows) == 8 and "by_priority" in rows[0] and "by_priority" not in rows[1]
 
 
@@ -60,7 +53,10 @@ def test_traces_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stories_of_faults_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "faults", "--seed", "3", "--seeds", "2"]) == 0
-    assert "stories                2" in capsys.readouterr().out
+    alone = capsys.readouterr().out
+    assert "stories                2" in alone
+    assert main(["simulate", "faults", "--seed", "3", "--seeds", "2", "--jobs", "2"]) == 0
+    assert capsys.readouterr().out == alone
 
 
 @pytest.mark.parametrize(

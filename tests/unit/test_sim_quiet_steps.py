@@ -41,7 +41,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(requests=requests, warm=st.integers(0, 12), most=st.lists(st.integers(1, 30), max_size=12))
 def test_a_stretch_is_its_single_steps(
     requests: list[tuple[int, int, int]], warm: int, most: list[int]
