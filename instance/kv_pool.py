@@ -7,10 +7,10 @@ nothing stays behind however the process ends. On a GPU, or where there is no me
 ``fd`` is -1. A host pool beside a GPU is pinned, so that copies run at full speed and in the background.
 
 Every page is written once at the start: a step or a migration never pays for a page fault, and too large a
-pool fails here rather than under load. Made by executors; read by transports.
+pool fails here rather than under load. A memfd's pages are huge where the kernel can make them so: attention
+reads blocks from all over the pool. Made by executors; read by transports.
 """
 
-import mmap
 import os
 import sys
 from dataclasses import replace
@@ -21,6 +21,7 @@ import torch
 from llumnix.core.config import EngineConfig, SwapConfig
 from llumnix.core.errors import ConfigurationError, InvariantError
 from llumnix.core.messages.control import KvLayout
+from llumnix.kernels.cpu.huge_pages import fill_with_zeros, map_shared
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME_BYTES_MAX = 200  # Linux takes 249, prefix included
@@ -50,9 +51,9 @@ class KvPool:
         size_bytes = layout.blocks * layout.block_bytes
         if device.type == "cpu" and sys.platform == "linux":
             flat = self._map_memfd(size_bytes)
+            fill_with_zeros(flat)
         else:
-            flat = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-        flat.zero_()
+            flat = torch.empty(size_bytes, dtype=torch.uint8, device=device).zero_()
         if pinned:
             _cuda("cudaHostRegister", flat.data_ptr(), size_bytes, 0)
             self._pinned_at = flat.data_ptr()
@@ -94,14 +95,13 @@ class KvPool:
         self.fd = os.memfd_create(memfd_name(self.pool_name))
         try:
             os.ftruncate(self.fd, size_bytes)
-            memory = mmap.mmap(self.fd, size_bytes)
+            return map_shared(self.fd, size_bytes)
         except OSError as error:
             os.close(self.fd)
             self.fd = -1
             raise ConfigurationError(
                 f"no shared memory for {size_bytes / GIB:.2f} GiB of KV (kv_gib, kv_blocks): {error}"
             ) from error
-        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _cuda(name: str, *arguments: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llumnix.kernels.cpu.huge_pages import Arena
 from llumnix.kernels.interface import Linear
 from llumnix.kernels.reference import ReferenceKernels
 
@@ -65,6 +66,7 @@ class CpuKernels:
         self._gather = library.llumnix_gather_blocks
         self._scatter = library.llumnix_scatter_blocks
         self._reference = ReferenceKernels()
+        self._arena = Arena()
 
     def write_kv(self, pool: Tensor, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         _, _, _, kv_heads, block_size, head_dim = pool.shape
@@ -164,7 +166,7 @@ class CpuKernels:
     def _prepared(self, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> CpuLinear:
         product = self.product if weight.dtype == torch.bfloat16 else Product.WIDENED
         pack = _panels if product is Product.WIDENED else _strips
-        data = pack(weight, up)
+        data = self._arena.hold(pack(weight, up))
         return CpuLinear(
             data,
             bias,
