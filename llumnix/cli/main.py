@@ -17,6 +17,7 @@ from llumnix.core.errors import LlumnixError
 
 BENCHMARKS = {
     "engine": "tokens per second and step times of one engine",
+    "fairness": "tails under priority updates, by way of swapping",
     "frontend": "a thousand streaming clients on a simulated cluster",
     "live": "bursts on a real cluster: migration off and on, priorities ignored and used",
     "migration": "downtime of live migrations against other ways to move",

@@ -7,7 +7,7 @@ benchmark.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from llumnix.core.config import SwapConfig
@@ -77,7 +77,7 @@ class VirtualCopier:
         sleep_until: Callable[[float], None],
     ) -> None:
         costs = link.costs()
-        self.totals = {direction: CopyTotals() for direction in SwapDirection}
+        self._totals = {direction: CopyTotals() for direction in SwapDirection}
         self._ladder = CopyLadder(
             costs, ALLOWED_RUNGS[config.swap_copies], layout.block_bytes, planes=2 * layout.layers
         )
@@ -102,7 +102,7 @@ class VirtualCopier:
             start = max([self._now(), self._lane_free[job.direction], *starts])
             self._ends[job.job_id] = self._lane_free[job.direction] = start + cost_s
             heappush(self._due, (start + cost_s, job.job_id))
-            totals = self.totals[job.direction]
+            totals = self._totals[job.direction]
             totals.jobs += 1
             totals.blocks += blocks
             totals.copies += self._ladder.copies(self._ladder.choose(blocks, runs), blocks, runs)
@@ -124,6 +124,10 @@ class VirtualCopier:
             del self._ends[job_id]
             ended.append(SwapDone(job_id))
         return ended
+
+    def totals(self) -> dict[SwapDirection, CopyTotals]:
+        """What was begun so far, by direction."""
+        return {direction: replace(totals) for direction, totals in self._totals.items()}
 
     def cost_s(self, blocks: int, runs: int) -> float:
         return self._ladder.cost_s(blocks, runs)

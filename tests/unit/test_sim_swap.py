@@ -65,4 +65,4 @@ def test_a_block_costs_what_its_pieces_cost() -> None:
     assert runs.cost_s(100, 1) == pytest.approx(100 * 64 * kib32, rel=0.01)
     pieces.begin([job(1, OUT, range(10), range(10))])
     runs.begin([job(1, OUT, range(10), range(10))])
-    assert pieces.totals[OUT].copies == 640 and runs.totals[OUT].copies == 1
+    assert pieces.totals()[OUT].copies == 640 and runs.totals()[OUT].copies == 1
