@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from llumnix import __version__
 from llumnix.cli.tables import Row, print_rows
 from llumnix.sim.faults import Story
 from llumnix.sim.runs import Result
+from llumnix.sim.savings import BASELINE, savings
 
 
 def _latency(kind: str, which: str, *, scale: float = 1.0, digits: int = 2) -> Any:
@@ -43,6 +44,22 @@ def show(results: Sequence[Result]) -> None:
     print_rows(COLUMNS, [result.summary for result in results], "nothing was simulated")
 
 
+def show_savings(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One line for every run that can be compared with the baseline at equal latency; the same as data."""
+    rows = [
+        {**one.summary, "scale_low_freeness": one.config["scheduler"]["scale_low_freeness"]}
+        for one in results
+    ]
+    found = savings(rows)
+    for saving in found:
+        print(
+            f"{saving.workload}, {saving.policy} from freeness {saving.scale_low_freeness:g}: "
+            f"{saving.instance_hours:.2f} instance-hours where {BASELINE} needs {saving.baseline_hours:.2f} "
+            f"for P99 prefill {saving.prefill_p99_s:.1f} s: {saving.share:.0%} saved"
+        )
+    return [{**asdict(saving), "saved": float(f"{saving.share:.4g}")} for saving in found]
+
+
 def show_stories(stories: Sequence[Story]) -> None:
     """The sums over stories that all ended well, one line a field."""
     print(f"{'stories':<22} {len(stories)}")
@@ -52,7 +69,13 @@ def show_stories(stories: Sequence[Story]) -> None:
             print(f"{field.name.removesuffix('_s').replace('_', ' '):<22} {total:g}")
 
 
-def write_json(path: Path, preset: str | None, options: dict[str, Any], results: Sequence[Result]) -> None:
+def write_json(
+    path: Path,
+    preset: str | None,
+    options: dict[str, Any],
+    results: Sequence[Result],
+    saved: Sequence[dict[str, Any]],
+) -> None:
     """What was asked and what came of it. No clock is read: the same run writes the same bytes."""
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     content = {
@@ -61,5 +84,6 @@ def write_json(path: Path, preset: str | None, options: dict[str, Any], results:
         "options": asked,
         "cost_model": results[0].cost_model,
         "results": [{"config": result.config, **result.summary} for result in results],
+        **({"saved_at_equal_p99": saved} if saved else {}),
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -122,6 +122,7 @@ def priorities(
 
 
 SCALED_RATE, SCALED_CVS, SCALED_START = 2.0, (1.0, 4.0), 4
+SCALED_LOWS, SCALED_BAND = (2.0, 10.0, 30.0, 60.0, 120.0), 50.0
 
 
 def autoscaling(
@@ -133,14 +134,29 @@ def autoscaling(
     seed: int,
     config: Config,
 ) -> list[Case]:
-    """``osdi24-autoscaling``: the number of instances follows the load, up to 16; with and without moves."""
-    scheduler = replace(config.scheduler, scaling_policy="freeness", scale_instances_max=16)
+    """``osdi24-autoscaling``: the number of instances follows the load, up to 16; with and without moves,
+    each with several bands of freeness, so that policies can be compared at equal latency (savings.py)."""
     cluster = replace(config.cluster, instances=SCALED_START)
-    scaled = replace(config, scheduler=scheduler, cluster=cluster)
     return [
-        Case(policy, with_policy(scaled, policy), LLAMA_7B_A10, Synthetic(trace, rate, count, seed, cv=cv))
+        Case(
+            policy,
+            with_policy(replace(config, cluster=cluster, scheduler=_scaled(config.scheduler, low)), policy),
+            LLAMA_7B_A10,
+            Synthetic(trace, rate, count, seed, cv=cv),
+        )
         for trace in traces or ("L-L",)
         for rate in rates or (SCALED_RATE,)
         for cv in SCALED_CVS
+        for low in SCALED_LOWS
         for policy in policies or ("load", "llumnix")
     ]
+
+
+def _scaled(scheduler: SchedulerConfig, low: float) -> SchedulerConfig:
+    return replace(
+        scheduler,
+        scaling_policy="freeness",
+        scale_instances_max=16,
+        scale_low_freeness=low,
+        scale_high_freeness=low + SCALED_BAND,
+    )

@@ -37,10 +37,10 @@ def test_presets_run_at_given_rates(tmp_path: Path) -> None:
     arguments = ["osdi24-priorities", "--rate", "9", "--requests", "9"]
     assert main(["simulate", *arguments, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["results"]
-    arguments = ["osdi24-autoscaling", "--rate", "3", "--lengths", "S-S", "--requests", "120"]
+    arguments = ["osdi24-autoscaling", "--rate", "3", "--lengths", "S-S", "--requests", "60"]
     assert main(["simulate", *arguments, "--json", f"{path}.scaled"]) == 0
     scaled = json.loads(Path(f"{path}.scaled").read_text())["results"]
-    assert all(row["events"]["scaling"] > 0 and row["finished"] == 120 for row in scaled)
+    assert all(row["events"]["scaling"] > 0 and row["finished"] == 60 for row in scaled)
     assert len(rows) == 8 and "by_priority" in rows[0] and "by_priority" not in rows[1]
 
 
