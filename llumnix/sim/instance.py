@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llumnix.core.config import EngineConfig, MigrationConfig
+from llumnix.core.config import EngineConfig, MigrationConfig, SwapConfig
 from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError, TransportError
 from llumnix.core.messages.control import (
@@ -36,6 +36,7 @@ from llumnix.sim.cost import CostModel
 from llumnix.sim.links import Links, ReadDone
 from llumnix.sim.network import Network
 from llumnix.sim.record import Recorder
+from llumnix.sim.swap import VirtualCopier, host_link
 from llumnix.sim.tokens import EOS_TOKEN, VOCAB_SIZE, sample, sample_chunks
 
 FLUSH_S = 10.0
@@ -57,6 +58,7 @@ class Machine:
         owners: OwnerCheck,
         cost: CostModel,
         engine: EngineConfig,
+        swap: SwapConfig,
         migration: MigrationConfig,
         selection: SelectionPolicy,
         report_interval_s: float,
@@ -65,7 +67,8 @@ class Machine:
     ) -> None:
         self.clock, self.network, self.links = clock, network, links
         self.recorder, self.owners, self.cost = recorder, owners, cost
-        self.engine, self.migration, self.selection = engine, migration, selection
+        self.engine, self.swap = engine, swap
+        self.migration, self.selection = migration, selection
         self.report_interval_s, self.manager_address, self.quiet = report_interval_s, manager_address, quiet
         self.layout = cost.layout(engine.block_size, engine.kv_blocks * engine.block_size)
         longest = engine.max_model_len or cost.max_model_len
@@ -79,6 +82,13 @@ class Machine:
         )
         self.committed = 0
 
+    def copier(self) -> VirtualCopier | None:
+        """For one instance's host memory; None: it has none."""
+        if not self.swap.enabled:
+            return None
+        clock = self.clock
+        return VirtualCopier(host_link(self.cost.name), self.layout, self.swap, now=lambda: clock.now)
+
 
 class Instance:
     """See the module. ``slowness`` multiplies the time of steps begun from now on."""
@@ -90,7 +100,10 @@ class Instance:
         self.alive = True
         self.slowness = 1.0
         self.steps = 0
-        self.engine = EngineCore(machine.limits, machine.engine, machine.selection)
+        self._copier = machine.copier()
+        self.engine = EngineCore(
+            machine.limits, machine.engine, machine.selection, machine.swap, self._copier
+        )
         self.hello = InstanceHello(
             instance_id=instance_id,
             incarnation=incarnation,
@@ -186,12 +199,32 @@ class Instance:
             self._between_steps()
 
     def _begin_step(self, now: float) -> None:
-        plan = self.engine.schedule(now)
-        duration_s = self._machine.cost.plan_s(plan.chunks) * self.slowness
         self._stepping = True
         self._event += 1
         self._wake_at = 0.0
-        self._clock.at(now + duration_s, self._end_step, (plan, now, duration_s))
+        copier = self._copier
+        if copier is None:
+            self._compute((self.engine.schedule(now), now))
+            return
+        self.engine.swapped(copier.done())
+        plan = self.engine.schedule(now)
+        copier.begin(plan.jobs)
+        ready_at = copier.ready_at(plan.wait_for)
+        if ready_at > now:
+            self._clock.at(ready_at, self._copied, (plan, now))
+        else:
+            self._compute((plan, now))
+
+    def _copied(self, step: tuple[StepPlan, float]) -> None:
+        """What a step waited for has been copied."""
+        if self.alive and self._copier is not None:
+            self.engine.swapped(self._copier.done())
+            self._compute(step)
+
+    def _compute(self, step: tuple[StepPlan, float]) -> None:
+        plan, began = step
+        ends_at = self._clock.now + self._machine.cost.plan_s(plan.chunks) * self.slowness
+        self._clock.at(ends_at, self._end_step, (plan, began, ends_at - began))
 
     def _end_step(self, step: tuple[StepPlan, float, float]) -> None:
         if not self.alive:

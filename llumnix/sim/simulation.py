@@ -74,6 +74,7 @@ class Simulation:
             owners=OwnerCheck(),
             cost=settings.cost,
             engine=config.engine,
+            swap=config.swap,
             migration=config.migration,
             selection=selection_policy(config.scheduler),
             report_interval_s=config.cluster.report_interval_s,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from llumnix.core.config import SwapConfig
+from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import KvLayout
 from llumnix.instance.copy_ladder import (
     ALLOWED_RUNGS,
@@ -22,6 +23,8 @@ from llumnix.instance.copy_ladder import (
 )
 from llumnix.instance.swap import SwapDirection, SwapDone, SwapJob
 from llumnix.instance.swap_order import SwapOrder
+
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,14 @@ HOST_LINKS = {
 }
 
 
+def host_link(cost_model: str) -> HostLink:
+    """That of the device in a cost model's name; PCIe 4 for one that is not known."""
+    return HOST_LINKS["pcie5" if cost_model.partition("@")[2].startswith("h") else "pcie4"]
+
+
 class VirtualCopier:
-    """A Copier over ``host_blocks`` blocks. ``now`` tells the time; ``wait`` lets it pass, by calling
-    ``sleep_until``. An event-driven simulator asks ``ready_at`` instead."""
+    """A Copier for the host memory that ``config`` says. ``now`` tells the time; ``wait`` lets it pass, by
+    calling ``sleep_until``. An event-driven simulator asks ``ready_at`` instead and never waits."""
 
     def __init__(
         self,
@@ -72,16 +80,15 @@ class VirtualCopier:
         layout: KvLayout,
         config: SwapConfig,
         *,
-        host_blocks: int,
         now: Callable[[], float],
-        sleep_until: Callable[[float], None],
+        sleep_until: Callable[[float], None] | None = None,
     ) -> None:
         costs = link.costs()
         self._totals = {direction: CopyTotals() for direction in SwapDirection}
         self._ladder = CopyLadder(
             costs, ALLOWED_RUNGS[config.swap_copies], layout.block_bytes, planes=2 * layout.layers
         )
-        self._host_blocks = host_blocks
+        self._host_blocks = config.host_blocks or int(config.host_gib * GIB) // layout.block_bytes
         self._now, self._sleep_until = now, sleep_until
         self._order = SwapOrder()
         self._ends: dict[int, float] = {}
@@ -109,6 +116,8 @@ class VirtualCopier:
             totals.busy_s += cost_s
 
     def wait(self, job_ids: Collection[int]) -> None:
+        if self._sleep_until is None:
+            raise InvariantError("an event-driven simulator does not wait")
         self._sleep_until(self.ready_at(job_ids))
 
     def ready_at(self, job_ids: Collection[int]) -> float:

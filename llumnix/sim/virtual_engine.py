@@ -11,8 +11,6 @@ from llumnix.sim.cost import CostModel
 from llumnix.sim.swap import HostLink, VirtualCopier
 from llumnix.sim.tokens import EOS_TOKEN, VOCAB_SIZE, sample_chunks
 
-GIB = 1 << 30
-
 
 class VirtualTime:
     """Seconds; call it for the time."""
@@ -36,10 +34,7 @@ class VirtualExecutor:
     ) -> None:
         self._cost, self._time = cost, time
         self._layout = cost.layout(engine.block_size, engine.kv_blocks * engine.block_size)
-        host_blocks = swap.host_blocks or int(swap.host_gib * GIB) // self._layout.block_bytes
-        self._copier = VirtualCopier(
-            link, self._layout, swap, host_blocks=host_blocks, now=time, sleep_until=time.sleep_until
-        )
+        self._copier = VirtualCopier(link, self._layout, swap, now=time, sleep_until=time.sleep_until)
 
     @property
     def kv_layout(self) -> KvLayout:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.record import COLUMNS
 from llumnix.sim.simulation import Settings, Simulation
@@ -14,11 +14,17 @@ from llumnix.sim.workload import Conversations, Mix, Synthetic, Workload
 
 
 def settings(
-    workload: Workload, *, quiet: bool = True, pairing: str = "freeness", prefill: int = 0
+    workload: Workload,
+    *,
+    quiet: bool = True,
+    pairing: str = "freeness",
+    prefill: int = 0,
+    host_blocks: int = 0,
 ) -> Settings:
     """Three small instances that run out of memory now and then."""
     config = Config(
         engine=EngineConfig(kind="simulated", kv_blocks=90, max_model_len=1400, step_tokens_max=256),
+        swap=SwapConfig(host_blocks=host_blocks),
         scheduler=SchedulerConfig(pairing_policy=pairing, queue_blocks_factor=1000.0),
         cluster=ClusterConfig(
             instances=3,
@@ -37,26 +43,27 @@ def run(what: Settings) -> Simulation:
 
 
 BUSY = Synthetic("120:260", 1.6, 60, seed=5, cv=2.0, mix=Mix(0.2, 1, (("a", 1.0), ("b", 3.0))))
+TALKS = Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0), tokens_max=1400)
 
 
 @pytest.mark.parametrize(
-    ("workload", "pairing", "prefill"),
+    ("workload", "pairing", "prefill", "host_blocks"),
     [
-        (BUSY, "freeness", 0),
-        (BUSY, "none", 0),
-        (BUSY, "freeness", 1),
-        (Synthetic("S-S", 2.0, 80, seed=1, tokens_max=1400), "freeness", 0),
-        (
-            Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0), tokens_max=1400),
-            "none",
-            0,
-        ),
+        (BUSY, "freeness", 0, 0),
+        (BUSY, "none", 0, 0),
+        (BUSY, "freeness", 1, 0),
+        (BUSY, "none", 0, 200),
+        (Synthetic("S-S", 2.0, 80, seed=1, tokens_max=1400), "freeness", 0, 0),
+        (TALKS, "none", 0, 0),
+        (TALKS, "freeness", 0, 200),
     ],
-    ids=["busy", "no-moves", "roles", "power-law", "conversations"],
+    ids=["busy", "no-moves", "roles", "swap", "power-law", "conversations", "conversations-swap"],
 )
-def test_stretches_are_their_single_steps(workload: Workload, pairing: str, prefill: int) -> None:
-    fast = run(settings(workload, pairing=pairing, prefill=prefill))
-    slow = run(settings(workload, pairing=pairing, prefill=prefill, quiet=False))
+def test_stretches_are_their_single_steps(
+    workload: Workload, pairing: str, prefill: int, host_blocks: int
+) -> None:
+    fast = run(settings(workload, pairing=pairing, prefill=prefill, host_blocks=host_blocks))
+    slow = run(settings(workload, pairing=pairing, prefill=prefill, host_blocks=host_blocks, quiet=False))
     for name in COLUMNS:
         assert list(fast.recorder.columns[name]) == pytest.approx(
             list(slow.recorder.columns[name]), rel=1e-12, abs=1e-9
@@ -73,6 +80,17 @@ def test_the_busy_workload_has_it_all() -> None:
     assert summary["migrations"] and summary["preemptions"] and summary["finished"] == 60
     assert summary["by_priority"].keys() == {"0", "1"}
     assert summary["tokens_by_tenant"]["b"] > summary["tokens_by_tenant"]["a"]
+
+
+def test_host_memory_is_used_where_there_is_some() -> None:
+    """Who gives way comes back from the host, and a conversation's next turn finds the last one there."""
+    busy, talks = run(settings(BUSY, pairing="none", host_blocks=200)), run(settings(TALKS, host_blocks=200))
+    swaps = [instance.engine.load().swap for instance in busy.instances.values()]
+    assert sum(swap.swapped_in for swap in swaps if swap) > 0
+    hits = [instance.engine.load().swap for instance in talks.instances.values()]
+    assert sum(swap.prefix_hits for swap in hits if swap) > 0
+    with_host, without = (summarize(run)["latency_s"]["prefill"] for run in (talks, run(settings(TALKS))))
+    assert with_host["mean"] < without["mean"]
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:

@@ -25,7 +25,6 @@ def copier(time: Time, copies: str = "auto") -> VirtualCopier:
         HOST_LINKS["pcie4"],
         LLAMA_8B,
         SwapConfig(host_blocks=100, swap_copies=copies),
-        host_blocks=100,
         now=lambda: time.now,
         sleep_until=time.sleep_until,
     )
