@@ -5,11 +5,10 @@ mixed evenly, as under load, and a rescheduling round every 250 ms of virtual ti
 instance has reported a new load. A dispatch decision is one Place from its arrival to its answer; a report is
 its bytes decoded and taken in; a round is one tick in which a round is due, orders and expiries included.
 Loads are drawn with a fixed seed so that a part of the instances wants to give requests away in every round.
+What the manager adds end to end is scheduler_end_to_end.py's.
 """
 
 import json
-import random
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter_ns
@@ -20,27 +19,19 @@ from rich.console import Console
 from rich.table import Table
 
 from llumnix.bench.machine import describe_machine
+from llumnix.bench.scheduler_end_to_end import EndToEnd
+from llumnix.bench.scheduler_end_to_end import run as end_to_end
+from llumnix.bench.scheduler_loads import Loads, percentile
 from llumnix.control.global_scheduler import GlobalScheduler
 from llumnix.core.codec import decode, encode
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.messages.control import (
-    FrontendHello,
-    InstanceHello,
-    InstanceRole,
-    KvEndpoint,
-    KvLayout,
-    LoadReport,
-    MoveCandidate,
-    Place,
-)
+from llumnix.core.messages.control import FrontendHello, Place
 from llumnix.runtime.garbage import SWEEP_S, Garbage
 
 INSTANCES = (16, 64, 256, 1024, 4096)
-CAPACITY_BLOCKS = 851  # LLaMA-7B on a 24 GB card, 16 tokens a block
-REPORT_GAP_S = 0.02
+THROUGH_INSTANCES = (16, 256, 1024)
 ROUND_S = 0.25
-BATCH_MAX = 60
 FRONTEND = "tcp://frontend:1"
 WARM_UP_SHARE = 0.1
 
@@ -60,71 +51,23 @@ class Result:
     collection_ms: float
 
 
-class Cluster:
+class Cluster(Loads):
     """Instances that only say what they are told to, and the scheduler they say it to."""
 
     def __init__(self, config: SchedulerConfig, instances: int, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._sequence = 0
-        self._accepted: dict[str, list[str]] = {}
+        super().__init__(seed)
         self.core = GlobalScheduler(config, "bench", "tcp://manager:1", 0.0)
         self.ids = [f"i{number}" for number in range(instances)]
         self.core.handle(FrontendHello("f", FRONTEND), 0.0)
         for instance_id in self.ids:
-            self.core.handle(_hello(instance_id), 0.0)
+            self.core.handle(self.hello(instance_id, f"tcp://{instance_id}"), 0.0)
             self.core.handle(self.report(instance_id), 0.0)
-
-    def report(self, instance_id: str) -> LoadReport:
-        """The next report of an instance: a new random load, and what was placed there since."""
-        self._sequence += 1
-        running = self._random.randint(1, BATCH_MAX)
-        used = int(CAPACITY_BLOCKS * self._random.uniform(0.3, 1.0))
-        waiting = self._random.choice((0, 0, 0, 1, 4))
-        size = max(1, used // running)
-        candidates = tuple(
-            MoveCandidate(f"{instance_id}-{self._sequence}-{number}", size, 0, False, 16 * size, 16, 0.0)
-            for number in range(4)
-        )
-        return LoadReport(
-            instance_id=instance_id,
-            incarnation="a",
-            sequence=self._sequence,
-            capacity_blocks=CAPACITY_BLOCKS,
-            used_blocks=used,
-            reserved_blocks=0,
-            head_blocks=8 if waiting else 0,
-            waiting_blocks=8 * waiting,
-            running=running,
-            waiting=waiting,
-            migrating_in=0,
-            migrating_out=0,
-            draining=False,
-            execution_priorities=((0, running),),
-            candidates=candidates,
-            accepted=tuple(self._accepted.pop(instance_id, ())),
-            step_s=0.045,
-            tokens_total=0,
-            preemptions_total=0,
-            finished_total=0,
-            address=f"tcp://{instance_id}",
-        )
-
-    def placed(self, instance_id: str, request_id: str) -> None:
-        """The instance will confirm this request with its next report."""
-        self._accepted.setdefault(instance_id, []).append(request_id)
-
-    def turns(self) -> Iterator[str]:
-        """Instances in the order in which they report."""
-        while True:
-            order = list(self.ids)
-            self._random.shuffle(order)
-            yield from order
 
 
 def run(config: SchedulerConfig, instances: int, *, decisions: int, rounds: int, seed: int) -> Result:
     """Measure one cluster size. Garbage collection is as in the manager: not meanwhile."""
     cluster = Cluster(config, instances, seed)
-    core, turns = cluster.core, cluster.turns()
+    core, turns = cluster.core, cluster.turns(cluster.ids)
     dispatch_ns: list[int] = []
     report_ns: list[int] = []
     round_ns: list[int] = []
@@ -157,31 +100,18 @@ def run(config: SchedulerConfig, instances: int, *, decisions: int, rounds: int,
     dispatch, reports, ticks = (_warm(series) for series in (dispatch_ns, report_ns, round_ns))
     return Result(
         instances=instances,
-        dispatch_us_p50=_percentile(dispatch, 50) / 1e3,
-        dispatch_us_p99=_percentile(dispatch, 99) / 1e3,
+        dispatch_us_p50=percentile(dispatch, 50) / 1e3,
+        dispatch_us_p99=percentile(dispatch, 99) / 1e3,
         decisions_per_s=1e9 * len(dispatch) / sum(dispatch),
         reports_per_s=1e9 * len(reports) / sum(reports),
-        round_ms_p50=_percentile(ticks, 50) / 1e6,
-        round_ms_p99=_percentile(ticks, 99) / 1e6,
+        round_ms_p50=percentile(ticks, 50) / 1e6,
+        round_ms_p99=percentile(ticks, 99) / 1e6,
         collection_ms=collection_ns / 1e6,
     )
 
 
-def _hello(instance_id: str) -> InstanceHello:
-    layout = KvLayout(CAPACITY_BLOCKS, 32, 32, 16, 128, "float16")
-    endpoint = KvEndpoint("host", 1, -1, f"pool-{instance_id}", f"tcp://kv-{instance_id}")
-    return InstanceHello(
-        instance_id, "a", f"tcp://{instance_id}", InstanceRole.NEUTRAL, "model", 8192, layout, endpoint
-    )
-
-
-def _warm(series: list[int]) -> list[int]:
-    return series[int(len(series) * WARM_UP_SHARE) :]
-
-
-def _percentile(series: list[int], percent: int) -> float:
-    ordered = sorted(series)
-    return float(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)])
+def _warm(series: list[int]) -> list[float]:
+    return [float(value) for value in series][int(len(series) * WARM_UP_SHARE) :]
 
 
 def _show(results: list[Result]) -> None:
@@ -199,6 +129,21 @@ def _show(results: list[Result]) -> None:
     Console().print(table)
 
 
+def _show_end_to_end(rows: list[EndToEnd]) -> None:
+    table = Table("instances", "requests/s", "answered", "TTFT direct p50", "p99 ms", "added p50", "p99 ms")
+    for row in rows:
+        table.add_row(
+            str(row.instances),
+            f"{row.requests_per_s:.0f}",
+            f"{row.answered}/{row.asked}",
+            f"{row.direct_ttft_ms_p50:.2f}",
+            f"{row.direct_ttft_ms_p99:.2f}",
+            f"{row.added_ttft_ms_p50:.2f}",
+            f"{row.added_ttft_ms_p99:.2f}",
+        )
+    Console().print(table)
+
+
 @click.command(name="scheduler")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
 @click.option(
@@ -206,6 +151,10 @@ def _show(results: list[Result]) -> None:
 )
 @click.option("--decisions", type=click.IntRange(100), default=20_000, show_default=True, help="Per size.")
 @click.option("--rounds", type=click.IntRange(10), default=100, show_default=True, help="Per size.")
+@click.option("--rate", type=click.FloatRange(1), default=200.0, show_default=True, help="End to end, per s.")
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="End to end; 0: without."
+)
 @click.option("--dispatch-policy", default="freeness", show_default=True, help="A name or module:Class.")
 @click.option("--seed", default=0, show_default=True, help="Of the loads.")
 def command(
@@ -213,10 +162,13 @@ def command(
     instances: tuple[int, ...],
     decisions: int,
     rounds: int,
+    rate: float,
+    seconds: float,
     dispatch_policy: str,
     seed: int,
 ) -> None:
-    """Time per decision of the global scheduler, by number of instances."""
+    """Time per decision of the global scheduler, by number of instances, and what it adds to a request's time
+    to first token in processes of their own."""
     config = replace(SchedulerConfig(), dispatch_policy=dispatch_policy)
     machine = describe_machine()
     try:
@@ -224,13 +176,26 @@ def command(
             run(config, count, decisions=decisions, rounds=rounds, seed=seed)
             for count in instances or INSTANCES
         ]
+        _show(results)
+        through: list[EndToEnd] = [
+            end_to_end(config, count, rate=rate, seconds=seconds, seed=seed)
+            for count in instances or THROUGH_INSTANCES
+            if seconds
+        ]
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
-    _show(results)
+    _show_end_to_end(through)
     report: dict[str, Any] = {
-        "config": {**asdict(config), "decisions": decisions, "rounds": rounds, "seed": seed},
+        "config": {
+            **asdict(config),
+            "decisions": decisions,
+            "rounds": rounds,
+            "seed": seed,
+            "seconds": seconds,
+        },
         "machine": machine,
         "results": [asdict(row) for row in results],
+        "end_to_end": [asdict(row) for row in through],
     }
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,84 @@
+"""The loads that `llumnix bench scheduler` shows to a scheduler: drawn at random, the same for the same
+seed."""
+
+import random
+from collections.abc import Iterator
+
+from llumnix.core.messages.control import (
+    InstanceHello,
+    InstanceRole,
+    KvEndpoint,
+    KvLayout,
+    LoadReport,
+    MoveCandidate,
+)
+
+CAPACITY_BLOCKS = 851  # LLaMA-7B on a 24 GB card, 16 tokens a block
+BATCH_MAX = 60
+
+
+class Loads:
+    """Instances that only say what they are told to."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._sequence = 0
+        self._accepted: dict[str, list[str]] = {}
+
+    def hello(self, instance_id: str, address: str) -> InstanceHello:
+        """An instance's introduction."""
+        layout = KvLayout(CAPACITY_BLOCKS, 32, 32, 16, 128, "float16")
+        endpoint = KvEndpoint("host", 1, -1, f"pool-{instance_id}", f"tcp://kv-{instance_id}")
+        return InstanceHello(instance_id, "a", address, InstanceRole.NEUTRAL, "model", 8192, layout, endpoint)
+
+    def report(self, instance_id: str) -> LoadReport:
+        """The next report of an instance: a new random load, and what was placed there since."""
+        self._sequence += 1
+        running = self._random.randint(1, BATCH_MAX)
+        used = int(CAPACITY_BLOCKS * self._random.uniform(0.3, 1.0))
+        waiting = self._random.choice((0, 0, 0, 1, 4))
+        size = max(1, used // running)
+        candidates = tuple(
+            MoveCandidate(f"{instance_id}-{self._sequence}-{number}", size, 0, False, 16 * size, 16, 0.0)
+            for number in range(4)
+        )
+        return LoadReport(
+            instance_id=instance_id,
+            incarnation="a",
+            sequence=self._sequence,
+            capacity_blocks=CAPACITY_BLOCKS,
+            used_blocks=used,
+            reserved_blocks=0,
+            head_blocks=8 if waiting else 0,
+            waiting_blocks=8 * waiting,
+            running=running,
+            waiting=waiting,
+            migrating_in=0,
+            migrating_out=0,
+            draining=False,
+            execution_priorities=((0, running),),
+            candidates=candidates,
+            accepted=tuple(self._accepted.pop(instance_id, ())),
+            step_s=0.045,
+            tokens_total=0,
+            preemptions_total=0,
+            finished_total=0,
+            address=f"tcp://{instance_id}",
+        )
+
+    def placed(self, instance_id: str, request_id: str) -> None:
+        """The instance will confirm this request with its next report."""
+        self._accepted.setdefault(instance_id, []).append(request_id)
+
+    def turns(self, ids: list[str]) -> Iterator[str]:
+        """Instances in the order in which they report."""
+        while True:
+            order = list(ids)
+            self._random.shuffle(order)
+            yield from order
+
+
+def percentile(series: list[float], percent: int) -> float:
+    """The value that so many percent are not above; 0 of nothing."""
+    ordered = sorted(series)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0
