@@ -86,8 +86,8 @@ CPU_ENGINE = EngineConfig(
     waiting_max=10_000,
 )
 """One compute thread, so that a core is left for what a GPU's copy engines do."""
-CPU_HOST_BLOCKS = 2048
-CPU_SHRINK = 4.0
+CPU_HOST_BLOCKS = 1024
+CPU_SHRINK, CPU_THINK_S = 6.0, 0.2
 CPU_RATE = 1e3  # requests per second: all conversations begin at once, and the engine sets the pace
 CPU_ABLATION = (FREQUENCIES[0], PATTERNS[0])
 CPU_VARIANTS = ("per block", "batched", "+ ahead (all)")
@@ -101,22 +101,29 @@ class Totalled(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One run. ``engine`` is a cost model's name, or ``cpu``; ``rate`` in requests per second."""
+    """One run. ``engine`` is a cost model's name, or ``cpu``; ``link`` is what a simulated one swaps over;
+    ``rate`` in requests per second."""
 
     engine: str
     frequency: float
     pattern: str
     variant: str
+    link: str
     rate: float
     requests: int
     seed: int
 
 
-def conversations(rate: float, requests: int, seed: int, *, shrink: float, tokens_max: int) -> list[Arrival]:
-    """Multi-turn conversations with ShareGPT's lengths divided by ``shrink``, ``rate`` requests a second."""
-    talk = Conversations(TURNS_MEAN, THINK_S / shrink)
-    room = int(tokens_max * shrink) - 1
-    drawn = Synthetic("sharegpt", rate, requests, seed, tokens_max=room, conversations=talk)
+def conversations(scenario: Scenario, *, shrink: float, think_s: float, tokens_max: int) -> list[Arrival]:
+    """Multi-turn conversations with ShareGPT's lengths divided by ``shrink``, mean pauses of ``think_s``."""
+    drawn = Synthetic(
+        "sharegpt",
+        scenario.rate,
+        scenario.requests,
+        scenario.seed,
+        tokens_max=int(tokens_max * shrink),
+        conversations=Conversations(TURNS_MEAN, think_s),
+    )
     return [
         replace(
             arrival,
@@ -145,10 +152,10 @@ def _run_simulated(scenario: Scenario, swap: SwapConfig) -> dict[str, Any]:
     config = EngineConfig(waiting_max=100_000, batch_max=256, step_tokens_max=512)
     clock = VirtualTime()
     cost = cost_model(scenario.engine)
-    executor = VirtualExecutor(cost, config, swap, HOST_LINKS["pcie4"], clock)
+    executor = VirtualExecutor(cost, config, swap, HOST_LINKS[scenario.link], clock)
     engine = InProcessEngine(executor, config, swap=swap)
     longest = min(CONTEXT_MAX, executor.max_model_len)
-    arrivals = conversations(scenario.rate, scenario.requests, scenario.seed, shrink=1.0, tokens_max=longest)
+    arrivals = conversations(scenario, shrink=1.0, think_s=THINK_S, tokens_max=longest)
     return _measured(scenario, engine, arrivals, executor.copier, clock, clock.sleep_until)
 
 
@@ -156,9 +163,7 @@ def _run_real(scenario: Scenario, swap: SwapConfig) -> dict[str, Any]:
     executor = TorchExecutor.from_random(CPU_MODEL, CPU_ENGINE, seed=0, pool_name="bench-fairness", swap=swap)
     engine = InProcessEngine(executor, CPU_ENGINE, swap=swap)
     longest = CPU_ENGINE.kv_blocks * CPU_ENGINE.block_size // 2
-    arrivals = conversations(
-        scenario.rate, scenario.requests, scenario.seed, shrink=CPU_SHRINK, tokens_max=longest
-    )
+    arrivals = conversations(scenario, shrink=CPU_SHRINK, think_s=CPU_THINK_S, tokens_max=longest)
     assert executor.copier is not None
     try:
         return _measured(scenario, engine, arrivals, executor.copier, time.perf_counter, _sleep_until)
@@ -213,10 +218,10 @@ def _tail(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def scenarios(engine: str, rate: float, requests: int, seed: int) -> list[Scenario]:
+def scenarios(engine: str, link: str, rate: float, requests: int, seed: int) -> list[Scenario]:
     """Every frequency, pattern and variant; of the real engine, which takes its time, all variants once."""
     return [
-        Scenario(engine, frequency, pattern, variant, rate, requests, seed)
+        Scenario(engine, frequency, pattern, variant, link, rate, requests, seed)
         for frequency, pattern, variant in product(FREQUENCIES, PATTERNS, VARIANTS)
         if engine != CPU or (frequency, pattern) == CPU_ABLATION or variant in CPU_VARIANTS
     ]
@@ -297,28 +302,43 @@ def _show(report: dict[str, Any]) -> None:
     show_default=True,
     help="The cost models, the real engine on this machine, or both.",
 )
-@click.option("--requests", default=600, show_default=True, help="Requests of each simulated run.")
-@click.option("--cpu-requests", default=60, show_default=True, help="Requests of each real run.")
+@click.option("--requests", default=1000, show_default=True, help="Requests of each simulated run.")
+@click.option("--cpu-requests", default=80, show_default=True, help="Requests of each real run.")
+@click.option(
+    "--link",
+    type=click.Choice(list(HOST_LINKS)),
+    default="pcie4",
+    show_default=True,
+    help="Between device and host, in simulated runs.",
+)
 @click.option("--jobs", default=2, show_default=True, help="Simulated runs at a time.")
 @click.option("--seed", default=0, show_default=True)
 def command(
-    json_path: Path | None, engine: str, requests: int, cpu_requests: int, jobs: int, seed: int
+    json_path: Path | None, engine: str, requests: int, cpu_requests: int, link: str, jobs: int, seed: int
 ) -> None:
     """Tails under priority updates, with swapping as others do it and with each of our parts added."""
     machine = describe_machine()
     rows: list[dict[str, Any]] = []
     if engine != CPU:
         todo = [
-            scenario for name, rate in SIMULATED.items() for scenario in scenarios(name, rate, requests, seed)
+            scenario
+            for name, rate in SIMULATED.items()
+            for scenario in scenarios(name, link, rate, requests, seed)
         ]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             rows += pool.map(run, todo)
     if engine != "simulated":
-        rows += map(run, scenarios(CPU, CPU_RATE, cpu_requests, seed))
+        rows += map(run, scenarios(CPU, "memory", CPU_RATE, cpu_requests, seed))
     report = {
         "benchmark": "fairness",
         "machine": machine,
-        "config": {"engine": engine, "requests": requests, "cpu_requests": cpu_requests, "seed": seed},
+        "config": {
+            "engine": engine,
+            "link": link,
+            "requests": requests,
+            "cpu_requests": cpu_requests,
+            "seed": seed,
+        },
         "results": rows,
         "gains": gains(rows),
     }
