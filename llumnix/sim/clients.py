@@ -94,7 +94,7 @@ class ClientSide:
         request_id, arrival = f"r{number}", client.arrival
         call = StreamCall(
             request_id=request_id,
-            prompt_tokens=prompt_tokens(client.seed, client.prompt_len),
+            prompt_tokens=prompt_tokens(client.seed, client.prompt_len, arrival.hashes),
             sampling=SamplingParams(max_tokens=client.wanted, seed=client.seed, ignore_eos=True),
             scheduling_priority=arrival.scheduling_priority,
             execution_priority=arrival.execution_priority,

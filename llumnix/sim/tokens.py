@@ -4,6 +4,8 @@ A fixed table of pseudo-random tokens is read from a place that the seed decides
 doubled, out of order or of another request shows. None of them is an end token.
 """
 
+from collections.abc import Sequence
+
 from llumnix.instance.executor import Chunk, SampledToken
 from llumnix.instance.request import Request
 from llumnix.instance.simulated_executor import EOS_TOKEN, VOCAB_SIZE, simulated_token
@@ -13,6 +15,8 @@ __all__ = ["EOS_TOKEN", "VOCAB_SIZE", "prompt_tokens", "sample", "sample_chunks"
 TABLE_SEED = 7
 PLACES = 4093
 LENGTH_MAX = 1 << 15
+HASHED_TOKENS = 512
+HASHES = 1 << 64
 _TABLE = bytes(simulated_token(TABLE_SEED, position) for position in range(PLACES + LENGTH_MAX))
 _SAMPLED = tuple(SampledToken(token) for token in range(VOCAB_SIZE))
 
@@ -23,9 +27,16 @@ def tokens_of(seed: int, start: int, count: int) -> bytes:
     return _TABLE[place : place + count]
 
 
-def prompt_tokens(seed: int, length: int) -> tuple[int, ...]:
-    """A prompt: the request's first tokens."""
-    return tuple(tokens_of(seed, 0, length))
+def prompt_tokens(seed: int, length: int, hashes: Sequence[int] = ()) -> tuple[int, ...]:
+    """A prompt: the request's first tokens, but for leading parts that have a hash, which are its own."""
+    hashed = b"".join(_hashed(one) for one in hashes)[:length]
+    return tuple(hashed + tokens_of(seed, len(hashed), length - len(hashed)))
+
+
+def _hashed(value: int) -> bytes:
+    """HASHED_TOKENS tokens, others for every value."""
+    named = (value % HASHES).to_bytes(8, "big")
+    return named + tokens_of(value, 0, HASHED_TOKENS - len(named))
 
 
 def sample(request: Request, count: int) -> bytes:

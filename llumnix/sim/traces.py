@@ -1,8 +1,8 @@
 """Workloads from trace files: the Azure LLM inference trace (CSV) and Mooncake's (JSONL).
 
 Whatever makes no sense is refused with file, line and field. Requests too long for the model are cut to it,
-prompt first, as the paper caps its traces. Mooncake's prefix hashes are checked and not used: nothing here
-shares prefixes between requests.
+prompt first, as the paper caps its traces. Mooncake's prefix hashes, one per 512 tokens of a prompt, become
+equal tokens where they are equal (tokens.py), so that host copies of KV are found again.
 """
 
 import csv
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llumnix.core.errors import ConfigurationError
+from llumnix.sim.tokens import HASHED_TOKENS
 from llumnix.sim.workload import Arrival
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -51,12 +52,14 @@ def read_trace(path: Path, tokens_max: int, count: int | None = None) -> Trace:
         raise ConfigurationError(f"{path} has no requests")
     rows.sort(key=lambda row: row[0])
     begin = rows[0][0]
-    cut = (_fit(prompt, output, tokens_max) for _, prompt, output in rows[:count])
-    times = (at - begin for at, _, _ in rows[:count])
-    return Trace(path.name, tuple(Arrival(at, *pair) for at, pair in zip(times, cut, strict=True)))
+    arrivals = (
+        Arrival(at - begin, *_fit(prompt, output, tokens_max), hashes=hashes)
+        for at, prompt, output, hashes in rows[:count]
+    )
+    return Trace(path.name, tuple(arrivals))
 
 
-Row = tuple[float, int, int]
+Row = tuple[float, int, int, tuple[int, ...]]
 
 
 def _fit(prompt: int, output: int, tokens_max: int) -> tuple[int, int]:
@@ -75,7 +78,7 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[Row]:
             at = datetime.fromisoformat((row["TIMESTAMP"] or "")[:26]).timestamp()
         except ValueError:
             raise ConfigurationError(f"{where}: TIMESTAMP must be a time, got {row['TIMESTAMP']!r}") from None
-        yield at, _length(where, "ContextTokens", row), _length(where, "GeneratedTokens", row)
+        yield at, _length(where, "ContextTokens", row), _length(where, "GeneratedTokens", row), ()
 
 
 def _length(where: str, name: str, row: dict[str, str | None]) -> int:
@@ -101,7 +104,12 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Row]:
         hashes = row.get("hash_ids", [])
         if not isinstance(hashes, list) or any(type(one) is not int for one in hashes):
             raise ConfigurationError(f"{where}: hash_ids must be a list of whole numbers")
-        yield at / 1e3, prompt, output
+        if len(hashes) > -(-prompt // HASHED_TOKENS):
+            raise ConfigurationError(
+                f"{where}: hash_ids must be at most one per {HASHED_TOKENS} tokens of input_length, "
+                f"got {len(hashes)}"
+            )
+        yield at / 1e3, prompt, output, tuple(hashes)
 
 
 def _number(where: str, name: str, row: dict[str, Any], *, least: int) -> int:

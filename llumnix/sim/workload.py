@@ -27,7 +27,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request. ``turns`` follow it."""
+    """One request. ``turns`` follow it. ``hashes`` of its prompt's leading parts of HASHED_TOKENS tokens."""
 
     at_s: float
     prompt_tokens: int
@@ -36,6 +36,7 @@ class Arrival:
     scheduling_priority: int = 0
     execution_priority: int = 0
     turns: tuple[Turn, ...] = ()
+    hashes: tuple[int, ...] = ()
 
 
 class Workload(Protocol):

@@ -7,6 +7,7 @@ import pytest
 
 from llumnix.core.errors import ConfigurationError
 from llumnix.sim.lengths import BURSTGPT_OUT, LONG, MEDIUM, SHAREGPT_IN, SHORT, PowerLaw, Quantiles, lengths
+from llumnix.sim.tokens import prompt_tokens, tokens_of
 from llumnix.sim.traces import read_trace
 from llumnix.sim.workload import Conversations, Mix, Synthetic
 
@@ -124,6 +125,11 @@ HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
             '{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": ["x"]}\n',
             "line 1: hash_ids must be",
         ),
+        (
+            "t.jsonl",
+            '{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1, 2]}\n',
+            "line 1: hash_ids must be at most one per 512 tokens of input_length, got 2",
+        ),
         ("t.txt", "", "a trace is a .csv"),
     ],
 )
@@ -150,6 +156,14 @@ def test_traces_are_read_by_time_and_cut_to_the_model(tmp_path: Path) -> None:
     assert trace.requests == 2 and read_trace(path, 1000, 1).requests == 1
     with pytest.raises(ConfigurationError, match="cannot read"):
         read_trace(tmp_path / "none.csv", 1000)
+
+
+def test_equal_hashes_are_equal_tokens_and_the_rest_is_the_requests_own() -> None:
+    one, other = prompt_tokens(5, 1100, (7, 8)), prompt_tokens(6, 1030, (7, 4101))
+    assert len(one) == 1100 and len(other) == 1030
+    assert one[:512] == other[:512] and one[512:1024] != other[512:1024]
+    assert one[1024:] == tuple(tokens_of(5, 1024, 76))
+    assert prompt_tokens(5, 600, (7, 8)) == one[:600] and prompt_tokens(5, 9, (-1,))[:9] != one[:9]
 
 
 @pytest.mark.skipif(not AZURE.exists(), reason="the Azure trace is not part of the project")
