@@ -15,7 +15,7 @@ from itertools import product
 from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
 import numpy as np
@@ -25,13 +25,12 @@ from rich.table import Table
 from llumnix.bench.conversations import ConversationLoad
 from llumnix.bench.machine import describe_machine
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
-from llumnix.instance.copy_ladder import CopyTotals
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.models.config import ModelConfig
-from llumnix.instance.swap import SwapDirection
+from llumnix.instance.swap_copier import SwapCopier
 from llumnix.instance.torch_executor import TorchExecutor
 from llumnix.sim.roofline import cost_model
-from llumnix.sim.swap import HOST_LINKS
+from llumnix.sim.swap import HOST_LINKS, VirtualCopier
 from llumnix.sim.virtual_engine import VirtualExecutor, VirtualTime
 from llumnix.sim.workload import Arrival, Conversations, Synthetic, Turn
 
@@ -93,12 +92,6 @@ CPU_ABLATION = (FREQUENCIES[0], PATTERNS[0])
 CPU_VARIANTS = ("per block", "batched", "+ ahead (all)")
 
 
-class Totalled(Protocol):
-    """What both copiers have."""
-
-    def totals(self) -> dict[SwapDirection, CopyTotals]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """One run. ``engine`` is a cost model's name, or ``cpu``; ``link`` is what a simulated one swaps over;
@@ -148,15 +141,22 @@ def run(scenario: Scenario) -> dict[str, Any]:
     return _run_simulated(scenario, replace(swap, host_gib=HOST_GIB))
 
 
-def _run_simulated(scenario: Scenario, swap: SwapConfig) -> dict[str, Any]:
+def simulated(
+    scenario: Scenario, swap: SwapConfig, engine_type: type[InProcessEngine] = InProcessEngine
+) -> tuple[InProcessEngine, VirtualTime, list[Arrival]]:
+    """An engine in virtual time, and its load."""
     config = EngineConfig(waiting_max=100_000, batch_max=256, step_tokens_max=512)
     clock = VirtualTime()
-    cost = cost_model(scenario.engine)
-    executor = VirtualExecutor(cost, config, swap, HOST_LINKS[scenario.link], clock)
-    engine = InProcessEngine(executor, config, swap=swap)
+    executor = VirtualExecutor(cost_model(scenario.engine), config, swap, HOST_LINKS[scenario.link], clock)
+    engine = engine_type(executor, config, swap=swap)
+    engine.configure(SchedulerConfig(preemption_policy="swap"))
     longest = min(CONTEXT_MAX, executor.max_model_len)
-    arrivals = conversations(scenario, shrink=1.0, think_s=THINK_S, tokens_max=longest)
-    return _measured(scenario, engine, arrivals, executor.copier, clock, clock.sleep_until)
+    return engine, clock, conversations(scenario, shrink=1.0, think_s=THINK_S, tokens_max=longest)
+
+
+def _run_simulated(scenario: Scenario, swap: SwapConfig) -> dict[str, Any]:
+    engine, clock, arrivals = simulated(scenario, swap)
+    return _measured(scenario, engine, arrivals, clock, clock.sleep_until)
 
 
 def _run_real(scenario: Scenario, swap: SwapConfig) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def _run_real(scenario: Scenario, swap: SwapConfig) -> dict[str, Any]:
     engine = InProcessEngine(executor, CPU_ENGINE, swap=swap)
     longest = CPU_ENGINE.kv_blocks * CPU_ENGINE.block_size // 2
     arrivals = conversations(scenario, shrink=CPU_SHRINK, think_s=CPU_THINK_S, tokens_max=longest)
-    assert executor.copier is not None
+    engine.configure(SchedulerConfig(preemption_policy="swap"))
     try:
-        return _measured(scenario, engine, arrivals, executor.copier, time.perf_counter, _sleep_until)
+        return _measured(scenario, engine, arrivals, time.perf_counter, _sleep_until)
     finally:
         executor.close()
 
@@ -179,17 +179,15 @@ def _measured(
     scenario: Scenario,
     engine: InProcessEngine,
     arrivals: list[Arrival],
-    copier: Totalled,
     clock: Callable[[], float],
     sleep_until: Callable[[float], None],
 ) -> dict[str, Any]:
-    engine.configure(SchedulerConfig(preemption_policy="swap"))
     vocabulary = min(256, engine.executor.vocab_size - 1)
     seen = ConversationLoad(arrivals, vocabulary=vocabulary, seed=scenario.seed).run(
         engine, clock, sleep_until
     )
-    copied = copier.totals()
-    load = engine.load()
+    copier, load = engine.executor.copier, engine.load()
+    assert isinstance(copier, VirtualCopier | SwapCopier) and load.swap is not None
     return {
         **asdict(scenario),
         "ttft_ms": _tail(seen.ttft_s),
@@ -199,6 +197,9 @@ def _measured(
         "steps": seen.steps,
         "step_ms_mean": seen.step_s / seen.steps * 1e3,
         "preemptions": load.preemptions_total,
+        "blocks_per_switch": load.swap.out_blocks / max(1, load.swap.swapped_out),
+        "prefix_blocks": load.swap.prefix_blocks,
+        "host_full": load.swap.host_full,
         "swapped": {
             direction.value: {
                 "jobs": totals.jobs,
@@ -206,7 +207,7 @@ def _measured(
                 "copies": totals.copies,
                 "busy_s": totals.busy_s,
             }
-            for direction, totals in copied.items()
+            for direction, totals in copier.totals().items()
         },
     }
 
@@ -287,8 +288,7 @@ def _show(report: dict[str, Any]) -> None:
                 *(f"{row['ttft_ms'][tail] / 1e3:.2f}" for tail in ("p95", "p99", "p999")),
                 *(f"{row['tbt_ms'][tail]:.1f}" for tail in ("p95", "p99", "p999")),
                 f"{row['tokens_per_s']:.0f}",
-                f"{row['swapped']['out']['blocks']:,}",
-                f"{row['swapped']['out']['copies']:,}",
+                f"{row['blocks_per_switch']:.1f}",
             )
         console.print(table)
 

@@ -1,7 +1,8 @@
 """What swapping KV between device and host memory costs: `llumnix bench swap`.
 
-The copies of one swap by layout and allocation (swap_transfers.py), and how long the runs are that a swap
-copies after long churn in a pool that is 90 % full (block_churn.py).
+The copies of one swap by layout and allocation (swap_transfers.py); how long the runs are that a swap
+copies after long churn in a pool that is 90 % full (block_churn.py); how many blocks a switch copies with and
+without reuse, and what the bookkeeping costs (swap_switches.py).
 """
 
 import json
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from llumnix.bench.block_churn import BlockChurn
 from llumnix.bench.machine import describe_machine
+from llumnix.bench.swap_switches import measure_switches
 from llumnix.bench.swap_transfers import (
     ALLOCATIONS,
     FILL,
@@ -87,6 +89,13 @@ def _show(report: dict[str, Any]) -> None:
             f"{row['mean_run_blocks']:.1f}",
         )
     console.print(churn)
+    switches = Table(title="switches under priority updates, in virtual time; the core in real time")
+    for column in ("variant", "switches", "blocks out", "reused", "core µs a step", "step ms"):
+        switches.add_column(column, justify="right")
+    for row in report["switches"]:
+        columns = ("blocks_per_switch", "reused_blocks_per_switch", "core_us", "step_ms")
+        switches.add_row(row["variant"], str(row["switches"]), *(f"{row[name]:.1f}" for name in columns))
+    console.print(switches)
 
 
 @click.command(name="swap")
@@ -121,6 +130,7 @@ def command(
         "results": [asdict(result) for result in results],
         "submission": submission_us(layout, where, blocks=blocks, repeats=repeats, seed=seed),
         "churn": churn_rows(seed),
+        "switches": [asdict(row) for row in measure_switches(seed)],
     }
     _show(report)
     if json_path is not None:
