@@ -20,14 +20,14 @@
 #define AHEAD_BYTES 8192
 #define PARTS_PER_THREAD 4
 #define STRIPS_MIN 2      /* least strips of a part */
-#define PACK_TILES_MIN 64 /* with fewer tiles to pack, sharing the work costs more than it saves */
+#define OWN_TILES_MIN 8   /* row tiles a thread must have to take rows of its own */
 
 struct bf16_job {
     const struct linear_job *linear;
     char *packed; /* [row tile][chunk] of TILE_BYTES */
     enum product product;
     size_t chunks, strips, row_tiles;
-    int parts;
+    int parts, own_rows;
 };
 
 /* Products of up to two row tiles and the two panels of a strip. */
@@ -36,16 +36,14 @@ struct tile {
 };
 
 /* One row tile of x to bfloat16, zeros beyond the last row and input. */
-static void pack_rows(const void *data, int part, int slot) {
-    const struct bf16_job *job = data;
+INLINE void pack_tile(const struct bf16_job *job, size_t tile) {
     const struct linear_job *linear = job->linear;
-    (void)slot;
     for (size_t chunk = 0; chunk < job->chunks; chunk++) {
-        char *to = job->packed + ((size_t)part * job->chunks + chunk) * TILE_BYTES;
+        char *to = job->packed + (tile * job->chunks + chunk) * TILE_BYTES;
         const size_t left = linear->in - chunk * CHUNK;
         const __mmask32 mask = left >= CHUNK ? 0xffffffffu : (1u << left) - 1;
         for (size_t r = 0; r < TILE_ROWS; r++, to += TILE_BYTES / TILE_ROWS) {
-            const size_t row = (size_t)part * TILE_ROWS + r;
+            const size_t row = tile * TILE_ROWS + r;
             if (row >= linear->rows) {
                 memset(to, 0, TILE_BYTES / TILE_ROWS);
                 continue;
@@ -59,19 +57,34 @@ static void pack_rows(const void *data, int part, int slot) {
     }
 }
 
-INLINE void fetch(const char *from) {
-#pragma GCC unroll 32
-    for (int line = 0; line < 2 * TILE_BYTES / 64; line++) __builtin_prefetch(from + AHEAD_BYTES + line * 64);
+/* Weights that will be wanted: `lines` of every 32 from `from` on, in step with the chunks. */
+struct ahead {
+    const char *from;
+    int lines;
+};
+
+/* While a strip is multiplied `passes` times, the next one is fetched bit by bit; in a single pass, what lies a little
+ * ahead. */
+INLINE struct ahead ahead_of(const char *strip, size_t chunks, size_t pass, size_t passes) {
+    if (passes == 1) return (struct ahead){strip + AHEAD_BYTES, 2 * TILE_BYTES / 64};
+    const size_t lines = (2 * TILE_BYTES / 64 + passes - 1) / passes;
+    return (struct ahead){strip + chunks * 2 * TILE_BYTES + pass * lines * 64, (int)lines};
+}
+
+INLINE void fetch(struct ahead *ahead) {
+    for (int line = 0; line < ahead->lines; line++) __builtin_prefetch(ahead->from + line * 64);
+    ahead->from += 2 * TILE_BYTES;
 }
 
 #define ROWS_TOGETHER 8 /* two vectors of sums each, of 32 registers */
 
 /* `rows` rows of a packed row tile, a constant, from row `first` on. */
 INLINE void dot_rows(struct tile *tiles, const char *x, const char *strip, size_t chunks, int first, const int rows) {
+    struct ahead ahead = ahead_of(strip, chunks, 0, 1);
     __m512 sums[2][ROWS_TOGETHER];
     for (int r = 0; r < rows; r++) sums[0][r] = sums[1][r] = _mm512_setzero_ps();
     for (size_t chunk = 0; chunk < chunks; chunk++, x += TILE_BYTES, strip += 2 * TILE_BYTES) {
-        if (first == 0) fetch(strip);
+        if (first == 0) fetch(&ahead);
 #pragma GCC unroll 2
         for (int pair = 0; pair < CHUNK / 2; pair++) {
             const __m512bh low = (__m512bh)_mm512_loadu_si512(strip + pair * 64);
@@ -102,11 +115,11 @@ static void multiply_dots(struct tile *tiles, const char *x, const char *strip, 
 #ifdef __AMX_BF16__
 
 /* Tile registers: 0 … 3 sums, 4 and 5 rows, 6 and 7 weights. */
-static void multiply_one(struct tile *tiles, const char *x, const char *strip, size_t chunks) {
+static void multiply_one(struct tile *tiles, const char *x, const char *strip, size_t chunks, struct ahead ahead) {
     _tile_zero(0);
     _tile_zero(1);
     for (size_t chunk = 0; chunk < chunks; chunk++, x += TILE_BYTES, strip += 2 * TILE_BYTES) {
-        fetch(strip);
+        fetch(&ahead);
         _tile_loadd(4, x, 64);
         _tile_loadd(6, strip, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -117,14 +130,14 @@ static void multiply_one(struct tile *tiles, const char *x, const char *strip, s
     _tile_stored(1, &tiles[1], 64);
 }
 
-INLINE void multiply_two(struct tile *tiles, const char *x, const char *strip, size_t chunks, const int first) {
+static void multiply_two(struct tile *tiles, const char *x, const char *strip, size_t chunks, struct ahead ahead) {
     const size_t next = chunks * TILE_BYTES;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (size_t chunk = 0; chunk < chunks; chunk++, x += TILE_BYTES, strip += 2 * TILE_BYTES) {
-        if (first) fetch(strip);
+        fetch(&ahead);
         _tile_loadd(6, strip, 64);
         _tile_loadd(4, x, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -177,15 +190,16 @@ INLINE void run_strip(const struct bf16_job *job, size_t strip, size_t first, si
     size_t at = first;
 #ifdef __AMX_BF16__
     if (job->product == AMX_BF16) {
-        for (; at + 2 <= last; at += 2) {
+        const size_t passes = (last - first + 1) / 2;
+        for (size_t pass = 0; at < last; pass++, at += 2) {
             const char *x = job->packed + at * job->chunks * TILE_BYTES;
-            if (at == first) multiply_two(tiles, x, weights, job->chunks, 1);
-            else multiply_two(tiles, x, weights, job->chunks, 0);
-            finish_strip(linear, tiles, at * TILE_ROWS, strip);
-            finish_strip(linear, tiles + 2, (at + 1) * TILE_ROWS, strip);
-        }
-        if (at < last) {
-            multiply_one(tiles, job->packed + at * job->chunks * TILE_BYTES, weights, job->chunks);
+            const struct ahead ahead = ahead_of(weights, job->chunks, pass, passes);
+            if (at + 1 == last) {
+                multiply_one(tiles, x, weights, job->chunks, ahead);
+            } else {
+                multiply_two(tiles, x, weights, job->chunks, ahead);
+                finish_strip(linear, tiles + 2, (at + 1) * TILE_ROWS, strip);
+            }
             finish_strip(linear, tiles, at * TILE_ROWS, strip);
         }
         return;
@@ -199,18 +213,15 @@ INLINE void run_strip(const struct bf16_job *job, size_t strip, size_t first, si
     }
 }
 
-/* A part is a stretch of strips. */
-static void run_part(const void *data, int part, int slot) {
-    const struct bf16_job *job = data;
-    const size_t first = job->strips * part / job->parts, last = job->strips * (part + 1) / job->parts;
+/* Row tiles first_row … last_row by strips first … last. */
+INLINE void run_block(const struct bf16_job *job, size_t first, size_t last, size_t first_row, size_t last_row) {
     size_t block = ROW_BLOCK_BYTES / (job->chunks * TILE_BYTES) / 2 * 2;
-    (void)slot;
     if (block < 2) block = 2;
 #ifdef __AMX_BF16__
     if (job->product == AMX_BF16) configure_tiles();
 #endif
-    for (size_t row = 0; row < job->row_tiles; row += block) {
-        const size_t end = job->row_tiles - row < block ? job->row_tiles : row + block;
+    for (size_t row = first_row; row < last_row; row += block) {
+        const size_t end = last_row - row < block ? last_row : row + block;
         for (size_t strip = first; strip < last; strip++) run_strip(job, strip, row, end);
     }
 #ifdef __AMX_BF16__
@@ -218,10 +229,25 @@ static void run_part(const void *data, int part, int slot) {
 #endif
 }
 
+/* With many rows a part is a stretch of them, which a thread then finds in its own cache, else a stretch of strips. */
+static void run_part(const void *data, int part, int slot) {
+    const struct bf16_job *job = data;
+    const size_t all = job->own_rows ? job->row_tiles : job->strips;
+    const size_t first = all * (size_t)part / (size_t)job->parts, last = all * (size_t)(part + 1) / (size_t)job->parts;
+    (void)slot;
+    if (job->own_rows) {
+        for (size_t tile = first; tile < last; tile++) pack_tile(job, tile);
+        run_block(job, 0, job->strips, first, last);
+    } else {
+        run_block(job, first, last, 0, job->row_tiles);
+    }
+}
+
 int llumnix_linear_bf16(const struct linear_job *linear, enum product product, int threads) {
     const size_t width = linear->finish == SILU_MUL ? PANEL : STRIP, strips = (linear->out + width - 1) / width;
     const size_t chunks = (linear->in + CHUNK - 1) / CHUNK, row_tiles = (linear->rows + TILE_ROWS - 1) / TILE_ROWS;
     const size_t shares = threads > 1 ? (size_t)threads * PARTS_PER_THREAD : 1, most = strips / STRIPS_MIN;
+    const int own_rows = threads > 1 && row_tiles >= (size_t)threads * OWN_TILES_MIN;
     char *packed = aligned_alloc(ALIGNMENT, row_tiles * chunks * TILE_BYTES);
     if (packed == NULL) return 1;
     const struct bf16_job job = {
@@ -231,9 +257,10 @@ int llumnix_linear_bf16(const struct linear_job *linear, enum product product, i
         .chunks = chunks,
         .strips = strips,
         .row_tiles = row_tiles,
-        .parts = (int)(shares < most ? shares : most ? most : 1),
+        .own_rows = own_rows,
+        .parts = own_rows ? threads : (int)(shares < most ? shares : most ? most : 1),
     };
-    llumnix_run_parts(pack_rows, &job, (int)row_tiles, row_tiles * chunks < PACK_TILES_MIN ? 1 : threads);
+    for (size_t tile = 0; !own_rows && tile < row_tiles; tile++) pack_tile(&job, tile);
     llumnix_run_parts(run_part, &job, job.parts, threads);
     free(packed);
     return 0;

@@ -66,10 +66,10 @@ class TestC(KernelContract):
         """Bit for bit, for every batch size, whatever the number of threads."""
         weight = stored(100, 72, dtype=dtype, device="cpu")
         plain, gated = kernels.prepare_linear(weight, None), kernels.prepare_gated(weight, weight.flip(0))
-        x = activations(150, 72, like=dtype, device="cpu")
+        x = activations(400, 72, like=dtype, device="cpu")  # enough for threads to take rows of their own
         whole, whole_gated = kernels.linear(x, plain), kernels.linear_silu_mul(x, gated)
-        for count in [*range(1, 33), 64, 149]:
-            rows = slice(150 - count, 150)
+        for count in [*range(1, 33), 64, 149, 300]:
+            rows = slice(400 - count, 400)
             assert torch.equal(kernels.linear(x[rows], plain), whole[rows])
             assert torch.equal(kernels.linear_silu_mul(x[rows], gated), whole_gated[rows])
         threads = torch.get_num_threads()
