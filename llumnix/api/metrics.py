@@ -21,6 +21,21 @@ INSTANCE_GAUGES = {
     "tokens_total": "tokens computed since the instance started",
     "preemptions_total": "preemptions since the instance started",
 }
+SWAP_GAUGES = {
+    "host_capacity": "KV blocks of the instance's host memory",
+    "host_used": "KV blocks of host memory in use",
+    "swapped_out": "requests swapped out since the instance started",
+    "swapped_in": "requests swapped back in",
+    "out_blocks": "KV blocks copied out for requests that gave way",
+    "in_blocks": "KV blocks copied in",
+    "ahead_blocks": "KV blocks of likely victims copied out ahead",
+    "kept_blocks": "KV blocks of ended requests copied out for a next turn",
+    "reused_blocks": "KV blocks that the host had already when their request gave way",
+    "prefix_hits": "requests whose beginning was found in host memory",
+    "prefix_blocks": "KV blocks that came from host memory instead of being computed",
+    "host_full": "requests computed again for want of host memory",
+    "errors": "copies that failed",
+}
 
 
 class AnswerTimer:
@@ -72,6 +87,10 @@ class ApiMetrics:
             name: Gauge(f"llumnix_instance_{name}", text, ["instance"], registry=self._registry)
             for name, text in INSTANCE_GAUGES.items()
         }
+        self._swaps = {
+            name: Gauge(f"llumnix_instance_swap_{name}", text, ["instance"], registry=self._registry)
+            for name, text in SWAP_GAUGES.items()
+        }
 
     def call(self, route: str, status: int) -> None:
         """An API call was answered."""
@@ -92,4 +111,9 @@ class ApiMetrics:
             gauge.clear()
             for row in rows:
                 gauge.labels(row.instance_id).set(getattr(row, name))
+        for name, gauge in self._swaps.items():
+            gauge.clear()
+            for row in rows:
+                if row.swap is not None:
+                    gauge.labels(row.instance_id).set(getattr(row.swap, name))
         return generate_latest(self._registry)

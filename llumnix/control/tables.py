@@ -59,4 +59,5 @@ def _row(record: InstanceRecord, now: float) -> InstanceRow:
         preemptions_total=report.preemptions_total if report else 0,
         report_age_s=max(0.0, now - record.heard_at),
         pid=record.hello.kv_endpoint.pid,
+        swap=report.swap if report else None,
     )

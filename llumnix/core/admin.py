@@ -3,13 +3,13 @@ handle of ``llumnix.connect()``. Plain data; ``dataclasses.asdict`` is their JSO
 
 from dataclasses import dataclass, field
 
-from llumnix.core.messages.control import InstanceRole, InstanceState, MigrationOutcome
+from llumnix.core.messages.control import InstanceRole, InstanceState, MigrationOutcome, SwapTotals
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceRow:
     """One instance. Blocks in blocks; ``step_ms`` is its recent mean step time; ages in seconds;
-    ``pid`` of its process on its host."""
+    ``pid`` of its process on its host; ``swap``: None without host memory for KV."""
 
     instance_id: str
     incarnation: str
@@ -29,6 +29,7 @@ class InstanceRow:
     preemptions_total: int
     report_age_s: float
     pid: int
+    swap: SwapTotals | None = None
 
 
 @dataclass(frozen=True, slots=True)

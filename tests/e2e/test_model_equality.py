@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.executor import Chunk, StepPlan
@@ -180,10 +180,16 @@ def test_batched_and_chunked(pair: Pair, chunk_max: int) -> None:
 
 
 def run_engine(
-    executor: TorchExecutor, config: EngineConfig, prompts: Sequence[Sequence[int]], new_tokens: int
+    executor: TorchExecutor,
+    config: EngineConfig,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    swap: SwapConfig | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Greedy outputs of all prompts at once through the engine core, and how often one was preempted."""
-    engine = InProcessEngine(executor, config)
+    """Greedy outputs of all prompts at once through the engine core, and how often one was preempted. With
+    ``swap``, which must make it happen, no preemption may cost a computation."""
+    engine = InProcessEngine(executor, config, swap=swap)
+    engine.configure(SchedulerConfig(preemption_policy="swap"))
     ticks = count()
     sampling = SamplingParams(max_tokens=new_tokens, seed=0, temperature=0.0)
     for number, prompt in enumerate(prompts):
@@ -196,6 +202,10 @@ def run_engine(
         for delta in result.deltas.get("f", []):
             assert delta.first_index == len(outputs[delta.request_id])
             outputs[delta.request_id] += delta.tokens
+    totals = engine.load().swap
+    if swap is not None:
+        assert totals is not None and totals.errors == totals.host_full == 0
+        assert totals.swapped_out == totals.swapped_in == preemptions
     return list(outputs.values()), preemptions
 
 
@@ -208,6 +218,26 @@ def test_engine_with_preemption(pair: Pair) -> None:
     executor.close()
     assert outputs == [pair.expected(prompt) for prompt in prompts]
     assert preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        SwapConfig(host_blocks=100, rerank_frequency=1.0, rerank_by="random"),
+        SwapConfig(host_blocks=100, rerank_frequency=1.0, rerank_by="random", swap_reuse=False),
+        SwapConfig(host_blocks=100, rerank_frequency=1.0, rerank_by="random", swap_async=False),
+    ],
+    ids=["all", "no-reuse", "synchronous"],
+)
+def test_engine_with_a_swap_at_every_step(pair: Pair, swap: SwapConfig) -> None:
+    """Ranks are drawn anew for every step, so that hardly one passes without somebody going out."""
+    prompts = [prompt_of(length) for length in PROMPT_LENS]
+    config = replace(pair.config, kv_blocks=16, max_model_len=60, step_tokens_max=64)
+    executor = TorchExecutor(config, "equality-swap", swap=swap)
+    outputs, preemptions = run_engine(executor, config, prompts, NEW_TOKENS, swap)
+    executor.close()
+    assert outputs == [pair.expected(prompt) for prompt in prompts]
+    assert preemptions > NEW_TOKENS
 
 
 def test_random_weights_and_draws_depend_on_their_seeds_only() -> None:
