@@ -155,7 +155,7 @@ class LocalScheduler:
         decodes = [Chunk(one, one.computed_tokens, 1, True) for one in self.batch.decoding.values()]
         chunks = self._fill(decodes, preempted, displaces=displaces)
         if self.switching.ahead_wanted():
-            self.switching.ahead(self.ranking.last_first(self.batch))
+            self.switching.ahead(self.ranking.last_first(self._settled()))
         self.ranking.steps_done(1)
         return chunks, preempted
 
@@ -289,14 +289,17 @@ class LocalScheduler:
                     break
         return preempted
 
+    def _settled(self) -> list[Request]:
+        """Who has computed something since it joined the batch. The others are not displaced, so that even
+        constant updates let everything end, nor copied ahead: their KV may still be on its way."""
+        return [request for request in self.batch if request.computed_tokens > request.joined_tokens]
+
     def _displaced(self, head: Request) -> list[Request]:
         """Preempt as many of the lowest as the head needs and outranks; none if they are not enough."""
         missing = self.waiting.blocks_of(head) + self.spare_blocks() - self._blocks.free_blocks
         slots = 0 if self.has_slot() else 1
         victims: list[Request] = []
-        # Whoever has just joined computes something first, so that even constant updates let everything end.
-        settled = [one for one in self.batch if one.computed_tokens > one.joined_tokens]
-        for request in self.ranking.last_first(settled):
+        for request in self.ranking.last_first(self._settled()):
             if missing <= 0 and slots <= 0:
                 break
             if not self.ranking.outranks(head, request):

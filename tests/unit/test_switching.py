@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import Client, run_out, spec, step, undisturbed
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from swap_driving import WordCopier, swapping_engine
 
@@ -231,7 +231,15 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@example(  # a copy in failed whose destination was already being copied ahead
+    swap=SwapConfig(block_groups=False, swap_reuse=False, rerank_frequency=1.0),
+    policy="swap",
+    host_blocks=59,
+    jobs_per_look=1,
+    failing=4,
+    actions=[(18, 8, 0, 7), (18, 27, 2, 7), (13, 21, 0, 3), (21, 5, 2, 6)],
+)
+@settings(max_examples=200, deadline=None)
 @given(
     swap=SWAPS,
     policy=st.sampled_from(["swap", "cheapest"]),
