@@ -31,6 +31,7 @@ GROUP: Final = (
 )
 GREEDY_BELOW: Final = 1e-5  # a lower temperature overflows float32 and means greedy anyway
 CANDIDATES: Final = (256, 2048)  # likeliest tokens looked at for truncation before all are sorted
+STRIPE: Final = 16  # tokens that are compared as one when looking for the likeliest
 NO_LIMIT: Final = 1 << 60
 MINUS_INF: Final = float("-inf")
 MASK64: Final = (1 << 64) - 1
@@ -60,12 +61,11 @@ class Sampler:
         _penalize(logits, requests)
         random = [row for row, param in enumerate(params) if param.temperature >= GREEDY_BELOW]
         if len(random) == len(params):
-            chosen = _draw(_shape(logits, params), requests)
+            chosen = _choose(logits, requests)
         else:
             chosen = logits.argmax(dim=-1)
             if random:
-                drawing = [requests[row] for row in random]
-                chosen[random] = _draw(_shape(logits[random], [params[row] for row in random]), drawing)
+                chosen[random] = _choose(logits[random], [requests[row] for row in random])
         results = [SampledToken(token) for token in chosen.tolist()]
         if raw is not None:
             for row, logprob in zip(reported, _report(raw, chosen[reported], [params[r] for r in reported])):
@@ -120,37 +120,57 @@ def _occurrences(histories: list[tuple[int, list[int]]], logits: Tensor) -> tupl
     return distinct // vocab, distinct % vocab, counts
 
 
-def _shape(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Temperature, then the truncations on the rows that want any. Tokens cut off become -inf. Overwrites."""
+def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Temperature, the truncations on the rows that want any, and the draw, int64 ``[rows]``. Overwrites."""
+    params = [request.sampling for request in requests]
     logits /= torch.tensor([param.temperature for param in params], device=logits.device)[:, None]
-    rows = [row for row, param in enumerate(params) if param.top_k or param.min_p > 0.0 or param.top_p < 1.0]
-    if len(rows) == len(params):
-        return _truncate(logits, params, CANDIDATES)
-    if rows:
-        logits[rows] = _truncate(logits[rows], [params[row] for row in rows], CANDIDATES)
-    return logits
+    cut = [row for row, param in enumerate(params) if param.top_k or param.min_p > 0.0 or param.top_p < 1.0]
+    if len(cut) == len(params):
+        return _draw_truncated(logits, requests, CANDIDATES)
+    if not cut:
+        return _draw(logits, requests)
+    whole = sorted(set(range(len(params))) - set(cut))
+    chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    chosen[cut] = _draw_truncated(logits[cut], [requests[row] for row in cut], CANDIDATES)
+    chosen[whole] = _draw(logits[whole], [requests[row] for row in whole])
+    return chosen
 
 
-def _truncate(logits: Tensor, params: Sequence[SamplingParams], candidates: tuple[int, ...]) -> Tensor:
-    """Rows with only the tokens that min-p, top-k and top-p leave. Each of them keeps a first part of the
+def _draw_truncated(logits: Tensor, requests: Sequence[Request], candidates: tuple[int, ...]) -> Tensor:
+    """A draw from what min-p, top-k and top-p leave of each row. Each of them keeps a first part of the
     tokens in order of score, so the likeliest few are enough wherever the cut turns out to lie among them;
     other rows look at the next number of ``candidates``, in the end at all."""
     vocab = logits.shape[1]
     count = min(candidates[0], vocab) if candidates else vocab
-    best = logits.topk(count, dim=-1)
-    keep = _kept_counts(best.values, logits.logsumexp(dim=-1, keepdim=True), params)
+    scores, tokens = _best(logits, count)
+    keep = _kept_counts(scores, logits, [request.sampling for request in requests])
     beyond = torch.arange(count, device=logits.device) >= keep
-    values = best.values.masked_fill(beyond, MINUS_INF)
-    kept = torch.full_like(logits, MINUS_INF).scatter_(1, best.indices, values)
+    chosen = _draw_among(scores.masked_fill(beyond, MINUS_INF), tokens, vocab, requests)
     open_rows = [row for row, number in enumerate(keep[:, 0].tolist()) if number == count < vocab]
     if open_rows:
-        kept[open_rows] = _truncate(logits[open_rows], [params[row] for row in open_rows], candidates[1:])
-    return kept
+        rest = [requests[row] for row in open_rows]
+        chosen[open_rows] = _draw_truncated(logits[open_rows], rest, candidates[1:])
+    return chosen
 
 
-def _kept_counts(best: Tensor, total: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest scores of each row in falling order, and their tokens. They lie in the ``count``
+    stripes of highest maximum, so only these are sorted; a stripe is every so manieth token."""
+    rows, vocab = logits.shape
+    stripes = vocab // STRIPE
+    if vocab % STRIPE or count >= stripes:
+        best = logits.topk(count, dim=-1)
+        return best.values, best.indices
+    likely = logits.view(rows, STRIPE, stripes).amax(dim=1).topk(count, dim=-1, sorted=False).indices
+    members = torch.arange(STRIPE, device=logits.device)[:, None] * stripes
+    tokens = (likely[:, None] + members).view(rows, STRIPE * count)
+    best = logits.gather(1, tokens).topk(count, dim=-1)
+    return best.values, tokens.gather(1, best.indices)
+
+
+def _kept_counts(best: Tensor, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """How many of the likeliest tokens remain, int64 ``[rows, 1]``; the number of candidates if the cut may
-    lie beyond them. ``best`` are their scores in falling order, ``total`` the log-sum-exp of all scores."""
+    lie beyond them. ``best`` are their scores in falling order."""
     count = best.shape[1]
     min_p = torch.tensor([param.min_p for param in params], device=best.device)[:, None]
     top_k = torch.tensor([param.top_k or NO_LIMIT for param in params], device=best.device)[:, None]
@@ -158,6 +178,9 @@ def _kept_counts(best: Tensor, total: Tensor, params: Sequence[SamplingParams]) 
         [param.top_p if param.top_p < 1.0 else NO_LIMIT for param in params], device=best.device
     )
     keep = (best >= best[:, :1] + min_p.log()) & (torch.arange(count, device=best.device) < top_k)
+    # Where top-p takes its share of all tokens, their whole mass counts, which costs a look at every score.
+    shares_all = any(param.top_p < 1.0 and not param.top_k and param.min_p == 0.0 for param in params)
+    total = logits.logsumexp(dim=-1, keepdim=True) if shares_all else best[:, :1]
     mass = (best - total).exp() * keep
     before = mass.cumsum(dim=-1) - mass
     # What min-p and top-k left is the whole that top-p takes its share of.
@@ -179,6 +202,19 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     members = group[:, None] * GROUP + torch.arange(GROUP, device=logits.device)
     within = grouped[torch.arange(rows, device=logits.device), group] + _gumbel(keys, members)
     return group * GROUP + within.argmax(dim=-1)
+
+
+def _draw_among(scores: Tensor, tokens: Tensor, vocab: int, requests: Sequence[Request]) -> Tensor:
+    """The same draw where only ``tokens`` ``[rows, count]`` of a row have ``scores``, and all others none."""
+    keys = [_key(request.sampling.seed, len(request.tokens)) for request in requests]
+    groups = torch.arange(-(-vocab // GROUP), device=scores.device)
+    group_noise = _gumbel([key ^ GROUP_STREAM for key in keys], groups)
+    mass = (scores - scores[:, :1]).double().exp()
+    held = torch.zeros(len(keys), len(groups), dtype=torch.float64, device=scores.device)
+    group = (held.scatter_add_(1, tokens // GROUP, mass).log() + group_noise).argmax(dim=-1, keepdim=True)
+    elsewhere = tokens // GROUP != group
+    noisy = (scores + _gumbel(keys, tokens)).masked_fill(elsewhere, MINUS_INF)
+    return tokens.gather(1, noisy.argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def _gumbel(keys: list[int], counters: Tensor) -> Tensor:

@@ -142,6 +142,25 @@ def test_top_k_keeps_the_k_best_in_proportion() -> None:
     assert tokens_of(logits, [request(top_k=VOCAB + 5)]) == tokens_of(logits, [request()])
 
 
+@pytest.mark.parametrize("vocab", [VOCAB, 16 * 300, 16 * 3000])
+def test_a_truncated_draw_is_the_plain_draw_over_what_is_left(vocab: int) -> None:
+    logits = scores(8, vocab=vocab)
+    ranked = logits[0].sort(descending=True)
+    shares = torch.softmax(ranked.values.double(), dim=-1).cumsum(dim=0)
+    fits = {"top_k": 40, "min_p": 0.02, "top_p": 0.3}
+    left = {
+        "top_k": 40,
+        "min_p": int((ranked.values >= ranked.values[0] + math.log(0.02)).sum()),
+        "top_p": int((shares < 0.3).sum()) + 1,
+    }
+    for name, setting in fits.items():
+        kept = torch.full_like(logits, -math.inf)
+        kept[0, ranked.indices[: left[name]]] = ranked.values[: left[name]]
+        for seed in range(20):
+            cut = tokens_of(logits, [request(seed=seed, **{name: setting})])
+            assert cut == tokens_of(kept, [request(seed=seed)]), (name, seed)
+
+
 def test_top_p_keeps_the_fewest_that_hold_the_share() -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, [10, 300, 500, 700]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
