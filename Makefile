@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# An interpreter with vLLM, to compare engines in `make bench`; `make test-vllm` makes this one.
+VLLM_PYTHON ?= $(wildcard .venv-vllm/bin/python)
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check serve bench sim install clean
@@ -31,7 +33,7 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED)
 	mkdir -p out
-	$(BIN)/llumnix bench engine --json out/engine.json
+	$(BIN)/llumnix bench engine $(if $(VLLM_PYTHON),--against-vllm $(VLLM_PYTHON)) --json out/engine.json
 	$(BIN)/llumnix bench migration --json out/migration.json
 	$(BIN)/llumnix bench frontend --json out/frontend.json
 	$(BIN)/llumnix bench scheduler --json out/scheduler.json
