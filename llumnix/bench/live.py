@@ -88,19 +88,11 @@ def run_modes(cluster: RealCluster, modes: Sequence[Mode], load: Load, repeats: 
                 replace(arrival, execution_priority=int(mode.priorities and marked))
                 for arrival, marked in zip(arrivals, high, strict=True)
             ]
-            before = _counted(cluster)
+            before = cluster.counted()
             answers = cluster.run(asked, seed + number)
-            preemptions, migrations = (
-                now - then for now, then in zip(_counted(cluster), before, strict=True)
-            )
-            runs.append(Run(mode, tuple(answers), tuple(high.tolist()), preemptions, migrations))
+            counts = {name: now - before[name] for name, now in cluster.counted().items()}
+            runs.append(Run(mode, tuple(answers), tuple(high.tolist()), **counts))
     return runs
-
-
-def _counted(cluster: RealCluster) -> tuple[int, int]:
-    """Preemptions and migrations so far."""
-    rows = cluster.ask("instances")["data"]
-    return sum(row["preemptions_total"] for row in rows), cluster.ask("status")["migrations_committed"]
 
 
 def latencies(runs: Sequence[Run], which: str) -> dict[str, Any]:

@@ -134,6 +134,13 @@ class RealCluster:
         answer.raise_for_status()
         return answer.json()
 
+    def counted(self) -> dict[str, int]:
+        """Preemptions and migrations so far."""
+        return {
+            "preemptions": sum(row["preemptions_total"] for row in self.ask("instances")["data"]),
+            "migrations": self.ask("status")["migrations_committed"],
+        }
+
     def run(self, arrivals: Sequence[Arrival], seed: int) -> list[Streamed]:
         """Send every request at its time and wait for all answers. Raises LlumnixError if one fails."""
         parts = urlsplit(self.url)
