@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +34,8 @@ BASE = Config(
     scheduler=SchedulerConfig(queue_blocks_factor=1000.0),
     cluster=ClusterConfig(instances=4),
 )
-HIGH_SHARE = 0.1
+HIGH_EVERY = 10
+"""One request in so many, in order of arrival, is marked."""
 WARM_UP = Arrival(0.0, 16, 8)
 WARM_UPS = 8
 
@@ -81,7 +81,7 @@ def run_modes(cluster: RealCluster, modes: Sequence[Mode], load: Load, repeats: 
     runs = []
     for number in range(repeats):
         arrivals = load.arrivals(cluster.max_model_len, seed + number)
-        high = np.random.default_rng((seed + number, 1)).random(len(arrivals)) < HIGH_SHARE
+        high = tuple(place % HIGH_EVERY == 0 for place in range(len(arrivals)))
         for mode in modes[:: -1 if number % 2 else 1]:
             cluster.order("policy", {"kind": "pairing", "name": mode.pairing, "settings": {}})
             asked = [
@@ -91,7 +91,7 @@ def run_modes(cluster: RealCluster, modes: Sequence[Mode], load: Load, repeats: 
             before = cluster.counted()
             answers = cluster.run(asked, seed + number)
             counts = {name: now - before[name] for name, now in cluster.counted().items()}
-            runs.append(Run(mode, tuple(answers), tuple(high.tolist()), **counts))
+            runs.append(Run(mode, tuple(answers), high, **counts))
     return runs
 
 
@@ -180,7 +180,7 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--shrink", type=float, default=4.0, show_default=True, help="Lengths are divided by this.")
 @click.option("--rate", type=float, default=2.5, show_default=True, help="Requests per second.")
 @click.option("--cv", type=float, default=2.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
-@click.option("--requests", "count", type=click.IntRange(min=10), default=130, show_default=True)
+@click.option("--requests", "count", type=click.IntRange(min=10), default=100, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @config_options

@@ -28,8 +28,8 @@ from llumnix.core.errors import ConfigurationError, LlumnixError
 from llumnix.sim.lengths import BURSTGPT_IN, BURSTGPT_OUT, SHAREGPT_IN, SHAREGPT_OUT, Quantiles
 from llumnix.sim.workload import Arrival
 
-TOKEN_IDS = (1000, 2000)
-"""Prompts are random tokens from here: common words in every tokenizer we know."""
+TOKEN_IDS = (32, 127)
+"""Prompts are random tokens from here: every vocabulary has them."""
 ADMIN_TIMEOUT_S = 60.0
 LENGTHS = {"burstgpt": (BURSTGPT_IN, BURSTGPT_OUT), "sharegpt": (SHAREGPT_IN, SHAREGPT_OUT)}
 
