@@ -36,6 +36,7 @@ from rich.table import Table
 from llumnix.bench.frontend_client import Heard, completion_request, run_clients
 from llumnix.core.errors import LlumnixError
 from llumnix.instance.simulated_executor import simulated_token
+from llumnix.runtime.launch import terminated_as_interrupt
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
@@ -87,16 +88,17 @@ class _Sample:
 @contextmanager
 def served_cluster(options: Sequence[str]) -> Iterator[tuple[str, int]]:
     """``llumnix serve`` with these options in a process of its own: (its URL, the frontend's process id).
-    Stopped like by Ctrl-C."""
+    Stopped like by Ctrl-C, also when this process is told to end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = [sys.executable, "-m", "llumnix.cli.main", "serve", "--port", str(port)]
     process = subprocess.Popen([*arguments, *options], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        url = f"http://127.0.0.1:{port}"
-        _await_health(url, process)
-        yield url, process.pid
+        with terminated_as_interrupt():
+            url = f"http://127.0.0.1:{port}"
+            _await_health(url, process)
+            yield url, process.pid
     finally:
         process.send_signal(signal.SIGINT)
         try:
