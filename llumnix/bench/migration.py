@@ -1,17 +1,17 @@
 """``llumnix bench migration``: what it costs to move a running request, by its length.
 
 Two instances with a small random model, each with a batch of its own; one more request goes to and fro
-between them. The same is done three times: live, live without the target's hold, and with a blocking copy
-(the request stops first, then everything is copied). What each figure is and how it is taken stands in
-migration_driver.py.
+between them. The same is done three times: live, live with copies at full speed (``copy_share`` 1), and with
+a blocking copy (the request stops first, then everything is copied). What each figure is and how it is taken
+stands in migration_driver.py and migration_steps.py.
 """
 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import click
@@ -19,11 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llumnix.bench.machine import describe_machine
-from llumnix.bench.migration_driver import Driver, Ear, Measured
+from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
+from llumnix.bench.migration_driver import Driver, Ear, Moved
 from llumnix.bench.migration_pair import Heard, Pair, ThreadPair
+from llumnix.bench.migration_steps import Steps
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, MigrationConfig
 from llumnix.core.errors import LlumnixError
+from llumnix.migration.transports.base import ReadStats
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BATCH, BATCH_TOKENS = 4, 512
@@ -55,95 +57,123 @@ def run(
     config: Config, make_pair: PairMaker, *, lengths: tuple[int, ...], repeats: int, seed: int
 ) -> dict[str, Any]:
     """All of it. Returns what goes into the JSON file."""
-    machine = describe_machine()
-    live, extra = _live(config, make_pair, lengths, repeats, seed)
-    unheld_config = replace(config, migration=replace(config.migration, hold_share=0.0))
-    unheld = _moves(unheld_config, make_pair, lengths, repeats, seed)
-    blocking_config = replace(unheld_config, migration=replace(unheld_config.migration, stages_max=0))
-    blocking = _moves(blocking_config, make_pair, lengths, max(4, repeats // 4), seed)
+    machine, others = describe_machine(), OthersCpu()
+    few = max(2, repeats // 4)
+    live = _measure(config, make_pair, lengths, repeats, seed, recompute=True)
+    full_speed_config = replace(config, migration=replace(config.migration, copy_share=1.0))
+    full_speed = _measure(full_speed_config, make_pair, lengths, few, seed)
+    blocking_config = replace(config, migration=replace(config.migration, hold_share=0.0, stages_max=0))
+    blocking = _measure(blocking_config, make_pair, lengths, few, seed)
     results, details = [], []
     for length in lengths:
-        moved, copied = live[length], extra[length]
-        downtimes = [move.downtime_s * 1e3 for move in moved.moves]
-        step_ms = mean(moved.steps_s) * 1e3
-        results.append(
-            {
-                "length": length,
-                "downtime_ms_p50": _percentile(downtimes, 50),
-                "downtime_ms_p99": _percentile(downtimes, 99),
-                "blocking_ms_p50": _percentile([m.downtime_s * 1e3 for m in blocking[length].moves], 50),
-                "recompute_ms_p50": _percentile([s * 1e3 for s in copied["recompute_s"]], 50),
-                "stages": mean(move.stages for move in moved.moves),
-                "decode_step_ms": step_ms,
-                "decode_step_migrating_ms": mean(moved.steps_migrating_s) * 1e3,
-                "kv_bytes": int(mean(move.kv_bytes for move in moved.moves)),
-                "copy_gb_s": copied["copy_gb_s"],
-                "memcpy_gb_s": copied["memcpy_gb_s"],
-            }
-        )
-        shares = [move.downtime_s / move.ordinary_step_s for move in moved.moves]
-        details.append(
-            {
-                "length": length,
-                "migrations": len(moved.moves),
-                "downtime_steps_p50": _percentile(shares, 50),
-                "downtime_steps_p99": _percentile(shares, 99),
-                "downtime_unheld_ms_p50": _percentile([m.downtime_s * 1e3 for m in unheld[length].moves], 50),
-                "downtime_unheld_ms_p99": _percentile([m.downtime_s * 1e3 for m in unheld[length].moves], 99),
-                "decode_step_ms_p50": _percentile([s * 1e3 for s in moved.steps_s], 50),
-                "decode_step_migrating_ms_p50": _percentile([s * 1e3 for s in moved.steps_migrating_s], 50),
-                "decode_step_migrating_unheld_ms": mean(unheld[length].steps_migrating_s) * 1e3,
-                "decode_step_unheld_ms": mean(unheld[length].steps_s) * 1e3,
-                "downtimes_ms": [round(downtime, 3) for downtime in downtimes],
-                "migration_ms_p50": _percentile([m.duration_s * 1e3 for m in moved.moves], 50),
-            }
-        )
+        measured = live[length]
+        results.append(_result(length, measured, blocking[length]))
+        details.append(_detail(length, measured, full_speed[length]))
     return {
         "benchmark": "migration",
         "config": asdict(config),
         "seed": seed,
         "batch": {"requests": BATCH, "prompt_tokens": BATCH_TOKENS},
         "machine": machine,
+        "others_cpu_share": others.share(),
         "results": results,
         "details": details,
     }
 
 
-def _live(
-    config: Config, make_pair: PairMaker, lengths: tuple[int, ...], repeats: int, seed: int
-) -> tuple[dict[int, Measured], dict[int, dict[str, Any]]]:
+@dataclass(slots=True)
+class _Measured:
+    """One length in one setting. ``copies``: pre-copies alone, not the last blocks."""
+
+    moves: list[Moved]
+    copies: list[ReadStats]
+    memcpy_gb_s: float
+    recompute_s: list[float] = field(default_factory=list)
+
+    def downtimes_ms(self) -> list[float]:
+        return [move.downtime_s * 1e3 for move in self.moves]
+
+    def steps(self) -> list[Steps]:
+        return [move.steps for move in self.moves if move.steps is not None]
+
+    def slowdown(self) -> float:
+        """Of all steps together, while migrating against before."""
+        return sum(s.migrating_s for s in self.steps()) / sum(s.ordinary_s for s in self.steps()) - 1.0
+
+
+def _result(length: int, live: _Measured, blocking: _Measured) -> dict[str, Any]:
+    steps, downtimes = live.steps(), live.downtimes_ms()
+    step_ms = sum(s.ordinary_s for s in steps) / sum(s.count for s in steps) * 1e3
+    return {
+        "length": length,
+        "downtime_ms_p50": _percentile(downtimes, 50),
+        "downtime_ms_p99": _percentile(downtimes, 99),
+        "blocking_ms_p50": _percentile(blocking.downtimes_ms(), 50),
+        "recompute_ms_p50": _percentile([s * 1e3 for s in live.recompute_s], 50),
+        "stages": mean(move.stages for move in live.moves),
+        "decode_step_ms": step_ms,
+        "decode_step_migrating_ms": step_ms * (1.0 + live.slowdown()),
+        "kv_bytes": int(mean(move.kv_bytes for move in live.moves)),
+        "copy_gb_s": _percentile([c.kv_bytes / c.copying_s / 1e9 for c in live.copies], 50),
+        "memcpy_gb_s": live.memcpy_gb_s,
+    }
+
+
+def _detail(length: int, live: _Measured, full_speed: _Measured) -> dict[str, Any]:
+    """What a reading of the results needs: shares, spread, and the same at full speed."""
+    shares = [move.downtime_s / move.ordinary_step_s for move in live.moves]
+    slowdowns = [steps.slowdown for steps in live.steps()]
+    return {
+        "length": length,
+        "migrations": len(live.moves),
+        "downtime_steps_p50": _percentile(shares, 50),
+        "downtime_steps_p99": _percentile(shares, 99),
+        "downtimes_ms": [round(downtime, 3) for downtime in live.downtimes_ms()],
+        "migration_ms_p50": _percentile([move.duration_s * 1e3 for move in live.moves], 50),
+        "steps_compared": sum(steps.count for steps in live.steps()),
+        "slowdown": live.slowdown(),
+        "slowdown_p50": _percentile(slowdowns, 50),
+        "slowdown_standard_error": stdev(slowdowns) / len(slowdowns) ** 0.5,
+        "slowdown_control_p50": _percentile([steps.control for steps in live.steps()], 50),
+        "held_ms_mean": mean(steps.held_s for steps in live.steps()) * 1e3,
+        "copy_and_rests_gb_s": _percentile([c.kv_bytes / c.duration_s / 1e9 for c in live.copies], 50),
+        "copies_p50": _percentile([c.copies for c in live.copies], 50),
+        "full_speed_copy_gb_s": _percentile([c.kv_bytes / c.duration_s / 1e9 for c in full_speed.copies], 50),
+        "full_speed_slowdown": full_speed.slowdown(),
+        "full_speed_downtime_ms_p50": _percentile(full_speed.downtimes_ms(), 50),
+        "full_speed_migration_ms_p50": _percentile([m.duration_s * 1e3 for m in full_speed.moves], 50),
+    }
+
+
+def _measure(
+    config: Config,
+    make_pair: PairMaker,
+    lengths: tuple[int, ...],
+    repeats: int,
+    seed: int,
+    *,
+    recompute: bool = False,
+) -> dict[int, _Measured]:
     ear = Ear()
     pair = make_pair(config, seed, ear.heard)
     try:
         driver = Driver(pair, ear, batch=BATCH, batch_tokens=BATCH_TOKENS, seed=seed)
-        measured, extra = {}, {}
+        measured = {}
         for length in lengths:
-            copied: dict[str, Any] = {}
+            one = measured[length] = _Measured([], [], 0.0)
 
-            def copy_speeds(copied: dict[str, Any] = copied) -> None:
-                bulk = [s for name in pair.hellos for s in pair.reads(name) if s.kv_bytes >= BULK_BYTES]
-                size = max((stats.kv_bytes for stats in bulk), default=BULK_BYTES)
-                copied["copy_gb_s"] = _percentile([s.kv_bytes / s.duration_s / 1e9 for s in bulk], 50)
-                copied["memcpy_gb_s"] = pair.memcpy_gb_s("a", size)
+            def copy_speeds(one: _Measured = one) -> None:
+                reads = [stats for name in pair.hellos for stats in pair.reads(name)]
+                one.copies = [stats for stats in reads if stats.kv_bytes >= BULK_BYTES]
+                size = max((stats.kv_bytes for stats in one.copies), default=BULK_BYTES)
+                one.memcpy_gb_s = pair.memcpy_gb_s("a", size)
 
-            measured[length] = driver.measure(length, repeats, copy_speeds)
-            copied["recompute_s"] = driver.recompute_s(length, 3 if length <= LONG_RECOMPUTE else 1)
-            extra[length] = copied
+            one.moves = driver.measure(length, repeats, copy_speeds)
+            if recompute:
+                one.recompute_s = driver.recompute_s(length, 3 if length <= LONG_RECOMPUTE else 1)
     finally:
         pair.close()
-    return measured, extra
-
-
-def _moves(
-    config: Config, make_pair: PairMaker, lengths: tuple[int, ...], repeats: int, seed: int
-) -> dict[int, Measured]:
-    ear = Ear()
-    pair = make_pair(config, seed, ear.heard)
-    try:
-        driver = Driver(pair, ear, batch=BATCH, batch_tokens=BATCH_TOKENS, seed=seed)
-        return {length: driver.measure(length, repeats) for length in lengths}
-    finally:
-        pair.close()
+    return measured
 
 
 def _percentile(values: list[float], percent: float) -> float:
@@ -163,9 +193,12 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     for row in report["details"]:
         console.print(
-            f"{row['length']}: downtime {row['downtime_steps_p50']:.3f} steps, "
-            f"{row['downtime_unheld_ms_p50']:.2f} ms without the hold"
+            f"{row['length']}: downtime {row['downtime_steps_p50']:.3f} steps; steps "
+            f"{row['slowdown']:+.1%} ± {row['slowdown_standard_error']:.1%} (control "
+            f"{row['slowdown_control_p50']:+.1%}), held {row['held_ms_mean']:.2f} ms; at full speed "
+            f"{row['full_speed_copy_gb_s']:.1f} GB/s, steps {row['full_speed_slowdown']:+.1%}"
         )
+    warn_of_others(report["others_cpu_share"])
 
 
 def _parse_lengths(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -185,7 +218,7 @@ def _parse_lengths(context: click.Context, parameter: click.Parameter, text: str
 @click.option("--transport", type=click.Choice(["auto", "inprocess", "shm", "zmq"]), default="auto")
 @click.option("--lengths", default=",".join(map(str, LENGTHS)), show_default=True, callback=_parse_lengths)
 @click.option(
-    "--repeats", type=click.IntRange(2), default=40, show_default=True, help="migrations per length"
+    "--repeats", type=click.IntRange(2), default=24, show_default=True, help="migrations per length"
 )
 @click.option("--seed", default=0, show_default=True)
 def command(

@@ -4,7 +4,8 @@ listener, for everything.
 
 An ordinary step is the median time between two tokens of the moving request while it rests at its new
 place. The downtime is the time from the last token heard from the source to the first heard from the
-target, less one ordinary step; nothing is clamped, so noise may make it negative.
+target, less one ordinary step; nothing is clamped, so noise may make it negative. What the others' steps
+lose is worked out in migration_steps.py.
 """
 
 import itertools
@@ -12,9 +13,10 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llumnix.bench.migration_pair import NAMES, Pair
+from llumnix.bench.migration_steps import Steps, Window, compare
 from llumnix.core.epochs import FIRST_EPOCH, next_generation
 from llumnix.core.errors import LlumnixError
 from llumnix.core.messages.control import MigrateOrder, MigrationEnded, MigrationOutcome
@@ -23,7 +25,8 @@ from llumnix.core.sampling import SamplingParams
 
 WAIT_S = 240.0
 OUTPUT_TOKENS_MAX = 2000
-REST_TOKENS = 8
+REST_TOKENS = 16
+SETTLING_TOKENS = 2
 VOCABULARY = 8000
 
 
@@ -80,22 +83,15 @@ class Ear:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """One migration as it was seen from outside. Times in seconds."""
+    """One migration as it was seen from outside. Times in seconds. ``steps``: those of the requests that
+    stay, None if too few were heard."""
 
     downtime_s: float
     ordinary_step_s: float
     stages: int
     kv_bytes: int
     duration_s: float
-
-
-@dataclass(slots=True)
-class Measured:
-    """All migrations of one request. Step times are those of the requests that stay, on both instances."""
-
-    moves: list[Moved] = field(default_factory=list)
-    steps_s: list[float] = field(default_factory=list)
-    steps_migrating_s: list[float] = field(default_factory=list)
+    steps: Steps | None
 
 
 class Driver:
@@ -109,42 +105,44 @@ class Driver:
         self._batch_tokens = batch_tokens
         self._count = 0
 
-    def measure(self, length: int, repeats: int, still_busy: Callable[[], None] = lambda: None) -> Measured:
+    def measure(
+        self, length: int, repeats: int, still_busy: Callable[[], None] = lambda: None
+    ) -> list[Moved]:
         """Move a request of ``length`` prompt tokens ``repeats`` times between the two instances.
-        ``still_busy`` is called after that, with all requests still running."""
-        staying = [
-            (name, self._submit(name, self._batch_tokens)) for name in NAMES for _ in range(self._batch)
-        ]
-        for _, request_id in staying:
-            self._ear.wait_tokens(request_id, 1)
+        ``still_busy`` is called after that, with all requests still running. Raises BenchmarkFailed if a
+        migration does not succeed."""
         here, there = NAMES
         moving = self._submit(here, length)
-        self._ear.wait_tokens(moving, REST_TOKENS)
-        measured, windows = Measured(), []
-        begun = time.monotonic()
+        self._ear.wait_tokens(moving, 1)  # its prefill takes the longest: nobody decodes meanwhile
+        staying = {
+            name: [self._submit(name, self._batch_tokens) for _ in range(self._batch)] for name in NAMES
+        }
+        for request_id in itertools.chain(*staying.values()):
+            self._ear.wait_tokens(request_id, 1)
+        witnesses = {name: staying[name][0] for name in NAMES}
+        self._rest(moving)
+        rested, moves = time.monotonic(), []
+        self._rest(moving)
         for _ in range(repeats):
             time.sleep(self._random.uniform(0, 0.05))  # any phase between the two instances' steps
             ordered = time.monotonic()
             ended = self._migrate(moving, there)
-            if ended.outcome is MigrationOutcome.COMMITTED:
-                said = len(self._ear.tokens[moving])
-                self._ear.wait_tokens(moving, said + REST_TOKENS)
-                measured.moves.append(self._moved(moving, here, there, ended))
-                first_there = [
-                    h.at for h in self._ear.tokens[moving] if h.instance == there and h.at > ordered
-                ]
-                windows.append((ordered, first_there[0]))
-                here, there = there, here
-        finished = time.monotonic()
+            if ended.outcome is not MigrationOutcome.COMMITTED:
+                raise BenchmarkFailed(f"a migration was {ended.outcome.value}: {ended.reason}")
+            self._rest(moving)
+            moves.append(self._moved(moving, (here, there), ended, witnesses, (rested, ordered)))
+            here, there = there, here
+            arrived = [h.at for h in self._ear.tokens[moving] if h.at > ordered and h.instance == here]
+            rested = arrived[SETTLING_TOKENS]
         still_busy()
-        for _, request_id in staying:
-            times = [h.at for h in self._ear.tokens[request_id] if begun <= h.at <= finished]
-            for before, after in itertools.pairwise(times):
-                hit = any(before < end and after > start for start, end in windows)
-                (measured.steps_migrating_s if hit else measured.steps_s).append(after - before)
-        for name, request_id in [*staying, (here, moving)]:
-            self._pair.send(name, Abort(request_id, next_generation(FIRST_EPOCH)))
-        return measured
+        for name, request_ids in staying.items():
+            for request_id in request_ids:
+                self._pair.send(name, Abort(request_id, next_generation(FIRST_EPOCH)))
+        self._pair.send(here, Abort(moving, next_generation(FIRST_EPOCH)))
+        return moves
+
+    def _rest(self, request_id: str) -> None:
+        self._ear.wait_tokens(request_id, len(self._ear.tokens[request_id]) + REST_TOKENS)
 
     def recompute_s(self, length: int, repeats: int) -> list[float]:
         """Time from submission to first token of a request of that length, less one ordinary step, under
@@ -164,19 +162,31 @@ class Driver:
             self._pair.send("b", Abort(request_id, FIRST_EPOCH))
         return times
 
-    def _moved(self, request_id: str, here: str, there: str, ended: MigrationEnded) -> Moved:
+    def _moved(
+        self,
+        request_id: str,
+        way: tuple[str, str],
+        ended: MigrationEnded,
+        witnesses: dict[str, str],
+        since: tuple[float, float],
+    ) -> Moved:
+        """``witnesses``: a request that stays, on each instance. ``since``: when the request had settled, and
+        when its move was ordered."""
+        here, there = way
         said = self._ear.tokens[request_id]
         first = max(
             i for i in range(1, len(said)) if said[i].instance == there and said[i - 1].instance == here
         )
-        gaps = [b.at - a.at for a, b in zip(said[first:], said[first + 1 :])]
-        ordinary = _median(gaps)
+        ordinary = _median([b.at - a.at for a, b in itertools.pairwise(said[first:])])
+        window = Window(*since, said[first - 1].at, said[first].at, said[-1].at)
+        times = {name: [h.at for h in self._ear.tokens[stays]] for name, stays in witnesses.items()}
         return Moved(
             downtime_s=said[first].at - said[first - 1].at - ordinary,
             ordinary_step_s=ordinary,
             stages=ended.stages,
             kv_bytes=ended.kv_bytes,
             duration_s=ended.duration_s,
+            steps=compare(window, times[here], times[there]),
         )
 
     def _migrate(self, request_id: str, there: str) -> MigrationEnded:

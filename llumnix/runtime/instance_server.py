@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from llumnix.core.config import Config
@@ -149,6 +149,8 @@ class InstanceServer:
                 self._perform(self._agent.read_ended(item.migration_id, item.stage, item.outcome, now))
             elif isinstance(item, PeerLost):
                 self._perform(self._agent.frontend_lost(item.address, now))
+            elif isinstance(item, BaseException):
+                raise item
             elif item is not None:
                 self._perform(self._agent.handle(item, now, arrived_at))
         return came
@@ -165,7 +167,7 @@ class InstanceServer:
             if isinstance(effect, StartRead):
                 if effect.final:
                     self._final_reads.add((effect.migration_id, effect.stage))
-                self._copiers.submit(self._read, effect)
+                self._copiers.submit(self._read, effect).add_done_callback(self._copied)
             elif isinstance(effect, CloseReader):
                 self._close_reader(effect.pool_name)
             elif not isinstance(effect, Send):
@@ -185,6 +187,12 @@ class InstanceServer:
         except (LlumnixError, OSError, ValueError) as error:
             outcome = TransportError(f"reading KV from {order.endpoint.pool_name} failed: {error}")
         self._inbox.put((ReadEnded(order.migration_id, order.stage, outcome), time.monotonic()))
+
+    def _copied(self, done: "Future[None]") -> None:
+        """A read that broke without an outcome would leave its migration open for ever: fail the instance."""
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            self._post(error)
 
     def _reader(self, endpoint: KvEndpoint) -> BlockReader:
         with self._readers_lock:
