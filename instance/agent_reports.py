@@ -94,6 +94,7 @@ class LoadReporter:
             tenants=load.tenants,
             settings_revision=self.settings_revision,
             role=role,
+            shortage=load.shortage,
             swap=load.swap,
         )
         return Send(self._manager_address, report)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate, RequestRow, SwapTotals, TenantService, TenantTotals
+from llumnix.core.messages.control import (
+    MoveCandidate,
+    RequestRow,
+    Shortage,
+    SwapTotals,
+    TenantService,
+    TenantTotals,
+)
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
 
 
@@ -40,6 +47,7 @@ class EngineLoad:
     policy_fault: str = ""
     tenants: tuple[TenantService, ...] = ()
     swap: SwapTotals | None = None
+    shortage: Shortage | None = None
 
 
 @dataclass(frozen=True, slots=True)

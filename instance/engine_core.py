@@ -25,6 +25,7 @@ from llumnix.instance.local_scheduler import LocalScheduler
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.request import Request
+from llumnix.instance.shortage import shortage
 from llumnix.instance.step_times import StepTimes
 from llumnix.instance.swap import SwapDone
 from llumnix.instance.switching import HostMemory, Switching
@@ -263,6 +264,9 @@ class EngineCore:
             policy_fault=self._offers.fault or self._switching.fault,
             swap=self._switching.totals(),
             tenants=scheduler.tenants.report(),
+            shortage=shortage(
+                scheduler, self._blocks.free_blocks * self._limits.block_size, self._times.mean_s
+            ),
         )
 
     def configure(self, config: SchedulerConfig) -> None:

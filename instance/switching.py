@@ -208,12 +208,19 @@ class Switching:
         copy = self.host.find(request.request_id)
         return 0 if copy is None else min(copy.valid_tokens, request.computed_tokens) // self._block_size
 
-    def _decide(self, request: Request) -> PreemptionAction:
+    def loss_s(self, request: Request) -> float:
+        """What it costs a running request to give way, by the way that would be chosen; 0.0: not known."""
+        victim = self._victim(request)
+        if self.enabled and self._decide(request) is PreemptionAction.SWAP:
+            return victim.swap_out_s + victim.swap_in_s
+        return victim.recompute_s
+
+    def _victim(self, request: Request) -> VictimView:
         blocks = request.blocks[: -(-request.computed_tokens // self._block_size)]
         copy = self.host.find(request.request_id)
         same = copy is not None and copy.valid_tokens == request.computed_tokens
         dirty = [] if same else blocks[self._clean_blocks(request) :]
-        view = VictimView(
+        return VictimView(
             request_id=request.request_id,
             execution_priority=request.execution_priority,
             known_tokens=len(request.tokens),
@@ -224,6 +231,9 @@ class Switching:
             swap_in_s=self._cost_s(blocks),
             recompute_s=request.computed_tokens * self._times.prefill_token_s,
         )
+
+    def _decide(self, request: Request) -> PreemptionAction:
+        view = self._victim(request)
         decision, fault = attempt(self._policy.decide, view)
         if not isinstance(decision, PreemptionDecision) or not isinstance(decision.action, PreemptionAction):
             name = type(self._policy).__name__

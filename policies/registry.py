@@ -17,6 +17,7 @@ from llumnix.core.views import (
     DispatchPolicy,
     PairingPolicy,
     PreemptionPolicy,
+    ReliefPolicy,
     RolesPolicy,
     ScalingPolicy,
     SelectionPolicy,
@@ -24,6 +25,7 @@ from llumnix.core.views import (
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
 from llumnix.policies.preemption import AlwaysRecompute, AlwaysSwap, CheapestPreemption
+from llumnix.policies.relief import CheapestRelief, NoRelief
 from llumnix.policies.roles import Disaggregate, Strict
 from llumnix.policies.scaling import FreenessScaling, NoScaling
 from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest, Shortest
@@ -58,12 +60,14 @@ SELECTION: dict[str, type[SelectionPolicy]] = {
 
 SCALING: dict[str, type[ScalingPolicy]] = {"freeness": FreenessScaling, "none": NoScaling}
 
+RELIEF: dict[str, type[ReliefPolicy]] = {"cheapest": CheapestRelief, "none": NoRelief}
 ROLES: dict[str, type[RolesPolicy]] = {"disaggregate": Disaggregate, "strict": Strict}
 
 KINDS: dict[str, dict[str, Any]] = {
     "dispatch": DISPATCH,
     "pairing": PAIRING,
     "preemption": PREEMPTION,
+    "relief": RELIEF,
     "roles": ROLES,
     "scaling": SCALING,
     "selection": SELECTION,
@@ -111,6 +115,11 @@ def preemption_policy(config: SchedulerConfig) -> PreemptionPolicy:
 def scaling_policy(config: SchedulerConfig) -> ScalingPolicy:
     """The policy named by ``scaling_policy``. Raises ConfigurationError."""
     return cast(ScalingPolicy, _build("scaling", config.scaling_policy, SCALING, "scale", config))
+
+
+def relief_policy(config: SchedulerConfig) -> ReliefPolicy:
+    """The policy named by ``relief_policy``. Raises ConfigurationError."""
+    return cast(ReliefPolicy, _build("relief", config.relief_policy, RELIEF, "relieve", config))
 
 
 def roles_policy(config: SchedulerConfig) -> RolesPolicy:

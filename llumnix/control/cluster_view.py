@@ -145,6 +145,8 @@ class ClusterView:
         if last is None:
             # Only the first report speaks for the operator: later ones may still show an order on its way.
             record.draining = record.draining or report.draining
+        else:
+            record.count_ends(last, report, now)
         self.heard_any = True
         record.report = report
         record.heard_at = now
@@ -196,6 +198,15 @@ class ClusterView:
         if move is not None and not committed:
             self._drop_move(move)
         return move
+
+    def overdue(self, now: float) -> list[InstanceRecord]:
+        """Those that have just become SILENT."""
+        latest = now - self._config.silent_after_s
+        newly = [record for record in self.live() if not record.silent and record.heard_at < latest]
+        for record in newly:
+            record.silent = True
+            self.refresh(record)
+        return newly
 
     def expire(self, now: float) -> None:
         """Forget placements and ended migrations that no report has confirmed for too long."""

@@ -16,10 +16,10 @@ from llumnix.control.audience import Audience
 from llumnix.control.cluster_view import DOWN_MEMORY_S, ClusterView
 from llumnix.control.decision_log import REQUESTS_MAX, DecisionLog
 from llumnix.control.effects import Answered, Effect, Logged
-from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.orders import Orders
 from llumnix.control.placement import Placer
 from llumnix.control.policy_guard import Faults
+from llumnix.control.relief import Relief
 from llumnix.control.rescheduler import Ended, Rescheduler
 from llumnix.control.scaler import Scaler
 from llumnix.control.settings_in_force import SettingsInForce
@@ -33,7 +33,6 @@ from llumnix.core.errors import ConfigurationError, ProtocolError
 from llumnix.core.messages.control import (
     ClusterStatus,
     FrontendHello,
-    HelloWanted,
     InstanceHello,
     InstanceRole,
     InstanceState,
@@ -69,6 +68,7 @@ class GlobalScheduler:
             config, self._settings.pairing, manager_incarnation, self._cluster, self._decisions
         )
         self._wanted = WantedMoves(config, self._settings.roles, self._cluster, self._rescheduler)
+        self._relief = Relief(self._settings.relief, self._cluster, self._rescheduler, self._decisions)
         self._wishes = Wishes(self._cluster)
         self._orders = Orders(manager_incarnation, address, self._cluster, self._rescheduler)
         self._tenants = TenantLedger(now)
@@ -244,11 +244,17 @@ class GlobalScheduler:
         if not self._cluster.report(record, report, now):
             return []
         if report.policy_fault:
-            name = self._config.selection_policy
-            self._faults.note("selection", name, f"on {report.instance_id}: {report.policy_fault}", now)
+            self._faults.note(
+                "selection",
+                self._config.selection_policy,
+                f"on {report.instance_id}: {report.policy_fault}",
+                now,
+            )
         effects: list[Effect] = []
         if report.tenants:
             effects += self._tenants.report(report, self._cluster.size, now)
+        if report.shortage is not None:
+            effects += self._relief.reported(record, report.shortage, now)
         if record.state is not before:
             self._status_due = True
             if before is InstanceState.SILENT:
@@ -277,6 +283,7 @@ class GlobalScheduler:
         self._cluster.use(self._config)
         self._placer.use(self._settings.dispatch, self._settings.roles)
         self._wanted.use(self._config, self._settings.roles)
+        self._relief.policy = self._settings.relief
         self._rescheduler.use(self._config, self._settings.pairing)
         self._scaler.use(self._config, self._settings.scaling)
         message = self._settings.message()
@@ -303,14 +310,10 @@ class GlobalScheduler:
         if now - self._ticked_at > self._config.silent_after_s / 2:
             return []  # this process stood still: the reports are waiting to be read
         effects: list[Effect] = []
-        for record in self._cluster.live():
-            quiet_s = now - record.heard_at
-            if not record.silent and quiet_s > self._config.silent_after_s:
-                record.silent = True
-                self._cluster.refresh(record)
-                self._status_due = True
-                text = f"{record.hello.instance_id} has not reported for {quiet_s:.1f} s"
-                effects.append(Logged("instance_silent", text, {"instance": record.hello.instance_id}))
+        for record in self._cluster.overdue(now):
+            self._status_due = True
+            text = f"{record.instance_id} has not reported for {now - record.heard_at:.1f} s"
+            effects.append(Logged("instance_silent", text, {"instance": record.instance_id}))
         return effects
 
     # Frontends.
@@ -366,7 +369,8 @@ class GlobalScheduler:
                 if now - record.heard_at > DOWN_MEMORY_S:
                     self._cluster.forget(record)
             elif record.report is not None:
-                effects += self._remind(record, record.report)
+                effects += self._wishes.remind(record, record.report)
+                effects += self._settings.remind(record.hello.address, record.report.settings_revision)
         return effects + self._status(now)
 
     # Inside.
@@ -377,6 +381,7 @@ class GlobalScheduler:
         for ended in migrations:
             effects += self._orders.migration_ended(ended)
             effects += self._wanted.migration_ended(ended.result, now)
+            self._relief.migration_ended(ended.result)
         return effects
 
     def _told(self, orders: list[Send | Logged] | Refusal, now: float) -> list[Effect] | Refusal:
@@ -385,15 +390,6 @@ class GlobalScheduler:
             return [] if isinstance(orders, list) else orders
         self._status_due = True
         return [*orders, *self._status_if_due(now)]
-
-    def _remind(self, record: InstanceRecord, report: LoadReport) -> list[Effect]:
-        """Say again what an instance shows not to have heard."""
-        effects: list[Effect] = [*self._wishes.remind(record, report)]
-        if report.settings_revision < self._settings.revision:
-            effects.append(Send(record.hello.address, self._settings.message()))
-        elif report.settings_revision > self._settings.revision:
-            effects.append(Send(record.hello.address, HelloWanted()))
-        return effects
 
     def _instance_addresses(self) -> tuple[str, ...]:
         return tuple(record.hello.address for record in self._cluster.live())

@@ -13,13 +13,17 @@ from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceS
 from llumnix.core.views import InstanceView
 from llumnix.policies.freeness import Load
 
+MEAN_WEIGHT = 0.1
+
 
 @dataclass(slots=True, eq=False)
 class InstanceRecord:
     """One instance. ``headroom_blocks`` is the scheduler's setting, ``draining`` and ``role`` what the
-    operator wants of it. ``*_blocks`` and counts below it come from the ledgers. ``silent`` and ``down`` are
-    facts about its process. ``state``, ``load`` and its ``queue_freeness`` follow from all of these: after a
-    change to any of them, `changed` must be called. ``known_view`` is the view, if it has been made since."""
+    operator wants of it. ``end_gap_s`` is the mean time between two ends of requests there while it works
+    (0.0: none has ended yet), ``ended_at`` when it last began to count. ``*_blocks`` and counts below it come
+    from the ledgers. ``silent`` and ``down`` are facts about its process. ``state``, ``load`` and its
+    ``queue_freeness`` follow from all of these: after a change to any of them, `changed` must be called.
+    ``known_view`` is the view, if it has been made since."""
 
     hello: InstanceHello
     heard_at: float
@@ -35,6 +39,8 @@ class InstanceRecord:
     arriving_requests: int = 0
     leaving_blocks: int = 0
     leaving_requests: int = 0
+    ended_at: float = 0.0
+    end_gap_s: float = 0.0
     instance_id: str = field(init=False)
     state: InstanceState = field(init=False)
     load: Load | None = field(init=False)
@@ -101,6 +107,15 @@ class InstanceRecord:
         if self.load is None or not self.load.draining:
             return self.queue_freeness
         return self._real(self.load).queue_freeness(self.headroom_blocks)
+
+    def count_ends(self, last: LoadReport, report: LoadReport, now: float) -> None:
+        """Learn from two reports in a row how long it takes until a request ends there."""
+        ended = report.finished_total - last.finished_total
+        if ended > 0 and self.ended_at:
+            gap_s = (now - self.ended_at) / ended
+            self.end_gap_s += (MEAN_WEIGHT if self.end_gap_s else 1.0) * (gap_s - self.end_gap_s)
+        if ended > 0 or not last.running or not self.ended_at:
+            self.ended_at = now
 
     def blocks(self, tokens: int) -> int:
         """KV blocks that so many tokens take there."""

@@ -17,13 +17,22 @@ from llumnix.core.views import (
     EntryDecision,
     InstanceView,
     Move,
+    ReliefDecision,
+    ReliefView,
     RequestView,
     ScalingDecision,
 )
 from llumnix.policies.dispatch import FreenessDispatch
 from llumnix.policies.guard import attempt
 from llumnix.policies.pairing import DrainPairing, FreenessPairing
-from llumnix.policies.registry import dispatch_policy, pairing_policy, roles_policy, scaling_policy
+from llumnix.policies.registry import (
+    dispatch_policy,
+    pairing_policy,
+    relief_policy,
+    roles_policy,
+    scaling_policy,
+)
+from llumnix.policies.relief import CheapestRelief
 from llumnix.policies.roles import Disaggregate
 
 SPEAK_AGAIN_S = 60.0
@@ -160,6 +169,29 @@ class GuardedRoles:
                 return move
         self._faults.note("roles", self.name, fault or f"returned {move!r}", now)
         return self._default.leave(request, source, targets)
+
+
+class GuardedRelief:
+    """The relief policy that the configuration names. Raises ConfigurationError if it cannot be had."""
+
+    def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
+        self.name = config.relief_policy
+        self._policy = relief_policy(config)
+        self._default = CheapestRelief(config)
+        self._faults = faults
+
+    def relieve(
+        self, victim: ReliefView, source: InstanceView, targets: Sequence[InstanceView], now: float
+    ) -> ReliefDecision:
+        """The policy's decision, or the default's."""
+        decision, fault = attempt(self._policy.relieve, victim, source, targets)
+        if isinstance(decision, ReliefDecision) and isinstance(decision.reason, str):
+            known = {view.instance_id for view in targets}
+            if decision.instance_id is None or decision.instance_id in known:
+                return decision
+            fault = f"chose {decision.instance_id!r}, which was no target"
+        self._faults.note("relief", self.name, fault or f"returned {decision!r}", now)
+        return self._default.relieve(victim, source, targets)
 
 
 class GuardedScaling:

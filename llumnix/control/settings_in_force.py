@@ -8,12 +8,20 @@ with it. Called by the global scheduler only.
 from collections.abc import Mapping
 from dataclasses import fields
 
-from llumnix.control.policy_guard import Faults, GuardedDispatch, GuardedPairing, GuardedRoles, GuardedScaling
+from llumnix.control.policy_guard import (
+    Faults,
+    GuardedDispatch,
+    GuardedPairing,
+    GuardedRelief,
+    GuardedRoles,
+    GuardedScaling,
+)
 from llumnix.core.admin import PolicyState
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.config_source import as_texts, with_settings
+from llumnix.core.effects import Send
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.messages.control import SchedulerSettings
+from llumnix.core.messages.control import HelloWanted, SchedulerSettings
 from llumnix.policies.registry import KINDS, known_names, selection_policy
 
 REVISION_MAX = 1 << 53
@@ -21,8 +29,8 @@ POLICY_SUFFIX = "_policy"
 
 
 class SettingsInForce:
-    """See the module. ``dispatch``, ``pairing``, ``roles`` and ``scaling`` are the policies that ``config``
-    names. Raises ConfigurationError if one cannot be had."""
+    """See the module. ``dispatch``, ``pairing`` and so on are the policies that ``config`` names.
+    Raises ConfigurationError if one cannot be had."""
 
     def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
         self.revision = 0
@@ -53,6 +61,12 @@ class SettingsInForce:
         """For the instances."""
         return SchedulerSettings(self.revision, as_texts(self.config))
 
+    def remind(self, address: str, revision: int) -> list[Send]:
+        """What to say to an instance that goes by that revision, if it is not the one in force."""
+        if revision == self.revision:
+            return []
+        return [Send(address, self.message() if revision < self.revision else HelloWanted())]
+
     def state(self) -> PolicyState:
         """For administrators."""
         names = [spec.name for spec in fields(self.config)]
@@ -65,7 +79,8 @@ class SettingsInForce:
 
     def _use(self, config: SchedulerConfig) -> None:
         dispatch, pairing = GuardedDispatch(config, self._faults), GuardedPairing(config, self._faults)
+        relief = GuardedRelief(config, self._faults)
         roles, scaling = GuardedRoles(config, self._faults), GuardedScaling(config, self._faults)
         selection_policy(config)  # the instances need it: refused here, before it reaches them
         self.config, self.dispatch, self.pairing = config, dispatch, pairing
-        self.roles, self.scaling = roles, scaling
+        self.roles, self.scaling, self.relief = roles, scaling, relief

@@ -170,6 +170,9 @@ class SchedulerConfig(Leaf):
         4, "most migrations out of or into one instance that rounds keep running"
     )
     silent_after_s: float = setting(3.0, "reports overdue by this make an instance SILENT")
+    relief_policy: str = setting(
+        "cheapest", "whether a request moves before blocks run out: cheapest, none or module:Class"
+    )
     roles_policy: str = setting(
         "disaggregate", "how requests pass from prefill to decode instances: a name or module:Class"
     )

@@ -165,6 +165,39 @@ class SelectionPolicy(Protocol):
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]: ...
 
 
+class ReliefView(NamedTuple):
+    """A running request that gives way once its instance's blocks run out, in ``left_s``. Estimates: that
+    costs it ``loss_s``, the wait for another request to end and then the copies or computing (0.0: not
+    known); moving it takes ``copy_s`` and pauses it ``pause_s`` (0.0: no
+    migration has been seen yet)."""
+
+    candidate: MoveCandidate
+    left_s: float
+    loss_s: float
+    copy_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReliefDecision:
+    """Where the request moves (None: it stays, and gives way there if need be), with what each way was
+    estimated to cost and the reason."""
+
+    instance_id: str | None
+    scores: tuple[tuple[str, float], ...]
+    reason: str
+
+
+class ReliefPolicy(Protocol):
+    """Chooses, when an instance's blocks are about to run out, whether a request leaves it first."""
+
+    def relieve(
+        self, victim: ReliefView, source: InstanceView, targets: Sequence[InstanceView]
+    ) -> ReliefDecision:
+        """``targets`` are the freest instances that could take it, decode instances first; maybe none."""
+        ...
+
+
 class RolesPolicy(Protocol):
     """Keeps prefill and decode apart where instances have roles; not asked where all are neutral."""
 

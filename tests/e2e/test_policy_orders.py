@@ -17,6 +17,29 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.asyncio
+async def test_a_request_leaves_before_its_instance_runs_out_of_blocks() -> None:
+    async with local_cluster(simulated_config(kv_blocks=24)) as cluster:
+        cluster.manager.set_draining("i1", True)
+        streams = [
+            asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=160, seed=n)) for n in range(2)
+        ]
+        async with asyncio.timeout(10):
+            while sum(row.running for row in cluster.manager.instances()) < 2:
+                await asyncio.sleep(0.01)
+        cluster.manager.set_draining("i1", False)
+        assert [await one for one in streams] == [expected(tokens=160, seed=n) for n in range(2)]
+        rows = cluster.manager.explain("r1")
+        assert not isinstance(rows, Refusal)
+        assert [(row.kind, row.policy) for row in rows[1:]] == [
+            ("move ordered", "cheapest"),
+            ("move committed", ""),
+        ]
+        assert rows[1].reason.startswith("blocks of i0 last")
+        await cluster.idle()
+        assert sum(row.preemptions_total for row in cluster.manager.instances()) == 0
+
+
+@pytest.mark.asyncio
 async def test_a_change_reaches_the_instances_and_outlives_the_manager() -> None:
     async with local_cluster(simulated_config()) as cluster:
         changed = cluster.manager.set_policy("selection", "longest", {"rest_s": "0.5"})

@@ -75,6 +75,21 @@ def test_stretches_are_their_single_steps(
     assert fast.clock.events < slow.clock.events
 
 
+def test_relief_saves_most_preemptions_where_nothing_else_moves_requests() -> None:
+    preempted = {}
+    for relief in ("none", "cheapest"):
+        scheduler = SchedulerConfig(pairing_policy="none", relief_policy=relief)
+        config = Config(
+            engine=EngineConfig(kind="simulated", kv_blocks=851),
+            scheduler=scheduler,
+            cluster=ClusterConfig(instances=4),
+        )
+        workload = Synthetic("400:300", 4.0, 800, seed=0, cv=2.0, tokens_max=LLAMA_7B_A10.max_model_len)
+        preempted[relief] = summarize(run(Settings(config, LLAMA_7B_A10, workload)))["preemptions"]
+    assert preempted["none"] > 4
+    assert preempted["cheapest"] < preempted["none"] / 2
+
+
 def test_the_busy_workload_has_it_all() -> None:
     summary = summarize(run(settings(BUSY)))
     assert summary["migrations"] and summary["preemptions"] and summary["finished"] == 60

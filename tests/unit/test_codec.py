@@ -79,7 +79,7 @@ def test_every_message_comes_back_as_it_went(cls: type) -> None:
 
 def test_every_message_class_has_a_tag_of_its_own() -> None:
     nested = "KvEndpoint KvLayout MoveCandidate InstanceStatus RequestRow RequestSpec TokenLogprob TokenDelta"
-    nested += " SwapTotals TenantService"
+    nested += " Shortage SwapTotals TenantService"
     classes = {
         value
         for module in (control, migration, serving)

@@ -131,6 +131,16 @@ class SwapTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class Shortage:
+    """An instance's free blocks last ``steps_left`` more steps of its batch. Then ``candidate`` gives way
+    first, which costs it ``loss_s`` by swap or recomputation, whichever is chosen there (0.0: not known)."""
+
+    candidate: MoveCandidate
+    steps_left: int
+    loss_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since
     start.
@@ -143,8 +153,8 @@ class LoadReport:
     instance's hello. ``policy_fault``, if not empty, says what
     its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
     most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the
-    role it works in, ``swap`` None without host memory. Reports
-    repeat about every second while nothing changes: silence is how a hung instance is noticed.
+    role it works in, ``swap`` None without host memory, ``shortage`` there when blocks are about to run out.
+    Reports repeat about every second while nothing changes: silence is how a hung instance is noticed.
     """
 
     instance_id: str
@@ -173,6 +183,7 @@ class LoadReport:
     settings_revision: int = 0
     role: InstanceRole = InstanceRole.NEUTRAL
     swap: SwapTotals | None = None
+    shortage: Shortage | None = None
 
 
 @dataclass(frozen=True, slots=True)
