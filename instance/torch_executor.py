@@ -6,7 +6,8 @@ memory may be read by copy threads and peer processes meanwhile.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,7 +137,9 @@ class TorchExecutor:
         if not rows:
             return []
         sampling = hidden if len(rows) == hidden.shape[0] else hidden[rows]
-        return self._sampler.sample(self._decoder.logits(sampling), requests)
+        logits = self._decoder.logits(sampling)
+        with _without_torch_threads():
+            return self._sampler.sample(logits, requests)
 
     def close(self) -> None:
         """Give the KV pools up."""
@@ -202,6 +205,18 @@ class TorchExecutor:
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._model.device)
+
+
+@contextmanager
+def _without_torch_threads() -> Iterator[None]:
+    """Let torch compute in this thread alone for a while. Its other threads would look out for more work for
+    milliseconds after, on the cores that the kernels' threads need for the next step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _placement(engine: EngineConfig, model: ModelConfig) -> tuple[torch.device, torch.dtype]:
