@@ -63,7 +63,7 @@ class Sampler:
         if len(random) == len(params):
             chosen = _choose(logits, requests)
         else:
-            chosen = logits.argmax(dim=-1)
+            chosen = _likeliest(logits)
             if random:
                 chosen[random] = _choose(logits[random], [requests[row] for row in random])
         results = [SampledToken(token) for token in chosen.tolist()]
@@ -166,6 +166,18 @@ def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     tokens = (likely[:, None] + members).view(rows, STRIPE * count)
     best = logits.gather(1, tokens).topk(count, dim=-1)
     return best.values, tokens.gather(1, best.indices)
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """What argmax over the last dimension gives, several times faster on a CPU: first the best stripe, then
+    the best within it. Of equal scores any may win."""
+    rows, vocab = logits.shape
+    if vocab % STRIPE:
+        return logits.argmax(dim=-1)
+    striped = logits.view(rows, STRIPE, vocab // STRIPE)
+    stripe = striped.amax(dim=1).argmax(dim=-1)
+    members = striped[torch.arange(rows, device=logits.device), :, stripe]
+    return members.argmax(dim=-1) * striped.shape[2] + stripe
 
 
 def _kept_counts(best: Tensor, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

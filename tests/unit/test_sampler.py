@@ -41,12 +41,13 @@ def draws(logits: Tensor, count: int, **settings: Any) -> Counter[int]:
     return tokens
 
 
-def test_greedy_takes_the_best() -> None:
-    logits = scores(1, rows=4)
+@pytest.mark.parametrize("vocab", [VOCAB, 16 * 50])
+def test_greedy_takes_the_best(vocab: int) -> None:
+    logits = scores(1, rows=4, vocab=vocab)
     greedy = [request(temperature=0.0, seed=row) for row in range(4)]
     assert tokens_of(logits, greedy) == logits.argmax(dim=-1).tolist()
     assert tokens_of(logits, [request(temperature=1e-30)] * 4) == logits.argmax(dim=-1).tolist()
-    assert Sampler(frozenset()).sample(torch.empty(0, VOCAB), []) == []
+    assert Sampler(frozenset()).sample(torch.empty(0, vocab), []) == []
 
 
 def test_the_draw_follows_the_softmax() -> None:
