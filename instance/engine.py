@@ -4,6 +4,7 @@ An engine belongs to one thread. The agent calls it between steps only, so nothi
 step computes. Implementations: EngineCore with an executor (torch or simulated), and the vLLM adapter.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,8 +68,10 @@ class StepResult:
 @dataclass(frozen=True, slots=True)
 class MovableState:
     """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``blocks``
-    hold the KV of ``computed_tokens``; the first ``full_blocks`` of them are full and never change while
-    ``kv_version`` stays as it is. ``known_tokens`` counts prompt + output."""
+    are for the KV of ``computed_tokens``; the first ``full_blocks`` of them hold it, are full and never
+    change while ``kv_version`` stays as it is. ``lagging``: more blocks are full, and will be counted after a
+    later step, once an engine that keeps its KV elsewhere has copied them. ``known_tokens`` counts prompt +
+    output."""
 
     waiting: bool
     blocks: tuple[int, ...]
@@ -76,6 +79,7 @@ class MovableState:
     computed_tokens: int
     known_tokens: int
     kv_version: int
+    lagging: bool = False
 
 
 class Engine(Protocol):
@@ -130,6 +134,15 @@ class Engine(Protocol):
         ...
 
     # A migration's source.
+    def begin_move(self, request_id: str) -> str:
+        """A migration of this held request begins: see to it that peers can read its KV. Returns why that
+        cannot be; empty if it can."""
+        ...
+
+    def end_move(self, request_id: str) -> None:
+        """That migration has ended, however it ended."""
+        ...
+
     def movable(self, request_id: str) -> MovableState | None:
         """None: not held, or already taken out."""
         ...
@@ -166,4 +179,13 @@ class Engine(Protocol):
     ) -> SubmitRefusal | None:
         """Turn a reservation whose blocks hold the KV of ``computed_tokens`` into a running request (or, with
         0, into a waiting one) that joins the next step. A refusal leaves the reservation as it was."""
+        ...
+
+
+class SteppedEngine(Engine, Protocol):
+    """An engine with its model: what an engine thread runs."""
+
+    def step(self, clock: Callable[[], float]) -> StepResult:
+        """Schedule, compute and take in one step; ``clock`` gives seconds of any fixed origin. Whatever it
+        raises, no token of the step was taken in."""
         ...

@@ -303,6 +303,13 @@ class EngineCore:
 
     # A migration's source.
 
+    def begin_move(self, request_id: str) -> str:
+        """Blocks are in the pool that peers read already."""
+        return ""
+
+    def end_move(self, request_id: str) -> None:
+        """Nothing was kept for it."""
+
     def movable(self, request_id: str) -> MovableState | None:
         request = self._requests.get(request_id)
         if request is None or self._scheduler.is_aside(request_id):

@@ -45,18 +45,19 @@ def resolve_model(name: str) -> Path:
 def read_model_folder(path: Path) -> ModelFolder:
     """Parse config.json and generation_config.json. Raises ConfigurationError naming the file and what is
     wrong."""
-    raw = _read_json(path / "config.json")
+    raw = read_json(path / "config.json")
     generation_path = path / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    generation = read_json(generation_path) if generation_path.is_file() else {}
     ended_by = generation.get("eos_token_id")
     eos = raw.get("eos_token_id") if ended_by is None else ended_by
     try:
-        return ModelFolder(path, parse_config(raw), _token_ids(eos))
+        return ModelFolder(path, parse_config(raw), token_ids(eos))
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises ConfigurationError naming the file and what is wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -68,7 +69,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _token_ids(eos: object) -> frozenset[int]:
+def token_ids(eos: object) -> frozenset[int]:
     """One id, a list of them, or none."""
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int for token in ids):

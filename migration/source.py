@@ -181,12 +181,17 @@ class SourceMigration:
             if event.stage != self._stages:
                 return self._ignore(event, now)
             self._copied += self._stage_blocks
+        self._stage_blocks = 0
         movable = self._engine.movable(self.order.request_id)
         if movable is None or movable.kv_version != self._kv_version:
             return self._lost_its_kv(movable, now)
         fresh = movable.full_blocks - self._copied
         if fresh > LAST_FULL_BLOCKS and self._stages < self._config.stages_max:
             return self._begin_stage(movable, fresh, now)
+        if movable.lagging:  # look again after a step
+            self.state = SourceState.COPYING
+            self._wait(now)
+            return []
         if self._config.hold_share == 0:
             return self._hand_over(movable, now)
         self.state = SourceState.READY
@@ -219,6 +224,8 @@ class SourceMigration:
         movable = self._engine.movable(self.order.request_id)
         if movable is None or movable.kv_version != self._kv_version:
             return self._lost_its_kv(movable, now)
+        if self.state is SourceState.COPYING and self._stage_blocks == 0:
+            return self._advance(event, now)
         if self.state is not SourceState.READY:
             return []
         return self._hand_over(movable, now) if self._announced else self._leave_in_time(movable, now)
@@ -384,6 +391,7 @@ TRANSITIONS: Mapping[SourceState, Rows] = {
     S.RESERVING: {**EARLY, Reserved: (M._advance, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED))},
     S.COPYING: {
         **EARLY,
+        StepEnded: (M._step_ended, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED)),
         Reserved: (M._keep_waiting, (S.COPYING,)),
         StageCopied: (M._advance, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED)),
     },

@@ -1,6 +1,6 @@
 """Options of commands that take the whole configuration, derived from its tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from llumnix.core.config import Config
-from llumnix.core.config_source import Setting, Value, build_config, read_file, settings
+from llumnix.core.config_source import SEPARATORS, Setting, Value, build_config, read_file, settings
 
 ENVIRONMENT = {"admin_token": "LLUMNIX_ADMIN_TOKEN"}
 
@@ -21,6 +21,7 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
             _parameter(setting),
             type=click.Choice(setting.choices) if setting.choices else setting.kind,
             default=None,
+            multiple=(setting.section, setting.name) in SEPARATORS,
             envvar=ENVIRONMENT.get(setting.name),
             help=f"{setting.help} [{_default(setting)}]",
             metavar=None if setting.choices or setting.kind is bool else setting.kind.__name__.upper(),
@@ -39,7 +40,9 @@ def _default(setting: Setting) -> str:
     return "empty" if setting.default == "" else str(setting.default)
 
 
-def resolve(config_file: Path | None, given: dict[str, Value | None], base: Config | None = None) -> Config:
+def resolve(
+    config_file: Path | None, given: Mapping[str, Value | tuple[str, ...] | None], base: Config | None = None
+) -> Config:
     """The configuration from a command's parameters: options over the file over ``base``, which stands for
     the defaults."""
     flags: dict[tuple[str, str], Value] = {}
@@ -49,7 +52,9 @@ def resolve(config_file: Path | None, given: dict[str, Value | None], base: Conf
             flags.update(((section.name, spec.name), getattr(leaf, spec.name)) for spec in fields(leaf))
         flags.update(read_file(config_file) if config_file else {})
     for parameter, value in given.items():
+        section_name, _, name = parameter.partition("__")
+        if isinstance(value, tuple):  # an option that may be given several times
+            value = SEPARATORS[section_name, name].join(value) if value else None
         if value is not None:
-            section_name, _, name = parameter.partition("__")
             flags[section_name, name] = value
     return build_config(flags, None if base is not None else config_file)

@@ -39,7 +39,7 @@ class Leaf:
 class EngineConfig(Leaf):
     """One instance's engine."""
 
-    kind: str = setting("torch", "which engine runs the model", ("torch", "simulated"))
+    kind: str = setting("torch", "which engine runs the model", ("torch", "vllm", "simulated"))
     model: str = setting("smollm2", "a folder in Hugging Face form, a hub id, or the alias smollm2")
     device: str = setting("auto", "where the model runs", ("auto", "cpu", "cuda"))
     dtype: str = setting(
@@ -59,6 +59,12 @@ class EngineConfig(Leaf):
     batch_max: int = setting(64, "most requests running at once on one instance")
     waiting_max: int = setting(1024, "most requests waiting at one instance before it refuses more")
     threads: int = setting(0, "compute threads per instance on a CPU; 0 shares the cores evenly")
+    engine_args: str = setting(
+        "", "vllm engine: arguments for vLLM itself, key=value; in a file several are separated by semicolons"
+    )
+    staging_gib: float = setting(
+        0.5, "vllm engine: GiB of host memory through which the KV of moving requests passes"
+    )
     simulated_step_ms: float = setting(20.0, "simulated engine: time of a decode step")
     simulated_token_ms: float = setting(0.05, "simulated engine: added time per token in a step")
 
@@ -71,6 +77,7 @@ class EngineConfig(Leaf):
         self.need(self.batch_max >= 1, "batch_max", "at least 1")
         self.need(self.waiting_max >= 1, "waiting_max", "at least 1")
         self.need(0 < self.gpu_memory_share <= 1, "gpu_memory_share", "above 0 and at most 1")
+        self.need(self.staging_gib > 0, "staging_gib", "above 0")
         self.need(self.kv_blocks > 0 or self.kv_gib > 0, "kv_gib", "above 0 when kv_blocks is 0")
 
 

@@ -1,15 +1,17 @@
-"""Puts one instance together from its configuration: executor and engine, the ways its KV can be read, agent
-and server. The only place that knows which executor a configuration means."""
+"""Puts one instance together from its configuration: engine, the ways its KV can be read, agent and server.
+The only place that knows which engine a configuration means."""
 
 import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from llumnix.core.config import Config
-from llumnix.core.messages.control import InstanceHello, KvEndpoint
+from llumnix.core.config import Config, EngineConfig
+from llumnix.core.messages.control import InstanceHello, KvEndpoint, KvLayout
 from llumnix.core.roles import starting_role
 from llumnix.instance.agent import Agent
+from llumnix.instance.engine import SteppedEngine
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.real_time_simulated_executor import RealTimeSimulatedExecutor
@@ -31,15 +33,44 @@ class InstanceIdentity:
     manager_address: str
 
 
-def build_executor(config: Config, pool_name: str) -> TorchExecutor | RealTimeSimulatedExecutor:
-    """The executor a configuration asks for, its model loaded and its KV pool allocated. Raises
+class KvHolder(Protocol):
+    """What owns the memory that peers read: an executor, or an engine with its own."""
+
+    @property
+    def pool(self) -> KvPool: ...
+
+    @property
+    def kv_layout(self) -> KvLayout: ...
+
+    def close(self) -> None:
+        """Give it up."""
+        ...
+
+
+def build_engine(config: Config, pool_name: str) -> tuple[SteppedEngine, KvHolder]:
+    """The engine a configuration asks for, its model loaded and its KV pool allocated. Raises
     ConfigurationError."""
-    engine = config.engine
-    if engine.kind == "simulated":
-        return RealTimeSimulatedExecutor(engine, pool_name, config.swap)
-    if engine.threads == 0 and engine.device != "cuda":
-        engine = replace(engine, threads=max(1, (os.cpu_count() or 1) // config.cluster.instances))
-    return TorchExecutor(engine, pool_name, swap=config.swap)
+    if config.engine.kind == "vllm":
+        from llumnix.instance.vllm_engine import VllmEngine  # needs vLLM, which few have
+
+        vllm = VllmEngine(_with_threads(config), pool_name)
+        return vllm, vllm
+    executor = build_executor(config, pool_name)
+    return InProcessEngine(executor, config.engine, swap=config.swap), executor
+
+
+def build_executor(config: Config, pool_name: str) -> TorchExecutor | RealTimeSimulatedExecutor:
+    """The executor of an engine of ours. Raises ConfigurationError."""
+    if config.engine.kind == "simulated":
+        return RealTimeSimulatedExecutor(config.engine, pool_name, config.swap)
+    return TorchExecutor(_with_threads(config), pool_name, swap=config.swap)
+
+
+def _with_threads(config: Config) -> EngineConfig:
+    """The engine's settings, the machine's cores shared evenly if nothing else is said."""
+    if config.engine.threads or config.engine.device == "cuda":
+        return config.engine
+    return replace(config.engine, threads=max(1, (os.cpu_count() or 1) // config.cluster.instances))
 
 
 class Instance:
@@ -49,13 +80,13 @@ class Instance:
         self,
         config: Config,
         identity: InstanceIdentity,
-        executor: TorchExecutor | RealTimeSimulatedExecutor,
+        engine: SteppedEngine,
+        holder: KvHolder,
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._executor = executor
-        inprocess.offer(executor.pool)
-        self._blocks = BlockServer(executor.pool, config.cluster.bind_host)
-        engine = InProcessEngine(executor, config.engine, swap=config.swap)
+        self._holder = holder
+        inprocess.offer(holder.pool)
+        self._blocks = BlockServer(holder.pool, config.cluster.bind_host)
         engine.configure(config.scheduler)
 
         def make_agent(address: str) -> Agent:
@@ -66,8 +97,8 @@ class Instance:
                 role=starting_role(config.cluster, identity.instance_id),
                 model=served_name(config.engine, config.frontend.served_model_name),
                 max_model_len=engine.max_model_len,
-                kv_layout=executor.kv_layout,
-                kv_endpoint=kv_endpoint(executor.pool, self._blocks.address),
+                kv_layout=holder.kv_layout,
+                kv_endpoint=kv_endpoint(holder.pool, self._blocks.address),
             )
             return Agent(
                 hello, engine, config.migration, config.cluster.report_interval_s, identity.manager_address
@@ -77,7 +108,7 @@ class Instance:
             config,
             engine=engine,
             make_agent=make_agent,
-            readers=Readers(executor.pool, config.migration),
+            readers=Readers(holder.pool, config.migration),
             on_failure=on_failure,
         )
 
@@ -85,8 +116,8 @@ class Instance:
         """Stop serving, then give the memory up."""
         await self.server.close()
         self._blocks.close()
-        inprocess.withdraw(self._executor.pool)
-        self._executor.close()
+        inprocess.withdraw(self._holder.pool)
+        self._holder.close()
 
 
 def kv_endpoint(pool: KvPool, address: str) -> KvEndpoint:
@@ -100,7 +131,6 @@ async def make_instance(
     config: Config, identity: InstanceIdentity, on_failure: Callable[[BaseException], None]
 ) -> Instance:
     """Load the model off the loop, then put the instance together on it. Raises ConfigurationError."""
-    executor = await asyncio.to_thread(
-        build_executor, config, f"{identity.instance_id}-{identity.incarnation}"
-    )
-    return Instance(config, identity, executor, on_failure)
+    pool_name = f"{identity.instance_id}-{identity.incarnation}"
+    engine, holder = await asyncio.to_thread(build_engine, config, pool_name)
+    return Instance(config, identity, engine, holder, on_failure)

@@ -20,7 +20,7 @@ from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError, LlumnixError, TransportError
 from llumnix.core.messages.control import KvEndpoint
 from llumnix.instance.agent import Agent, CloseReader, StartRead
-from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.engine import SteppedEngine
 from llumnix.migration.transports.base import BlockReader, ReaderFactory, ReadStats
 from llumnix.runtime.bus import Bus
 
@@ -57,7 +57,7 @@ class InstanceServer:
         self,
         config: Config,
         *,
-        engine: InProcessEngine,
+        engine: SteppedEngine,
         make_agent: Callable[[str], Agent],
         readers: ReaderFactory,
         on_failure: Callable[[BaseException], None],

@@ -4,6 +4,8 @@ from llumnix.api.backend import ModelInfo
 from llumnix.core.config import EngineConfig
 from llumnix.instance.model_loader import read_model_folder, resolve_model
 from llumnix.instance.simulated_executor import EOS_TOKEN, MAX_MODEL_LEN_DEFAULT, VOCAB_SIZE
+from llumnix.instance.vllm_arguments import check_version, parse_arguments
+from llumnix.instance.vllm_model import read_facts
 
 SIMULATED_NAME = "simulated"
 
@@ -21,6 +23,13 @@ def model_info(config: EngineConfig, served_model_name: str = "", longest: int =
     if config.kind == "simulated":
         limit = longest or config.max_model_len or MAX_MODEL_LEN_DEFAULT
         return ModelInfo(name, limit, "", (EOS_TOKEN,), VOCAB_SIZE)
+    if config.kind == "vllm":
+        check_version()
+        parse_arguments(config.engine_args)
+        path = resolve_model(config.model)
+        facts = read_facts(path)
+        limit = longest or config.max_model_len or facts.max_model_len
+        return ModelInfo(name, limit, str(path), tuple(sorted(facts.eos_token_ids)), facts.vocab_size)
     folder = read_model_folder(resolve_model(config.model))
     limit = longest or folder.config.usable_len(config.max_model_len)
     return ModelInfo(

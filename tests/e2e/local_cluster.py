@@ -68,15 +68,17 @@ class LocalCluster:
         instance = self.instances[instance_id] = await make_instance(self.config, identity, _fail)
         instance.server.start()
 
-    async def add_process(self, instance_id: str) -> None:
-        """One more, in a process of its own."""
+    async def add_process(
+        self, instance_id: str, config: Config | None = None, wait_s: float = WAIT_S
+    ) -> None:
+        """One more, in a process of its own, with settings of its own if they are given."""
         identity = InstanceIdentity(instance_id, uuid.uuid4().hex[:8], self.manager.address)
         process = multiprocessing.get_context("spawn").Process(
-            target=_run, args=(self.config, identity), daemon=True
+            target=_run, args=(config or self.config, identity), daemon=True
         )
         await asyncio.to_thread(process.start)
         self.processes[instance_id] = process
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(wait_s):
             while self.row_state(instance_id, identity.incarnation) != "serving":
                 await asyncio.sleep(0.01)
 
@@ -130,7 +132,8 @@ async def local_cluster(
     try:
         add = cluster.add_process if processes else cluster.add_instance
         await asyncio.gather(*(add(instance_id) for instance_id in instances))
-        await cluster.serving(len(instances))
+        if instances:
+            await cluster.serving(len(instances))
         yield cluster
     finally:
         await cluster.frontend.close()

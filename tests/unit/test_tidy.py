@@ -46,7 +46,7 @@ LIBRARY_HOMES = {
     "ray": r"runtime/|bench/",
     "zmq": r"runtime/bus\.py|migration/transports/zmq_",
     "torch": r"kernels/|instance/(models/|\w*executor\.py|sampler\w*\.py|kv_pool\.py|smollm2\.py"
-    r"|swap_calibration\.py)|migration/transports/|bench/",
+    r"|swap_calibration\.py|vllm_\w+\.py)|migration/transports/|bench/",
     "triton": r"kernels/",
     "vllm": r"instance/vllm_|bench/plain_vllm\.py",
     "fastapi": r"api/",

@@ -1,0 +1,199 @@
+"""vLLM's engine in this process: putting requests in, taking them out, stepping it, and asking what it holds.
+
+The only place that calls vLLM's engine. Used by VllmEngine (vllm_engine.py), whose thread it runs on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.inputs.engine import tokens_input
+from vllm.v1.request import RequestStatus as VllmStatus
+
+from llumnix.core.config import EngineConfig
+from llumnix.core.errors import ConfigurationError
+from llumnix.core.messages.control import KvLayout
+from llumnix.core.messages.serving import FinishReason, TokenLogprob
+from llumnix.instance.kv_pool import GIB, KvPool
+from llumnix.instance.model_limits import ModelLimits
+from llumnix.instance.request import Request
+from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
+from llumnix.instance.vllm_launch import start_vllm
+from llumnix.instance.vllm_model import end_tokens
+from llumnix.instance.vllm_sampling import vllm_params
+
+REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+@dataclass(slots=True, eq=False)
+class Entered:
+    """A request that vLLM holds. ``live`` is vLLM's own object for it. ``importing``: its KV is in the pool
+    and vLLM has not taken it in yet."""
+
+    request: Request
+    name: str
+    vllm_id: str
+    live: Any
+    importing: bool
+    preemptions: int = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether it is in vLLM's batch."""
+        return bool(self.live.status == VllmStatus.RUNNING)
+
+    @property
+    def computed(self) -> int:
+        """How many of its tokens have KV in vLLM."""
+        return int(self.live.num_computed_tokens) if self.running else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """New tokens of a request. ``logprobs`` is empty or as long as ``tokens``."""
+
+    entered: Entered
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    reason: FinishReason | None
+
+
+class VllmCore:
+    """See the module. ``limits`` count in our block size. Raises ConfigurationError if vLLM does not
+    start."""
+
+    def __init__(self, config: EngineConfig, pool_name: str) -> None:
+        self._pool_name = pool_name
+        self._staging_gib = config.staging_gib
+        self.exchange = Exchange(self._make_pool)
+        offer(pool_name, self.exchange)
+        try:
+            self._vllm = start_vllm(config, pool_name)
+        except ConfigurationError:
+            withdraw(pool_name)
+            raise
+        self.entered: dict[str, Entered] = {}
+        self._by_name: dict[str, Entered] = {}
+        self._names = 0
+        self._eos = end_tokens(self._vllm.vllm_config.model_config.model)
+        self.block_size = self.exchange.copier.shape.block_size
+        self._blocks = self.exchange.copier.shape.blocks - 1  # vLLM never gives out one of them
+        size = config.block_size
+        longest = int(self._vllm.vllm_config.model_config.max_model_len)
+        self.limits = ModelLimits(
+            capacity_blocks=self._blocks * self.block_size // size,
+            block_size=size,
+            max_model_len=min(longest, self._blocks * self.block_size),
+            vocab_size=int(self._vllm.vllm_config.model_config.get_vocab_size()),
+            eos_token_ids=self._eos,
+        )
+        self.batch_max = int(self._vllm.vllm_config.scheduler_config.max_num_seqs)
+
+    def close(self) -> None:
+        """Shut vLLM down and give the pool up."""
+        self._vllm.engine_core.shutdown()
+        withdraw(self._pool_name)
+        self.exchange.pool.close()
+
+    # Requests.
+
+    def enter(self, request: Request, pool_blocks: Sequence[int] = (), computed: int = 0) -> Entered:
+        """Give vLLM a request; the KV of its first ``computed`` tokens lies in ``pool_blocks``, which must
+        stay until ``importing`` has ended."""
+        self._names += 1
+        name = str(self._names)
+        vllm_id = self._vllm.add_request(
+            name,
+            tokens_input(list(request.tokens)),
+            vllm_params(request, self._eos),
+            arrival_time=request.arrived_at,
+            priority=-request.execution_priority,
+        )
+        entered = Entered(request, name, vllm_id, self.exchange.live[vllm_id], computed > 0)
+        if computed:
+            self.exchange.imports[vllm_id] = Import(tuple(pool_blocks), computed)
+        self.entered[request.request_id] = self._by_name[name] = entered
+        return entered
+
+    def leave(self, entered: Entered) -> None:
+        """Take a request out of vLLM, which frees its blocks there."""
+        self._vllm.abort_request([entered.name])
+        self._forget(entered)
+
+    def step(self) -> list[Produced]:
+        """One step of vLLM."""
+        torch.get_num_threads()  # has this thread go by the number set, which vLLM's kernels insist on
+        produced = []
+        for output in self._vllm.step():
+            entered = self._by_name.get(output.request_id)
+            if entered is None:
+                continue
+            completion = output.outputs[0]
+            reason = REASONS.get(completion.finish_reason, FinishReason.ABORT) if output.finished else None
+            logprobs = tuple(_logprobs(completion, entered.request.sampling.logprobs))
+            produced.append(Produced(entered, tuple(completion.token_ids), logprobs, reason))
+            if reason is not None:
+                self._forget(entered)
+        return produced
+
+    @property
+    def scheduled_tokens(self) -> int:
+        """Tokens computed in the last step."""
+        return self.exchange.scheduled_tokens
+
+    def taken_in(self) -> list[Entered]:
+        """Requests whose KV vLLM has taken in since this was last asked."""
+        done = [one for one in self.entered.values() if one.importing and one.running]
+        for one in done:
+            self._imported(one)
+        return done
+
+    def preempted(self) -> list[Entered]:
+        """Requests whose KV vLLM has given up since this was last asked."""
+        hit = [one for one in self.entered.values() if one.live.num_preemptions > one.preemptions]
+        for one in hit:
+            one.preemptions = one.live.num_preemptions
+        return hit
+
+    # Room, in tokens that whole blocks of vLLM hold.
+
+    @property
+    def used_tokens(self) -> int:
+        """What vLLM has given out."""
+        return (self._blocks - self.exchange.free_blocks()) * self.block_size
+
+    def free_tokens(self) -> int:
+        """What is left once everything that vLLM holds has its known tokens computed."""
+        coming = 0
+        for one in self.entered.values():
+            held = len(self.exchange.blocks_of(one.vllm_id))
+            coming += max(0, -(-len(one.request.tokens) // self.block_size) - held)
+        return (self.exchange.free_blocks() - coming) * self.block_size
+
+    def rounded(self, tokens: int) -> int:
+        """Tokens that the blocks for so many hold."""
+        return -(-tokens // self.block_size) * self.block_size
+
+    def _forget(self, entered: Entered) -> None:
+        self._imported(entered)
+        del self._by_name[entered.name]
+        del self.entered[entered.request.request_id]
+
+    def _imported(self, entered: Entered) -> None:
+        entered.importing = False
+        self.exchange.imports.pop(entered.vllm_id, None)
+
+    def _make_pool(self, layout: KvLayout) -> KvPool:
+        """The pool that peers read and requests come in through, of ``staging_gib``, in host memory."""
+        blocks = int(self._staging_gib * GIB) // replace(layout, blocks=1).block_bytes
+        return KvPool(replace(layout, blocks=blocks), self._pool_name, torch.device("cpu"))
+
+
+def _logprobs(completion: Any, most: int) -> Iterator[TokenLogprob]:
+    """vLLM's log probabilities of new tokens: of the chosen one, which it always reports, and of the ``most``
+    likeliest."""
+    for token, row in zip(completion.token_ids, completion.logprobs or ()):
+        ranked = sorted(row.items(), key=lambda item: item[1].rank)
+        top = tuple((other, one.logprob) for other, one in ranked if one.rank <= most)
+        yield TokenLogprob(row[token].logprob, top)

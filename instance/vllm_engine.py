@@ -1,0 +1,163 @@
+"""The Engine protocol over an unpatched vLLM engine in this process.
+
+Who decides what: our queue orders admission (scheduling priority, tenant fairness, arrival, as with our own
+engine) and hands vLLM a request only when its KV fits; from then on vLLM schedules, chunks, batches and
+preempts, by its own priority scheduling, whose scale is the other way round. So a request is in one place
+only: waiting here, in vLLM, or taken out by a migration.
+
+A request leaves vLLM by being aborted there once its KV is in the pool (vllm_staging.py), and enters it,
+moved in or put back, as prompt + generated tokens whose KV the connector loads. Counts of blocks are told in
+our block size, so that instances of different engines compare. Methods are called between steps only, by
+the engine thread (runtime/instance_server.py); see engine.py for their contracts.
+"""
+
+from dataclasses import replace
+
+from llumnix.core.config import EngineConfig
+from llumnix.core.errors import InvariantError
+from llumnix.core.messages.serving import RejectCode, RequestSpec
+from llumnix.core.views import SelectionPolicy
+from llumnix.instance.engine import MovableState, SubmitRefusal
+from llumnix.instance.request import Request
+from llumnix.instance.vllm_requests import VllmRequests
+
+GROWTH_BLOCKS = 4
+"""Blocks kept in the pool for what a request generates while it moves; more are taken if there are."""
+
+
+class VllmEngine(VllmRequests):
+    """See the module. Raises ConfigurationError if vLLM does not start."""
+
+    def __init__(
+        self, config: EngineConfig, pool_name: str, selection: SelectionPolicy | None = None
+    ) -> None:
+        super().__init__(config, pool_name, selection)
+        self._leaving: set[str] = set()
+
+    # A migration's source.
+
+    def begin_move(self, request_id: str) -> str:
+        if not self._staged(request_id):
+            return "the pool that peers read has no room for its KV"
+        self._leaving.add(request_id)
+        return ""
+
+    def end_move(self, request_id: str) -> None:
+        self._leaving.discard(request_id)
+        if self._staging.moving(request_id):
+            self._staging.stop(request_id)
+
+    def movable(self, request_id: str) -> MovableState | None:
+        request, entered = self._requests.get(request_id), self._core.entered.get(request_id)
+        if request is None or request_id in self._taken_out or (entered is not None and entered.importing):
+            return None
+        computed = entered.computed if entered is not None else 0
+        blocks: tuple[int, ...] = ()
+        full = computed // self._limits.block_size
+        copied = full
+        if entered is not None and computed and request_id in self._leaving:
+            if not self._staged(request_id):
+                return None
+            found = self._staging.copied(request_id, entered.vllm_id, computed)
+            if found is None:
+                return None
+            blocks, copied = found[0], found[1] // self._limits.block_size
+        return MovableState(
+            waiting=computed == 0,
+            blocks=blocks,
+            full_blocks=copied,
+            computed_tokens=computed,
+            known_tokens=len(request.tokens),
+            kv_version=request.kv_version,
+            lagging=copied < full,
+        )
+
+    def spec_of(self, request_id: str, now: float) -> RequestSpec:
+        return self._held(request_id).to_spec(now)
+
+    def take_out(self, request_id: str) -> MovableState:
+        request, state = self._held(request_id), self.movable(request_id)
+        if state is None:
+            raise InvariantError(f"request {request_id} is taken out already")
+        entered = self._core.entered.get(request_id)
+        blocks: tuple[int, ...] = ()
+        if entered is None:
+            self._waiting.remove(request)
+        else:
+            if state.computed_tokens:
+                blocks = self._staging.finish(request_id, entered.vllm_id, state.computed_tokens)
+            self._core.leave(entered)
+        request.computed_tokens = state.computed_tokens
+        self._taken_out[request_id] = blocks
+        return replace(state, blocks=blocks)
+
+    def put_back(self, request_id: str, epoch: int) -> None:
+        """One that was aborted or replaced meanwhile stays so."""
+        blocks = self._taken_out.pop(request_id, None)
+        if blocks is None:
+            return
+        request = self._requests[request_id]
+        request.epoch = epoch
+        if blocks:
+            self._core.enter(request, blocks, request.computed_tokens)
+        else:
+            self._waiting.push(request)
+
+    def release(self, request_id: str) -> None:
+        """One that was aborted or replaced meanwhile stays so."""
+        if request_id in self._taken_out:
+            self._forget(self._requests[request_id])
+
+    def _staged(self, request_id: str) -> bool:
+        """Have the pool keep room for a request's KV if it has any. False: there is none."""
+        entered = self._core.entered.get(request_id)
+        if entered is None or not entered.computed or self._staging.moving(request_id):
+            return True
+        tokens = len(entered.request.tokens) + GROWTH_BLOCKS * self._limits.block_size
+        return self._staging.begin(request_id, tokens)
+
+    def _held(self, request_id: str) -> Request:
+        request = self._requests.get(request_id)
+        if request is None:
+            raise InvariantError(f"request {request_id} is not held here")
+        return request
+
+    # A migration's target.
+
+    def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
+        """Needs room in the pool and in vLLM; a new reservation also needs a batch slot."""
+        staging = self._staging.blocks
+        held = staging.reserved(migration_id)
+        if blocks > held:
+            if (blocks - held) * self._limits.block_size > self._room() - self._core.block_size:
+                return None
+            if held == 0 and not self._has_slot():
+                return None
+        return staging.reserve(migration_id, blocks)
+
+    def cancel_reservation(self, migration_id: str) -> None:
+        self._staging.blocks.cancel(migration_id)
+
+    def adopt(
+        self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float
+    ) -> SubmitRefusal | None:
+        """Pool blocks are freed once vLLM has taken their KV in."""
+        refusal = self._refusal(spec)
+        if refusal is not None:
+            return refusal
+        if computed_tokens == 0:
+            refusal = self._queue_refusal(spec)
+            if refusal is None:
+                self._staging.blocks.cancel(migration_id)
+                self._enqueue(self._take(spec, now))
+            return refusal
+        room = self._staging.blocks.reserved(migration_id) * self._limits.block_size
+        known = len(spec.prompt_tokens) + len(spec.output_tokens)
+        if not 0 < computed_tokens < known or computed_tokens > room:
+            reason = f"KV of {computed_tokens} of {known} tokens cannot lie in room for {room}"
+            return SubmitRefusal(RejectCode.INVALID, reason)
+        request = self._take(spec, now)
+        self._new_kv(request)
+        blocks = self._staging.adopt(migration_id, request.request_id, computed_tokens)
+        self._core.enter(request, blocks, computed_tokens)
+        return None

@@ -1,0 +1,85 @@
+"""What the engine adapter and the connector inside vLLM tell each other. Both live in one process and take
+turns: the connector's scheduler side writes while vLLM schedules, its worker side while it computes, the
+engine between steps. vLLM makes the connector itself and hands it nothing but settings, so the two meet here
+by name.
+
+Bounded: ``live`` and ``imports`` hold requests that vLLM holds, ``loads`` those of one step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llumnix.core.errors import InvariantError
+from llumnix.instance.kv_pool import KvPool
+from llumnix.instance.vllm_layout import KvCopier
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """KV that waits in the pool for a request that vLLM has been given: of its first ``tokens`` tokens."""
+
+    pool_blocks: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An import that vLLM has found room for: tokens from ``first`` on, to a request's ``blocks``."""
+
+    source: Import
+    blocks: tuple[int, ...]
+    first: int
+
+
+@dataclass(eq=False)
+class Exchange:
+    """``live`` are vLLM's own request objects by its ids, to be read only. ``free_blocks`` and ``blocks_of``
+    ask its block pool. ``make_pool`` is called once the shape of the KV is known."""
+
+    make_pool: Callable[[Any], KvPool]
+    live: dict[str, Any] = field(default_factory=dict)
+    imports: dict[str, Import] = field(default_factory=dict)
+    scheduled_tokens: int = 0
+    free_blocks: Callable[[], int] = lambda: 0
+    blocks_of: Callable[[str], Sequence[int]] = lambda vllm_id: ()
+    _pool: KvPool | None = None
+    _copier: KvCopier | None = None
+
+    @property
+    def pool(self) -> KvPool:
+        """The pool that peers read."""
+        if self._pool is None:
+            raise InvariantError("vLLM has not told about its KV yet")
+        return self._pool
+
+    @property
+    def copier(self) -> KvCopier:
+        """The way in and out of vLLM's KV."""
+        if self._copier is None:
+            raise InvariantError("vLLM has not told about its KV yet")
+        return self._copier
+
+    def ready(self, pool: KvPool, copier: KvCopier) -> None:
+        """vLLM has its KV."""
+        self._pool, self._copier = pool, copier
+
+
+_exchanges: dict[str, Exchange] = {}
+
+
+def offer(name: str, exchange: Exchange) -> None:
+    """Let the connector of the engine that is about to start find its exchange."""
+    _exchanges[name] = exchange
+
+
+def find(name: str) -> Exchange:
+    """The exchange offered under this name."""
+    if name not in _exchanges:
+        raise InvariantError(f"no engine of this process offers the exchange {name}")
+    return _exchanges[name]
+
+
+def withdraw(name: str) -> None:
+    """The engine has ended."""
+    _exchanges.pop(name, None)

@@ -1,0 +1,105 @@
+"""Starts vLLM inside this process, with the settings that Llumnix needs and the user's own arguments beside
+them. vLLM allows one engine per process. Called by the engine adapter (vllm_core.py).
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Final
+
+import torch
+
+from llumnix.core.config import EngineConfig
+from llumnix.core.errors import ConfigurationError
+from llumnix.instance.kv_pool import GIB
+from llumnix.instance.model_loader import resolve_model
+from llumnix.instance.vllm_arguments import check_version, parse_arguments
+
+ENVIRONMENT: Final = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler must be in this process
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor speaks the first one's language
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several instances share a machine's cores
+}
+DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+STARTING_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, AssertionError, MemoryError)
+ERROR_CHARS_MAX: Final = 500
+NULL_BLOCKS: Final = 1
+"""Blocks of its pool that vLLM never gives out."""
+
+
+def start_vllm(config: EngineConfig, exchange_name: str) -> Any:
+    """A vLLM engine of its own for this process. Raises ConfigurationError, in one line, with the reason why
+    there is none."""
+    check_version()
+    given = parse_arguments(config.engine_args)
+    model = str(resolve_model(config.model))
+    _prepare_process(config)
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name in given:
+        if name not in known:
+            raise ConfigurationError(f"engine_args: vLLM has no argument {name}")
+    arguments = {**_arguments(config, model, exchange_name, given), **given}
+    return _in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+
+
+def _arguments(
+    config: EngineConfig, model: str, exchange_name: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(
+        kv_connector="LlumnixConnector",
+        kv_connector_module_path="llumnix.instance.vllm_connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "llumnix_exchange": exchange_name,
+            "llumnix_block_size": config.block_size,
+        },
+    )
+    arguments = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len or None,
+        "max_num_seqs": config.batch_max,
+        "max_num_batched_tokens": config.step_tokens_max,
+        "gpu_memory_utilization": config.gpu_memory_share,
+        "scheduling_policy": "priority",
+        "async_scheduling": False,
+        "distributed_executor_backend": "uni",
+        "logits_processors": ["llumnix.instance.vllm_sampling:LlumnixLogitsProcessor"],
+        "kv_transfer_config": connector,
+        "disable_log_stats": True,
+    }
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_gib * GIB)
+    if config.kv_blocks:
+        size = int(given.get("block_size", 16 if on_gpu else 128))
+        arguments["block_size"] = size
+        arguments["num_gpu_blocks_override"] = -(-config.kv_blocks * config.block_size // size) + NULL_BLOCKS
+    return arguments
+
+
+def _prepare_process(config: EngineConfig) -> None:
+    """What vLLM reads from the environment. It concerns this process alone, which runs nothing else."""
+    os.environ.update(ENVIRONMENT)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+        torch.set_num_threads(config.threads)
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+
+
+def _in_one_line(make: Callable[[], Any]) -> Any:
+    """vLLM refuses settings, models and memory with several kinds of error."""
+    try:
+        return make()
+    except STARTING_ERRORS as error:
+        text = " ".join(str(error).split())[:ERROR_CHARS_MAX] or type(error).__name__
+        raise ConfigurationError(f"vLLM did not start: {text}") from error

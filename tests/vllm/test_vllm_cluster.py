@@ -1,0 +1,159 @@
+"""Two instances over real vLLM, and one beside an instance of our own engine: what a moved, drained or
+orphaned request says is what it would have said."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from local_cluster import LocalCluster, local_cluster, simulated_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llumnix.api.backend import StreamCall
+from llumnix.core.admin import MigrationResult
+from llumnix.core.config import Config, EngineConfig
+from llumnix.core.messages.control import MigrationOutcome
+from llumnix.core.sampling import SamplingParams
+from llumnix.instance.model_loader import resolve_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+START_S = 180.0
+NEW_TOKENS = 40
+PROMPTS = 20
+TEXT = "The river ran past the old mill and nobody in the village could say why it had "
+
+
+def engine(kind: str, block_size: int) -> EngineConfig:
+    return EngineConfig(
+        kind=kind,
+        model="smollm2",
+        device="cpu",
+        dtype="float32",
+        kv_blocks=400,
+        step_tokens_max=256,
+        threads=1,
+        max_model_len=1024,
+        staging_gib=0.1,
+        engine_args=f"enforce_eager=true;block_size={block_size}" if kind == "vllm" else "",
+    )
+
+
+def settings(kind: str = "vllm", block_size: int = 32) -> Config:
+    config = simulated_config()
+    return replace(
+        config,
+        engine=engine(kind, block_size),
+        migration=replace(config.migration, answer_timeout_s=5.0, reservation_s=15.0),
+    )
+
+
+@asynccontextmanager
+async def cluster_of(*configs: Config) -> AsyncIterator[LocalCluster]:
+    async with local_cluster(configs[0], instances=()) as cluster:
+        await asyncio.gather(
+            *(cluster.add_process(f"i{n}", config, START_S) for n, config in enumerate(configs))
+        )
+        await cluster.serving(len(configs))
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[tuple[int, ...]]:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smollm2"))
+    return [tuple(tokenizer((TEXT * 6)[: 12 + 20 * n])["input_ids"]) for n in range(PROMPTS)]
+
+
+async def one(cluster: LocalCluster, name: str, prompt: Sequence[int], **sampling: Any) -> tuple[int, ...]:
+    params = SamplingParams(**{"max_tokens": NEW_TOKENS, "ignore_eos": True, "seed": 5, **sampling})
+    stream = cluster.frontend.open(StreamCall(name, tuple(prompt), params))
+    return tuple([token async for chunk in stream for token in chunk.tokens])
+
+
+async def all_of(
+    cluster: LocalCluster, name: str, prompts: Sequence[Sequence[int]], *, moving: bool, **sampling: Any
+) -> tuple[list[tuple[int, ...]], int]:
+    """All prompts at once; with ``moving``, running requests go to the other instance again and again.
+    Returns outputs and committed migrations."""
+    outputs = asyncio.gather(
+        *(one(cluster, f"{name}{n}", prompt, seed=n, **sampling) for n, prompt in enumerate(prompts))
+    )
+    committed = 0
+    while moving and not outputs.done():
+        rows = [row for row in await cluster.manager.requests() if row.output_tokens > 0]
+        results = await asyncio.gather(
+            *(
+                cluster.manager.migrate(row.request_id, "i1" if row.instance_id == "i0" else "i0")
+                for row in rows[:4]
+            )
+        )
+        moved = [result for result in results if isinstance(result, MigrationResult)]
+        committed += sum(result.outcome is MigrationOutcome.COMMITTED for result in moved)
+        await asyncio.sleep(0.02)
+    return await outputs, committed
+
+
+def likeliest(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What greedy decoding gives in each place of the outputs, by the reference implementation."""
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=torch.float32).eval()
+    found = []
+    with torch.inference_mode():
+        for prompt, output in zip(prompts, outputs, strict=True):
+            scores = model(torch.tensor([[*prompt, *output]])).logits[0]
+            found.append(tuple(scores[len(prompt) - 1 : -1].argmax(dim=-1).tolist()))
+    return found
+
+
+@pytest.mark.asyncio
+async def test_moved_requests_say_the_same_with_different_block_sizes(prompts: Any) -> None:
+    async with cluster_of(settings(block_size=32), settings(block_size=64)) as cluster:
+        greedy, committed = await all_of(cluster, "g", prompts, moving=True, temperature=0.0)
+        assert committed >= 4
+        await cluster.idle()
+        few = prompts[:6]
+        drawn = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "presence_penalty": 0.3}
+        still, _ = await all_of(cluster, "s", few, moving=False, **drawn)
+        moved, committed = await all_of(cluster, "m", few, moving=True, **drawn)
+        assert committed >= 2
+        assert moved == still
+        await cluster.idle()
+    assert greedy == likeliest(prompts, greedy)
+
+
+@pytest.mark.asyncio
+async def test_a_mixed_cluster_moves_requests_across_engines(prompts: Any) -> None:
+    async with cluster_of(settings("vllm"), settings("torch")) as cluster:
+        outputs, committed = await all_of(cluster, "x", prompts[:12], moving=True, temperature=0.0)
+        await cluster.idle()
+    assert committed >= 4
+    assert outputs == likeliest(prompts[:12], outputs)
+
+
+@pytest.mark.asyncio
+async def test_drained_aborted_and_killed(prompts: Any) -> None:
+    async with cluster_of(settings(), settings()) as cluster:
+        running = asyncio.gather(
+            *(one(cluster, f"d{n}", prompt, temperature=0.0) for n, prompt in enumerate(prompts[:6]))
+        )
+        gone = asyncio.ensure_future(one(cluster, "gone", prompts[0], max_tokens=600, temperature=0.0))
+        while not any(row.output_tokens for row in await cluster.manager.requests()):
+            await asyncio.sleep(0.05)
+        cluster.manager.set_draining("i0", True)
+        while any(row.instance_id == "i0" for row in await cluster.manager.requests()):
+            await asyncio.sleep(0.05)
+        gone.cancel()
+        drained = await running
+        await cluster.idle()
+        cluster.manager.set_draining("i0", False)
+        orphans = asyncio.gather(
+            *(one(cluster, f"k{n}", prompt, temperature=0.0) for n, prompt in enumerate(prompts[:6]))
+        )
+        while not any(row.output_tokens > 3 for row in await cluster.manager.requests()):
+            await asyncio.sleep(0.05)
+        cluster.kill("i1")
+        assert await orphans == drained
+        await cluster.idle()
+    assert drained == likeliest(prompts[:6], drained)
