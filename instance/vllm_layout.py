@@ -40,8 +40,8 @@ Factors = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Keys, or values, of a layer: where they begin in it, the strides of blocks and heads, and how tokens and
-    dimensions lie within. Strides and offsets in elements; all layers are alike."""
+    """Keys, or values, of a layer: where they begin in it, the strides of blocks and heads, and how tokens
+    and dimensions lie within. Strides and offsets in elements; all layers are alike."""
 
     offset: int
     block_stride: int

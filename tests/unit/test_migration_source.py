@@ -7,7 +7,7 @@ import pytest
 from engine_driving import run_out, small_engine, spec, step
 from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, order, pace, running, sent_to
 
-from llumnix.core.config import MigrationConfig
+from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX
 from llumnix.core.errors import ProtocolError
@@ -27,7 +27,9 @@ from llumnix.core.messages.migration import (
     StageCopied,
 )
 from llumnix.core.messages.serving import Abort, Moved
+from llumnix.instance.engine import MovableState
 from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.simulated_executor import SimulatedExecutor
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
 from llumnix.migration.source import ASKS_MAX, ENDED, TRANSITIONS, SourceMigration, SourceState
 
@@ -359,3 +361,37 @@ def test_what_has_ended_takes_nothing_more() -> None:
     assert set(TRANSITIONS) == set(SourceState) - set(ENDED)
     with pytest.raises(ProtocolError):
         migration.handle(RESERVED, 9.0)
+
+
+class LaggingEngine(InProcessEngine):
+    """Keeps its KV elsewhere: blocks are in the pool that peers read only once ``there`` says so."""
+
+    there = 0
+
+    def movable(self, request_id: str) -> MovableState | None:
+        state = super().movable(request_id)
+        if state is None or state.full_blocks <= self.there:
+            return state
+        return replace(state, full_blocks=self.there, lagging=True)
+
+
+def test_blocks_that_are_not_in_the_pool_yet_are_waited_for_while_the_request_runs() -> None:
+    config = EngineConfig(kind="simulated", block_size=4, kv_blocks=64)
+    engine = LaggingEngine(SimulatedExecutor(config), config)
+    running(engine, prompt_len=16, steps=4)
+    migration, _ = begun(engine)
+    assert migration.handle(RESERVED, 1.0) == []
+    assert migration.state is SourceState.COPYING
+    step(engine)
+    assert migration.handle(StepEnded(), 1.1) == []
+    assert migration.handle(Reserved("m", 15.0), 1.1) == []
+    engine.there = 3
+    step(engine)
+    (first,) = messages(migration.handle(StepEnded(), 1.2))
+    assert isinstance(first, CopyStage)
+    assert len(first.source_blocks) == 3
+    engine.there = 64
+    migration.handle(StageCopied("m", 1, 0.1), 1.3)
+    assert migration.state in (SourceState.COPYING, SourceState.READY)
+    assert migration.handle(StageCopied("m", 1, 0.1), 1.3) == []  # a repeat counts nothing twice
+    assert migration.deadline == 1.3 + CONFIG.answer_timeout_s
