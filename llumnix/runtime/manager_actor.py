@@ -183,7 +183,7 @@ class ManagerActor:
 
     async def _start_instance(self, instance_id: str) -> str:
         """Start one and wait until it serves. Returns the reason in one line if it cannot."""
-        needs_gpu = self._config.engine.kind == "torch" and self._config.engine.device != "cpu"
+        needs_gpu = self._config.engine.kind != "simulated" and self._config.engine.device != "cpu"
         actor = RemoteInstance.options(
             name=actor_name(instance_id),
             namespace=NAMESPACE,

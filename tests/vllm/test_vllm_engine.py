@@ -1,5 +1,5 @@
-"""One real vLLM engine under the Engine protocol: requests taken out and put back, preempted, aborted, refused,
-with our sampling and with log probabilities."""
+"""One real vLLM engine under the Engine protocol: requests taken out and put back, preempted, aborted and
+refused, with our sampling and with log probabilities."""
 
 import time
 from collections.abc import Iterator
