@@ -302,13 +302,10 @@ class EngineCore:
             raise InvariantError("blocks are owned by requests that are not held")
 
     # A migration's source.
-
     def begin_move(self, request_id: str) -> str:
-        """Blocks are in the pool that peers read already."""
-        return ""
+        return ""  # its blocks are where peers read
 
-    def end_move(self, request_id: str) -> None:
-        """Nothing was kept for it."""
+    def end_move(self, request_id: str) -> None: ...
 
     def movable(self, request_id: str) -> MovableState | None:
         request = self._requests.get(request_id)

@@ -84,6 +84,7 @@ class VllmCore:
         self.limits = ModelLimits(
             capacity_blocks=self._blocks * self.block_size // size,
             block_size=size,
+            block_bytes=self.exchange.pool.layout.block_bytes,
             max_model_len=min(longest, self._blocks * self.block_size),
             vocab_size=int(self._vllm.vllm_config.model_config.get_vocab_size()),
             eos_token_ids=self._eos,

@@ -5,7 +5,7 @@ protocol but for migrations, which vllm_engine.py adds; see there for who decide
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from llumnix.core.config import EngineConfig, SchedulerConfig
+from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.control import KvLayout, MoveCandidate, RequestRow, RequestStatus, TenantTotals
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
@@ -13,6 +13,7 @@ from llumnix.instance.engine import EngineLoad, StepResult, SubmitRefusal
 from llumnix.instance.finished_outputs import FinishedOutputs
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.move_offers import MoveOffers
+from llumnix.instance.ranking import Ranking
 from llumnix.instance.request import Request
 from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.vllm_core import Entered, Produced, VllmCore
@@ -37,7 +38,7 @@ class VllmRequests:
         self._waiting_max = config.waiting_max
         self._offers = MoveOffers(selection)
         self._tenants = TenantCounters(SchedulerConfig())
-        self._waiting = WaitingQueue(self._limits.block_size, self._tenants.counter)
+        self._waiting = WaitingQueue(self._limits.block_size, Ranking(self._tenants, SwapConfig()))
         self._requests: dict[str, Request] = {}
         self._taken_out: dict[str, tuple[int, ...]] = {}
         self._finished = FinishedOutputs()
@@ -93,7 +94,8 @@ class VllmRequests:
         if computed:
             weight = STEP_MEAN_WEIGHT if self._step_s else 1.0
             self._step_s += weight * (ended - started - self._step_s)
-        return StepResult(deltas, tuple(finished), preempted, computed, ended - started)
+        steady = computed == len(produced) and not (finished or preempted)
+        return StepResult(deltas, tuple(finished), preempted, computed, ended - started, steady)
 
     def has_work(self) -> bool:
         return bool(self._core.entered) or self._admissible()

@@ -240,25 +240,17 @@ class SourceMigration:
         self.state = SourceState.COMMITTING
         self._wait(now)
         first_index = len(self.spec.output_tokens)
-        commit = Commit(
-            migration_id=self.order.migration_id,
-            epoch=next_hop(self.spec.epoch),
-            source_blocks=last,
-            computed_tokens=movable.computed_tokens,
-            first_index=first_index,
-            output_tokens=current.output_tokens[first_index:],
-            waited_s=current.waited_s,
-        )
+        fresh, epoch = current.output_tokens[first_index:], next_hop(self.spec.epoch)
+        where = (last, movable.computed_tokens)
+        commit = Commit(self.order.migration_id, epoch, *where, first_index, fresh, current.waited_s)
         return [self._send(commit)]
 
     def _lost_its_kv(self, movable: Movable | None, now: float) -> list[Send]:
         return self._give_up("the request has ended" if movable is None else "the request was preempted", now)
 
     def _give_up(self, reason: str, now: float) -> list[Send]:
-        return [
-            self._send(AbortMigration(self.order.migration_id, reason)),
-            *self._end(S.ABORTED, reason, now),
-        ]
+        abort = AbortMigration(self.order.migration_id, reason)
+        return [self._send(abort), *self._end(S.ABORTED, reason, now)]
 
     def _no_answer(self, event: object, now: float) -> list[Send]:
         return self._give_up(f"no answer within {self._config.answer_timeout_s:g} s, {self.state}", now)
