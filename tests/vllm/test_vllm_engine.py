@@ -3,6 +3,7 @@ refused, with our sampling and with log probabilities."""
 
 import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = tuple(range(1000, 1055))
 CAPACITY_TOKENS = 640
+EPOCHS = count(1)  # an engine remembers what has finished, and at which epoch
+ANY_EPOCH = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,10 @@ def engine() -> Iterator[VllmEngine]:
     engine.close()
 
 
-def spec(name: str, prompt: tuple[int, ...] = PROMPT, epoch: int = 1, **sampling: Any) -> RequestSpec:
+def spec(name: str, prompt: tuple[int, ...] = PROMPT, **sampling: Any) -> RequestSpec:
     params = {"max_tokens": 24, "seed": 3, "temperature": 0.0, "ignore_eos": True, **sampling}
     priority = int(name.startswith("urgent"))
-    return RequestSpec(name, epoch, "f", prompt, (), SamplingParams(**params), 0, priority)
+    return RequestSpec(name, next(EPOCHS), "f", prompt, (), SamplingParams(**params), 0, priority)
 
 
 class Run:
@@ -94,7 +97,7 @@ def test_a_refused_commit_leaves_the_request_as_it_was(engine: VllmEngine) -> No
         assert len(state.blocks) * 16 >= state.computed_tokens == state.known_tokens - 1
     assert not engine.has_work()
     for name in ("a", "b"):
-        engine.put_back(name, 1)
+        engine.put_back(name, next(EPOCHS))
         engine.end_move(name)
     assert run.out() == undisturbed
 
@@ -107,7 +110,7 @@ def test_what_is_released_or_aborted_is_gone(engine: VllmEngine) -> None:
         engine.movable(name)
     engine.take_out("a")
     engine.release("a")
-    assert engine.abort("b", 1)
+    assert engine.abort("b", ANY_EPOCH)
     engine.end_move("b")
     assert not engine.abort("c", 0)
     engine.end_move("c")
@@ -120,7 +123,7 @@ def test_a_waiting_request_moves_without_kv(engine: VllmEngine) -> None:
     run = Run(engine, spec("a"))
     state = engine.take_out("a")
     assert (state.waiting, state.blocks, state.computed_tokens) == (True, (), 0)
-    engine.put_back("a", 2)
+    engine.put_back("a", next(EPOCHS))
     assert len(run.out()["a"]) == 24
 
 
@@ -130,7 +133,7 @@ def test_preempted_requests_say_the_same_and_priorities_are_ours(engine: VllmEng
     alone = {
         name: Run(engine, spec(name, prompt, max_tokens=180)).out()[name] for name, prompt in prompts.items()
     }
-    run = Run(engine, *(spec(name, prompt, 2, max_tokens=180) for name, prompt in prompts.items()))
+    run = Run(engine, *(spec(name, prompt, max_tokens=180) for name, prompt in prompts.items()))
     assert run.out() == alone
     assert run.preempted
     assert "urgent0" not in run.preempted
@@ -138,7 +141,7 @@ def test_preempted_requests_say_the_same_and_priorities_are_ours(engine: VllmEng
 
 
 def test_stops_lengths_and_log_probabilities(engine: VllmEngine) -> None:
-    plain = Run(engine, spec("p", epoch=1)).out()["p"]
+    plain = Run(engine, spec("p")).out()["p"]
     stop = plain[5]
     cut = plain.index(stop) + 1
     run = Run(engine, spec("s", stop_token_ids=(stop,)), spec("l", logprobs=2), spec("n", logprobs=0))
