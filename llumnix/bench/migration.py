@@ -37,9 +37,15 @@ LONG_RECOMPUTE = 2048
 PairMaker = Callable[[Config, int, Heard], Pair]
 
 
-def benchmark_config(device: str, transport: str) -> Config:
+VLLM_ARGS = "load_format=dummy;enforce_eager=true;enable_prefix_caching=false"
+"""Made-up weights, a quick start; and what went away and comes back must be copied again."""
+
+
+def benchmark_config(device: str, transport: str, kind: str = "torch") -> Config:
     """The setting of the live run; the others differ in their migration leaf alone."""
     engine = EngineConfig(
+        kind=kind,
+        engine_args=VLLM_ARGS if kind == "vllm" else "",
         model="random",
         device=device,
         dtype="bfloat16",
@@ -214,6 +220,7 @@ def _parse_lengths(context: click.Context, parameter: click.Parameter, text: str
 @click.command(name="migration")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="write the results to this file")
 @click.option("--in-process", is_flag=True, help="both engines on threads of this process, no sockets")
+@click.option("--engine", "kind", type=click.Choice(["torch", "vllm"]), default="torch", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--transport", type=click.Choice(["auto", "inprocess", "shm", "zmq"]), default="auto")
 @click.option("--lengths", default=",".join(map(str, LENGTHS)), show_default=True, callback=_parse_lengths)
@@ -224,6 +231,7 @@ def _parse_lengths(context: click.Context, parameter: click.Parameter, text: str
 def command(
     json_path: Path | None,
     in_process: bool,
+    kind: str,
     device: str,
     transport: str,
     lengths: tuple[int, ...],
@@ -233,12 +241,14 @@ def command(
     """Downtime of live migration against a blocking copy and recompute, by sequence length."""
     make_pair: PairMaker
     if in_process:
+        if kind == "vllm":
+            raise click.UsageError("vLLM allows one engine per process: leave out --in-process")
         make_pair = ThreadPair
     else:
         from llumnix.bench.migration_processes import ProcessPair  # needs ZeroMQ, which --in-process does not
 
         make_pair = ProcessPair
-    config = benchmark_config(device, transport)
+    config = benchmark_config(device, transport, kind)
     try:
         report = run(config, make_pair, lengths=lengths, repeats=repeats, seed=seed)
     except LlumnixError as error:

@@ -25,6 +25,7 @@ from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint
 from llumnix.instance.agent import Agent, Effect, StartRead
 from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.torch_executor import TorchExecutor
 from llumnix.migration.transports import inprocess
@@ -126,17 +127,26 @@ def plain_copy_gb_s(size_bytes: int, device: torch.device) -> float:
     return size_bytes / statistics.median(times) / 1e9
 
 
-def make_hello(name: str, address: str, executor: TorchExecutor, blocks_address: str) -> InstanceHello:
+class PoolHolder(Protocol):
+    """Whoever owns the memory that the other instance reads."""
+
+    @property
+    def pool(self) -> KvPool: ...
+
+
+def make_hello(
+    name: str, address: str, max_model_len: int, holder: PoolHolder, blocks_address: str
+) -> InstanceHello:
     """Who an instance of this process is; its pool's name serves as incarnation."""
-    pool = executor.pool
+    pool = holder.pool
     return InstanceHello(
         instance_id=name,
         incarnation=pool.pool_name,
         address=address,
         role=InstanceRole.NEUTRAL,
         model="random",
-        max_model_len=executor.max_model_len,
-        kv_layout=executor.kv_layout,
+        max_model_len=max_model_len,
+        kv_layout=pool.layout,
         kv_endpoint=KvEndpoint(host_identity(), os.getpid(), pool.fd, pool.pool_name, blocks_address),
     )
 
@@ -191,7 +201,7 @@ class _ThreadInstance:
         self, config: Config, name: str, executor: TorchExecutor, carry: Callable[[Send], None]
     ) -> None:
         inprocess.offer(executor.pool)
-        self.hello = make_hello(name, name, executor, "")
+        self.hello = make_hello(name, name, executor.max_model_len, executor, "")
         self.readers = RecordingReaders(Readers(executor.pool, config.migration))
         self.device = executor.pool.tensor.device
         self._executor = executor

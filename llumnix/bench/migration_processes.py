@@ -1,11 +1,16 @@
 """The pair of instances as it is served in production: two processes, real sockets, shared memory. No Ray."""
 
 import asyncio
+import json
 import multiprocessing
 import os
+import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 from llumnix.bench.migration_pair import (
     MODEL,
@@ -19,12 +24,15 @@ from llumnix.core.config import Config
 from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import InstanceHello
 from llumnix.instance.agent import Agent
+from llumnix.instance.engine import SteppedEngine
 from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.torch_executor import TorchExecutor
 from llumnix.migration.transports.base import ReadStats
 from llumnix.migration.transports.factory import Readers
 from llumnix.migration.transports.zmq_server import BlockServer
 from llumnix.runtime.bus import Bus
+from llumnix.runtime.instance_factory import KvHolder
 from llumnix.runtime.instance_server import InstanceServer
 from llumnix.runtime.loop_thread import LoopThread
 
@@ -96,12 +104,42 @@ async def _close(bus: Bus) -> None:
 def _instance(pipe: Connection, config: Config, name: str, seed: int, manager_address: str) -> None:
     """What an instance's process runs."""
     pool_name = f"bench-{name}-{os.getpid()}"
-    executor = TorchExecutor.from_random(MODEL, config.engine, seed=seed, pool_name=pool_name)
-    readers = RecordingReaders(Readers(executor.pool, config.migration))
-    blocks = BlockServer(executor.pool, config.cluster.bind_host)
-    asyncio.run(_serve(pipe, config, name, manager_address, executor, readers, blocks))
+    engine, holder = _engine(config, seed, pool_name)
+    readers = RecordingReaders(Readers(holder.pool, config.migration))
+    blocks = BlockServer(holder.pool, config.cluster.bind_host)
+    asyncio.run(_serve(pipe, config, name, manager_address, engine, holder, readers, blocks))
     blocks.close()
-    executor.close()
+    holder.close()
+
+
+def _engine(config: Config, seed: int, pool_name: str) -> tuple[SteppedEngine, KvHolder]:
+    """An engine with a random model of the benchmark's shape. vLLM makes up weights for a configuration."""
+    if config.engine.kind == "vllm":
+        from llumnix.instance.vllm_engine import VllmEngine
+
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(llama_json(MODEL)))
+            vllm = VllmEngine(replace(config.engine, model=folder), pool_name)
+        return vllm, vllm
+    executor = TorchExecutor.from_random(MODEL, config.engine, seed=seed, pool_name=pool_name)
+    return InProcessEngine(executor, config.engine), executor
+
+
+def llama_json(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a Llama of this shape, for those who only read files."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.max_len,
+        "tie_word_embeddings": model.tied_embeddings,
+    }
 
 
 async def _serve(
@@ -109,15 +147,15 @@ async def _serve(
     config: Config,
     name: str,
     manager_address: str,
-    executor: TorchExecutor,
+    engine: SteppedEngine,
+    holder: KvHolder,
     readers: RecordingReaders,
     blocks: BlockServer,
 ) -> None:
-    engine = InProcessEngine(executor, config.engine)
     hellos: list[InstanceHello] = []
 
     def make_agent(address: str) -> Agent:
-        hellos.append(make_hello(name, address, executor, blocks.address))
+        hellos.append(make_hello(name, address, engine.max_model_len, holder, blocks.address))
         interval_s = config.cluster.report_interval_s
         return Agent(hellos[0], engine, config.migration, interval_s, manager_address)
 
@@ -141,6 +179,6 @@ async def _serve(
             taken, readers.stats[:] = list(readers.stats), []
             pipe.send(taken)
         else:
-            speed = await asyncio.to_thread(plain_copy_gb_s, order, executor.pool.tensor.device)
+            speed = await asyncio.to_thread(plain_copy_gb_s, order, holder.pool.tensor.device)
             pipe.send(speed)
     await server.close()
