@@ -178,6 +178,7 @@ class VllmCore:
 
     def _forget(self, entered: Entered) -> None:
         self._imported(entered)
+        self.exchange.live.pop(entered.vllm_id, None)
         del self._by_name[entered.name]
         del self.entered[entered.request.request_id]
 
