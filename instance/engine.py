@@ -182,6 +182,15 @@ class Engine(Protocol):
         ...
 
 
+class KvInPlace:
+    """The part of an engine whose KV lies where peers read it: nothing needs to be done for a move."""
+
+    def begin_move(self, request_id: str) -> str:
+        return ""
+
+    def end_move(self, request_id: str) -> None: ...
+
+
 class SteppedEngine(Engine, Protocol):
     """An engine with its model: what an engine thread runs."""
 

@@ -18,7 +18,7 @@ from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec,
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.batch import QuietStretch
 from llumnix.instance.block_manager import BlockManager
-from llumnix.instance.engine import EngineLoad, MovableState, StepResult, SubmitRefusal
+from llumnix.instance.engine import EngineLoad, KvInPlace, MovableState, StepResult, SubmitRefusal
 from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.instance.finished_outputs import FinishedOutputs
 from llumnix.instance.local_scheduler import LocalScheduler
@@ -32,7 +32,7 @@ from llumnix.instance.switching import HostMemory, Switching
 from llumnix.policies.registry import preemption_policy, selection_policy
 
 
-class EngineCore:
+class EngineCore(KvInPlace):
     """See the module. ``selection`` says which requests a load report offers to move; by default the
     cheapest; ``host`` where KV can be swapped to, None: nowhere."""
 
@@ -302,10 +302,6 @@ class EngineCore:
             raise InvariantError("blocks are owned by requests that are not held")
 
     # A migration's source.
-    def begin_move(self, request_id: str) -> str:
-        return ""  # its blocks are where peers read
-
-    def end_move(self, request_id: str) -> None: ...
 
     def movable(self, request_id: str) -> MovableState | None:
         request = self._requests.get(request_id)
