@@ -20,7 +20,7 @@ from llumnix.instance.batch import QuietStretch
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.engine import EngineLoad, KvInPlace, MovableState, StepResult, SubmitRefusal
 from llumnix.instance.executor import SampledToken, StepPlan
-from llumnix.instance.finished_outputs import FinishedOutputs
+from llumnix.instance.finished_outputs import FinishedOutputs, last_logprobs
 from llumnix.instance.local_scheduler import LocalScheduler
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.move_offers import MoveOffers
@@ -119,7 +119,7 @@ class EngineCore(KvInPlace):
             if result is None:
                 raise InvariantError(f"the executor returned {taken} tokens, too few for the plan")
             taken += 1
-            request.tokens.append(result.token)
+            request.sampled(result.token, result.logprob)
             tenants.generated(request.tenant, 1)
             generated = len(request.tokens) - request.prompt_len
             reason = self._finish_reason(request, result.token, generated)
@@ -284,12 +284,11 @@ class EngineCore(KvInPlace):
     def output_since(self, request_id: str, index: int) -> TokenDelta | None:
         request = self._requests.get(request_id)
         if request is not None:
-            tokens = tuple(request.tokens[request.prompt_len + index :])
-            return TokenDelta(request_id, request.epoch, index, tokens)
+            tokens = request.tokens[request.prompt_len + index :]
+            logprobs = last_logprobs(request.logprobs, len(tokens))
+            return TokenDelta(request_id, request.epoch, index, tuple(tokens), None, logprobs)
         ended = self._finished.get(request_id)
-        if ended is None:
-            return None
-        return TokenDelta(request_id, ended.epoch, index, tuple(ended.tokens[index:]), ended.reason)
+        return None if ended is None else ended.since(request_id, index)
 
     def check(self) -> None:
         """Raise InvariantError unless every block is accounted for and every request is in one place."""

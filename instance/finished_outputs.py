@@ -1,12 +1,14 @@
 """The outputs of lately finished requests, kept a while for frontends that missed the last delta.
 
-Bounded by count and by tokens; the oldest go first. Called by the engine core.
+Bounded by count and by tokens, where each log probability counts as one more; the oldest go first. Called by
+the engine core.
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llumnix.core.messages.serving import FinishReason
+from llumnix.core.messages.serving import FinishReason, TokenDelta, TokenLogprob
 from llumnix.instance.request import Request
 
 REQUESTS_MAX = 1024
@@ -20,6 +22,23 @@ class FinishedOutput:
     epoch: int
     tokens: "array[int]"
     reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """What it counts for: its tokens, and every log probability kept with them."""
+        return len(self.tokens) + sum(1 + len(logprob.top) for logprob in self.logprobs)
+
+    def since(self, request_id: str, index: int) -> TokenDelta:
+        """All from output ``index`` on, with the reason of its end."""
+        tokens = tuple(self.tokens[index:])
+        logprobs = last_logprobs(self.logprobs, len(tokens))
+        return TokenDelta(request_id, self.epoch, index, tokens, self.reason, logprobs)
+
+
+def last_logprobs(known: Sequence[TokenLogprob], count: int) -> tuple[TokenLogprob, ...]:
+    """Those of the last ``count`` tokens; none at all unless all are known."""
+    return tuple(known[len(known) - count :]) if 0 < count <= len(known) else ()
 
 
 class FinishedOutputs:
@@ -36,8 +55,9 @@ class FinishedOutputs:
         """Remember a request that has just ended."""
         self.drop(request.request_id)
         tokens = array("q", request.tokens[request.prompt_len :])
-        self._outputs[request.request_id] = FinishedOutput(request.epoch, tokens, reason)
-        self._tokens += len(tokens)
+        output = FinishedOutput(request.epoch, tokens, reason, tuple(request.logprobs))
+        self._outputs[request.request_id] = output
+        self._tokens += output.size
         while len(self._outputs) > REQUESTS_MAX or self._tokens > TOKENS_MAX:
             self.drop(next(iter(self._outputs)))
 
@@ -49,4 +69,4 @@ class FinishedOutputs:
         """Forget a request; an unknown one is fine."""
         output = self._outputs.pop(request_id, None)
         if output is not None:
-            self._tokens -= len(output.tokens)
+            self._tokens -= output.size

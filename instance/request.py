@@ -9,7 +9,7 @@ its KV may have been copied to.
 from dataclasses import dataclass, field
 
 from llumnix.core.messages.control import RequestRow, RequestStatus
-from llumnix.core.messages.serving import RequestSpec
+from llumnix.core.messages.serving import RequestSpec, TokenLogprob
 from llumnix.core.sampling import SamplingParams
 
 
@@ -19,7 +19,8 @@ class Request:
     migration in progress notices that what it copied no longer counts. ``charged``: its prompt is in its
     tenant's service already; what is computed again is no service. ``joined_tokens`` were computed when it
     joined the batch last. ``block_hashes``: chained hashes of its first full blocks, as far as anyone has
-    asked (host_cache.py)."""
+    asked (host_cache.py). ``logprobs``: those of the last tokens, if asked for; tokens that another instance
+    generated have none here."""
 
     request_id: str
     epoch: int
@@ -39,6 +40,7 @@ class Request:
     charged: bool = False
     joined_tokens: int = 0
     block_hashes: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @classmethod
     def from_spec(cls, spec: RequestSpec, now: float) -> "Request":
@@ -71,6 +73,12 @@ class Request:
             tenant=self.tenant,
             waited_s=max(0.0, now - self.arrived_at),
         )
+
+    def sampled(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Take in the next token."""
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
 
     def row(self, instance_id: str, now: float) -> RequestRow:
         """The request as an administrator sees it."""

@@ -249,3 +249,22 @@ def test_rows_show_running_ones_first() -> None:
     ]
     assert (rows[0].blocks, rows[0].prompt_tokens, rows[0].output_tokens, rows[0].age_s) == (2, 5, 1, 9.0)
     assert engine.load().candidates[-1].request_id == "b", "one taken out is not offered"
+
+
+def test_what_was_missed_comes_with_its_log_probabilities_if_all_are_known_here() -> None:
+    engine = small_engine()
+    sampling = SamplingParams(max_tokens=4, seed=7, logprobs=2, ignore_eos=True)
+    engine.submit(replace(spec("r"), sampling=sampling), 0.0)
+    engine.submit(replace(spec("moved"), sampling=sampling, output_tokens=(1,)), 0.0)
+    for _ in range(3):
+        engine.step(lambda: 0.0)
+    held = engine.output_since("r", 1)
+    assert held is not None
+    assert len(held.logprobs) == len(held.tokens) == 2
+    run_out(engine)
+    ended = engine.output_since("r", 1)
+    assert ended is not None
+    assert ended.logprobs[:2] == held.logprobs
+    assert len(ended.logprobs) == 3
+    assert engine.output_since("moved", 0).logprobs == ()  # type: ignore[union-attr]
+    assert len(engine.output_since("moved", 1).logprobs) == 3  # type: ignore[union-attr]
