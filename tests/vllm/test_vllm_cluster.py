@@ -138,13 +138,14 @@ async def test_drained_aborted_and_killed(prompts: Any) -> None:
         running = asyncio.gather(
             *(one(cluster, f"d{n}", prompt, temperature=0.0) for n, prompt in enumerate(prompts[:6]))
         )
-        gone = asyncio.ensure_future(one(cluster, "gone", prompts[0], max_tokens=600, temperature=0.0))
+        endless = SamplingParams(max_tokens=600, seed=1, ignore_eos=True)
+        gone = cluster.frontend.open(StreamCall("gone", prompts[0], endless))
         while not any(row.output_tokens for row in await cluster.manager.requests()):
             await asyncio.sleep(0.05)
         cluster.manager.set_draining("i0", True)
         while any(row.instance_id == "i0" for row in await cluster.manager.requests()):
             await asyncio.sleep(0.05)
-        gone.cancel()
+        await gone.cancel()
         drained = await running
         await cluster.idle()
         cluster.manager.set_draining("i0", False)

@@ -46,9 +46,9 @@ def url() -> Iterator[str]:
         assert process.wait(60) == 0
 
 
-def cli(url: str, *arguments: str) -> str:
+def cli(url: str, *arguments: str, may_fail: bool = False) -> str:
     done = subprocess.run([*COMMAND, *arguments, "--url", url], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 or may_fail, done.stdout + done.stderr
     return done.stdout
 
 
@@ -79,8 +79,9 @@ def test_a_chat_goes_on_unchanged_while_it_moves_from_vllm_to_vllm(url: str) -> 
         rows = json.loads(cli(url, "requests", "--json"))
         for row in rows:
             if row["output_tokens"] > 2:
-                target = "instance-1" if row["instance_id"] == "instance-0" else "instance-0"
-                moves += "committed" in cli(url, "migrate", row["request_id"], "--to", target, "--json")
+                target = "i1" if row["instance_id"] == "i0" else "i0"
+                order = ("migrate", str(row["request_id"]), "--to", target, "--json")
+                moves += "committed" in cli(url, *order, may_fail=True)  # it may just have ended
         time.sleep(0.05)
     client.join()
     assert moves >= 1
