@@ -52,6 +52,8 @@ bench: $(INSTALLED)
 	$(BIN)/llumnix bench migration --json out/migration.json
 	$(BIN)/llumnix bench frontend --json out/frontend.json
 	$(BIN)/llumnix bench scheduler --json out/scheduler.json
+	$(BIN)/llumnix bench swap --json out/swap.json
+	$(BIN)/llumnix bench fairness --json out/fairness.json
 	$(BIN)/llumnix bench validation --json out/validation.json
 	$(BIN)/llumnix bench live --json out/live.json
 
