@@ -19,7 +19,7 @@ from llumnix.instance.model_loader import resolve_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-NEW_TOKENS = 28
+NEW_TOKENS = 48
 TEXT = "The river ran past the old mill and nobody in the village could say why it had "
 
 
