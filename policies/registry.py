@@ -32,6 +32,7 @@ from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest
 
 ENTRY_POINT_GROUP = "llumnix.policies"
 
+NO_MOVES = "none"
 DISPATCH: dict[str, type[DispatchPolicy]] = {
     "freeness": FreenessDispatch,
     "least-requests": LeastRequests,
@@ -43,7 +44,7 @@ PAIRING: dict[str, type[PairingPolicy]] = {
     "defragment": DefragmentPairing,
     "drain": DrainPairing,
     "freeness": FreenessPairing,
-    "none": NoPairing,
+    NO_MOVES: NoPairing,
 }
 PREEMPTION: dict[str, type[PreemptionPolicy]] = {
     "cheapest": CheapestPreemption,
@@ -118,8 +119,10 @@ def scaling_policy(config: SchedulerConfig) -> ScalingPolicy:
 
 
 def relief_policy(config: SchedulerConfig) -> ReliefPolicy:
-    """The policy named by ``relief_policy``. Raises ConfigurationError."""
-    return cast(ReliefPolicy, _build("relief", config.relief_policy, RELIEF, "relieve", config))
+    """The policy named by ``relief_policy``; none where ``pairing_policy`` is none: then nothing moves by
+    itself. Raises ConfigurationError."""
+    policy = _build("relief", config.relief_policy, RELIEF, "relieve", config)
+    return NoRelief(config) if config.pairing_policy == NO_MOVES else cast(ReliefPolicy, policy)
 
 
 def roles_policy(config: SchedulerConfig) -> RolesPolicy:

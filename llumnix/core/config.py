@@ -159,7 +159,8 @@ class SchedulerConfig(Leaf):
 
     dispatch_policy: str = setting("freeness", "where new requests go: a policy's name or module:Class")
     pairing_policy: str = setting(
-        "freeness", "which instances exchange requests: a name or module:Class; none is off"
+        "freeness",
+        "which instances exchange requests: a name or module:Class; with none nothing moves by itself",
     )
     selection_policy: str = setting("cheapest", "which request an instance gives away first")
     preemption_policy: str = setting(
@@ -178,7 +179,9 @@ class SchedulerConfig(Leaf):
     )
     silent_after_s: float = setting(3.0, "reports overdue by this make an instance SILENT")
     relief_policy: str = setting(
-        "cheapest", "whether a request moves before blocks run out: cheapest, none or module:Class"
+        "cheapest",
+        "whether a request moves before blocks run out: cheapest, none or module:Class; pairing_policy none "
+        "turns this off too",
     )
     roles_policy: str = setting(
         "disaggregate", "how requests pass from prefill to decode instances: a name or module:Class"

@@ -78,7 +78,7 @@ def test_stretches_are_their_single_steps(
 def test_relief_saves_most_preemptions_where_nothing_else_moves_requests() -> None:
     preempted = {}
     for relief in ("none", "cheapest"):
-        scheduler = SchedulerConfig(pairing_policy="none", relief_policy=relief)
+        scheduler = SchedulerConfig(pairing_policy="drain", relief_policy=relief)
         config = Config(
             engine=EngineConfig(kind="simulated", kv_blocks=851),
             scheduler=scheduler,

@@ -10,10 +10,10 @@ from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MoveCandidate, Shortage
 
-NO_PAIRING = SchedulerConfig(pairing_policy="none")
+NO_ROUNDS = SchedulerConfig(pairing_policy="drain")
 
 
-def short(config: SchedulerConfig = NO_PAIRING, *, other: int = 0, loss_s: float = 0.5) -> ToyCluster:
+def short(config: SchedulerConfig = NO_ROUNDS, *, other: int = 0, loss_s: float = 0.5) -> ToyCluster:
     """ "a" reports that its blocks last ten steps of 50 ms and "v" gives way first."""
     cluster = ToyCluster(config, a=100, b=100)
     cluster.instances["a"].running.update({"u": 48, "v": 48})
@@ -60,7 +60,7 @@ def test_it_stays_where_nobody_has_room_and_the_reason_is_told_once_in_a_while()
 def test_it_stays_where_that_costs_less_or_its_copy_would_come_too_late(
     loss_s: float, copied_bytes_s: float, reason: str
 ) -> None:
-    cluster = ToyCluster(NO_PAIRING, a=100, b=100)
+    cluster = ToyCluster(NO_ROUNDS, a=100, b=100)
     cluster.instances["a"].running.update({"u": 48, "v": 48})
     cluster.report()
     relief = cluster.core._relief
@@ -71,7 +71,7 @@ def test_it_stays_where_that_costs_less_or_its_copy_would_come_too_late(
 
 
 def test_giving_way_costs_the_wait_for_another_request_to_end() -> None:
-    cluster = ToyCluster(NO_PAIRING, a=100, b=90)
+    cluster = ToyCluster(NO_ROUNDS, a=100, b=90)
     cluster.instances["a"].running.update({"u": 48, "v": 48})
     for finished in (0, 2, 4):  # two end every four seconds
         report = replace(cluster.instances["a"].report(), finished_total=finished)
@@ -85,14 +85,15 @@ def test_giving_way_costs_the_wait_for_another_request_to_end() -> None:
 
 
 def test_one_leaves_at_a_time_and_none_by_the_policy_that_does_not() -> None:
-    cluster = ToyCluster(NO_PAIRING, a=100, b=100)
+    cluster = ToyCluster(NO_ROUNDS, a=100, b=100)
     cluster.obey = False
     cluster.instances["a"].running.update({"u": 48, "v": 48})
     cluster.report()
     for _ in range(3):
         tell(cluster)
     assert len(cluster.orders) == 1
-    assert short(SchedulerConfig(pairing_policy="none", relief_policy="none")).orders == []
+    assert short(SchedulerConfig(pairing_policy="drain", relief_policy="none")).orders == []
+    assert short(SchedulerConfig(pairing_policy="none")).orders == []
 
 
 def test_migrations_that_ended_teach_what_the_next_will_take() -> None:
