@@ -80,6 +80,7 @@ def start_ray(config: Config) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # its default, 15, lets any other process slow engines
     address = config.cluster.ray_address
     if address not in ("", "auto"):
         os.environ.pop("RAY_ADDRESS", None)  # Ray would prefer it to the address it is given
