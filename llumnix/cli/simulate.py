@@ -68,7 +68,7 @@ def command(
     PRESET reruns a published experiment; faults runs --seeds small clusters in which much goes wrong, from
     --seed on, and checks every promise. Without one, options describe the workload. Settings of the
     scheduler, engines and so on are those of serve."""
-    from llumnix.cli.simulate_output import show, show_savings, write_json
+    from llumnix.cli.simulate_output import show, show_priorities, show_savings, write_json
     from llumnix.sim.runs import run_cases
 
     if preset == "faults":
@@ -79,6 +79,8 @@ def command(
     results = _with_progress(cases, lambda progress: run_cases(cases, jobs, own["seed"], progress))
     show(results)
     saved = show_savings(results) if preset == "osdi24-autoscaling" else []
+    if preset == "osdi24-priorities":
+        show_priorities(results)
     if json_file is not None:
         write_json(json_file, preset, own, results, saved)
     if plots is not None or html is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from llumnix import __version__
 from llumnix.cli.tables import Row, print_rows
 from llumnix.sim.faults import Story
+from llumnix.sim.presets import IGNORED
 from llumnix.sim.runs import Result
 from llumnix.sim.savings import BASELINE, savings
 
@@ -42,6 +43,22 @@ COLUMNS: tuple[tuple[str, Any], ...] = (
 def show(results: Sequence[Result]) -> None:
     """The table, one line a run."""
     print_rows(COLUMNS, [result.summary for result in results], "nothing was simulated")
+
+
+def show_priorities(results: Sequence[Result]) -> None:
+    """For every run with priorities, how many times shorter than without them its requests took."""
+    runs = {(one.summary["workload"], one.summary["policy"]): one.summary for one in results}
+    for (workload, policy), used in runs.items():
+        ignored = runs.get((workload, policy + IGNORED))
+        if ignored is None or not ("by_priority" in used and "by_priority" in ignored):
+            continue
+        for which in ("high", "normal"):
+            before, after = (run["by_priority"][which]["latency_s"] for run in (ignored, used))
+            shown = []
+            for kind in ("request", "prefill", "decode"):
+                mean, tail = (before[kind][point] / after[kind][point] for point in ("mean", "p99"))
+                shown.append(f"{kind} {mean:.2f} (P99 {tail:.2f})")
+            print(f"{workload}, {policy}, times shorter, {which}: {', '.join(shown)}")
 
 
 def show_savings(results: Sequence[Result]) -> list[dict[str, Any]]:

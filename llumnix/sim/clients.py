@@ -102,7 +102,7 @@ class ClientSide:
         )
         self._clients[request_id] = client
         now = self._clock.now
-        record = Record(number, now, client.prompt_len, arrival.execution_priority, arrival.tenant)
+        record = Record(number, now, client.prompt_len, arrival.high, arrival.tenant)
         self._recorder.open(request_id, record)
         if self._serving_s:
             self._clock.at(now + self._serving_s, self._call, call)

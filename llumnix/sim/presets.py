@@ -104,6 +104,9 @@ def serving(
 HIGH_SHARE, PRIORITY_RATE, PRIORITY_CVS = 0.1, 6.0, (2.0, 4.0, 6.0, 8.0)
 
 
+IGNORED = ", priorities ignored"
+
+
 def priorities(
     rates: Sequence[float], policies: Sequence[str], *, count: int, seed: int, config: Config
 ) -> list[Case]:
@@ -117,7 +120,7 @@ def priorities(
             for policy in policies or ("llumnix",):
                 ours = with_policy(config, policy)
                 cases.append(Case(policy, ours, LLAMA_7B_A10, workload))
-                cases.append(Case(f"{policy}, priorities ignored", ours, LLAMA_7B_A10, blind))
+                cases.append(Case(policy + IGNORED, ours, LLAMA_7B_A10, blind))
     return cases
 
 

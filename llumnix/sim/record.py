@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 COLUMNS = (
     *("number", "arrived_s", "first_token_s", "finished_s", "tokens", "longest_gap_s"),
-    *("preemptions", "preemption_loss_s", "migrations", "priority", "prompt_tokens", "failed"),
+    *("preemptions", "preemption_loss_s", "migrations", "high", "prompt_tokens", "failed"),
 )
 """One row per request that is over. ``longest_gap_s`` between two tokens; ``preemption_loss_s`` from the
 moments its KV was given up to its next token each time; ``failed`` 1: its client got an error."""
@@ -23,7 +23,7 @@ class Record:
     number: int
     arrived_s: float
     prompt_tokens: int
-    priority: int
+    high: bool
     tenant: str = ""
     first_token_s: float = -1.0
     last_token_s: float = -1.0
@@ -100,7 +100,7 @@ class Recorder:
             self.tenants[record.tenant] = self.tenants.get(record.tenant, 0) + record.tokens
         row = (
             *(record.number, record.arrived_s, record.first_token_s, at, record.tokens, record.longest_gap_s),
-            *(record.preemptions, record.preemption_loss_s, record.migrations, record.priority),
+            *(record.preemptions, record.preemption_loss_s, record.migrations, record.high),
             *(record.prompt_tokens, failed),
         )
         for column, value in zip(self.columns.values(), row, strict=True):

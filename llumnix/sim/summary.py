@@ -74,16 +74,17 @@ def summarize(simulation: Simulation) -> dict[str, Any]:
     result["latency_s"] = {name: spread(values) for name, values in latencies(columns).items()}
     result["preemptions"] = int(columns["preemptions"].sum())
     result["preemption_loss_s"] = _short(columns["preemption_loss_s"].mean())
-    priorities = sorted(set(columns["priority"].tolist()))
-    if len(priorities) > 1:
-        result["by_priority"] = {f"{priority:g}": _of_priority(columns, priority) for priority in priorities}
+    if 0 < columns["high"].sum() < len(columns["high"]):
+        result["by_priority"] = {
+            name: _of_priority(columns, high) for name, high in (("high", True), ("normal", False))
+        }
     if recorder.tenants:
         result["tokens_by_tenant"] = dict(sorted(recorder.tenants.items()))
     return result
 
 
-def _of_priority(columns: Mapping[str, Column], priority: float) -> dict[str, Any]:
-    chosen = {name: values[columns["priority"] == priority] for name, values in columns.items()}
+def _of_priority(columns: Mapping[str, Column], high: bool) -> dict[str, Any]:
+    chosen = {name: values[columns["high"] == high] for name, values in columns.items()}
     return {
         "requests": len(chosen["number"]),
         "latency_s": {name: spread(values) for name, values in latencies(chosen).items()},

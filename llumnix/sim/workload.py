@@ -27,7 +27,8 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request. ``turns`` follow it. ``hashes`` of its prompt's leading parts of HASHED_TOKENS tokens."""
+    """One request. ``turns`` follow it. ``hashes`` of its prompt's leading parts of HASHED_TOKENS tokens.
+    ``high``: results tell it apart as one of high priority, also where it was sent with none."""
 
     at_s: float
     prompt_tokens: int
@@ -37,6 +38,7 @@ class Arrival:
     execution_priority: int = 0
     turns: tuple[Turn, ...] = ()
     hashes: tuple[int, ...] = ()
+    high: bool = False
 
 
 class Workload(Protocol):
@@ -53,8 +55,8 @@ class Workload(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Shares of the requests by tenant and priority: ``high_share`` of them get ``high_priority`` for
-    scheduling and execution; tenants are drawn by weight."""
+    """Shares of the requests by tenant and priority: ``high_share`` of them are high and get
+    ``high_priority`` for scheduling and execution (0: like all others); tenants are drawn by weight."""
 
     high_share: float = 0.0
     high_priority: int = 1
@@ -133,7 +135,15 @@ class Synthetic:
             return
         for i in range(self.count):
             priority = self.mix.high_priority if high[i] else 0
-            yield Arrival(float(times[i]), int(prompts[i]), int(answers[i]), tenants[i], priority, priority)
+            yield Arrival(
+                at_s=float(times[i]),
+                prompt_tokens=int(prompts[i]),
+                output_tokens=int(answers[i]),
+                tenant=tenants[i],
+                scheduling_priority=priority,
+                execution_priority=priority,
+                high=bool(high[i]),
+            )
 
     def _tenants(self, rng: np.random.Generator) -> list[str]:
         if not self.mix.tenants:
@@ -176,5 +186,6 @@ class Synthetic:
                 scheduling_priority=priority,
                 execution_priority=priority,
                 turns=tuple(turns),
+                high=bool(high[first]),
             )
             begun += 1
