@@ -40,13 +40,13 @@ async def test_requests_of_killed_instances_continue_without_a_missing_or_double
                 for n in seeds
             ]
             await asyncio.sleep(0.4)
-            continued = cluster.frontend.table.stats.continued
             victim = sorted(cluster.processes)[number % 3]
             await shove(cluster, victim, rng)
             cluster.kill(victim)
             restarted = asyncio.create_task(cluster.add_process(victim))
             outputs = await asyncio.gather(*streams)
             assert outputs == [expected(tokens=TOKENS, prompt=30 + n, seed=n) for n in seeds]
-            assert cluster.frontend.table.stats.continued > continued, "the kill came too late to matter"
             await restarted
+        # In some round the victim may just have given all its requests away, but not in every one.
+        assert cluster.frontend.table.stats.continued > 0, "no kill mattered"
         await cluster.idle()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.asyncio
 async def test_a_request_leaves_before_its_instance_runs_out_of_blocks() -> None:
-    async with local_cluster(simulated_config(kv_blocks=24, step_ms=10.0)) as cluster:
+    async with local_cluster(simulated_config(kv_blocks=24, step_ms=10.0, pairing="drain")) as cluster:
         cluster.manager.set_draining("i1", True)
         streams = [
             asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=160, seed=n)) for n in range(2)
