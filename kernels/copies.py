@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llumnix.kernels import ops
-from llumnix.kernels.cpu.library import load_library
+from llumnix.kernels.cpu.compiled import load_library
 
 STAGING_BYTES = 16 << 20
 

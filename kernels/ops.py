@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from llumnix.kernels.cpu.compiled import load_library
 from llumnix.kernels.cpu.kernels import CpuKernels
-from llumnix.kernels.cpu.library import load_library
 from llumnix.kernels.interface import Kernels, Linear
 from llumnix.kernels.reference import ReferenceKernels
 

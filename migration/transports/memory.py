@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llumnix.core.errors import TransportError
-from llumnix.kernels.cpu.library import load_library
+from llumnix.kernels.cpu.compiled import load_library
 from llumnix.migration.transports.bandwidth import TokenBucket
 from llumnix.migration.transports.base import BlockPool, ReadStats
 from llumnix.migration.transports.runs import Run, plan_runs

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llumnix.kernels.cpu.compiled import load_library
 from llumnix.kernels.cpu.kernels import CpuKernels, Product
-from llumnix.kernels.cpu.library import load_library
 from llumnix.kernels.interface import Kernels
 from llumnix.kernels.reference import ReferenceKernels
 
