@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from llumnix.core.config import Config
 from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError, LlumnixError, TransportError
-from llumnix.core.messages.control import KvEndpoint
 from llumnix.instance.agent import Agent, CloseReader, StartRead
 from llumnix.instance.engine import SteppedEngine
-from llumnix.migration.transports.base import BlockReader, ReaderFactory, ReadStats
+from llumnix.migration.transports.base import ReaderFactory, ReadStats
 from llumnix.runtime.bus import Bus
+from llumnix.runtime.open_readers import OpenReaders
 
 log = logging.getLogger(__name__)
 
 INBOX_MAX = 100_000
 IDLE_WAIT_S = 0.5  # a bound only: messages and deadlines end the wait
-READERS_MAX = 64
 READ_TIMEOUT_S = 30.0
 FINAL_READ_WAIT_S = 1.0  # a bound only: the read itself ends the wait
 
@@ -68,9 +67,7 @@ class InstanceServer:
         self.address = self._bus.address
         self._engine = engine
         self._agent = make_agent(self.address)
-        self._factory = readers
-        self._readers: dict[str, BlockReader] = {}
-        self._readers_lock = threading.Lock()
+        self._readers = OpenReaders(readers)
         self._copiers = ThreadPoolExecutor(config.migration.incoming_max, thread_name_prefix="kv-copy")
         self._final_reads: set[tuple[str, int]] = set()
         self._inbox: queue.Queue[tuple[object, float]] = queue.Queue(INBOX_MAX)
@@ -88,8 +85,7 @@ class InstanceServer:
         self._post(None)
         await asyncio.to_thread(self._thread.join)
         self._copiers.shutdown(wait=True, cancel_futures=True)
-        for reader in self._readers.values():
-            reader.close()
+        self._readers.close_all()
         self._bus.close()
 
     # Event loop side.
@@ -169,7 +165,7 @@ class InstanceServer:
                     self._final_reads.add((effect.migration_id, effect.stage))
                 self._copiers.submit(self._read, effect).add_done_callback(self._copied)
             elif isinstance(effect, CloseReader):
-                self._close_reader(effect.pool_name)
+                self._readers.close(effect.pool_name)
             elif not isinstance(effect, Send):
                 raise InvariantError(f"an instance cannot carry out {effect!r}")
 
@@ -178,7 +174,7 @@ class InstanceServer:
     def _read(self, order: StartRead) -> None:
         outcome: ReadStats | TransportError
         try:
-            reader = self._reader(order.endpoint)
+            reader = self._readers.get(order.endpoint)
             outcome = reader.read(
                 order.source_blocks, order.target_blocks, READ_TIMEOUT_S, urgent=order.final
             )
@@ -193,18 +189,3 @@ class InstanceServer:
         error = None if done.cancelled() else done.exception()
         if error is not None:
             self._post(error)
-
-    def _reader(self, endpoint: KvEndpoint) -> BlockReader:
-        with self._readers_lock:
-            reader = self._readers.get(endpoint.pool_name)
-            if reader is None:
-                if len(self._readers) >= READERS_MAX:
-                    self._readers.pop(next(iter(self._readers))).close()
-                reader = self._readers[endpoint.pool_name] = self._factory.open(endpoint)
-            return reader
-
-    def _close_reader(self, pool_name: str) -> None:
-        with self._readers_lock:
-            reader = self._readers.pop(pool_name, None)
-        if reader is not None:
-            reader.close()
