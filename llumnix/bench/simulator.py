@@ -45,9 +45,9 @@ def measure(instances: int, requests: int, rate: float, seed: int) -> Result:
     """Simulate once."""
     paper = with_policy(PAPER_CONFIG, POLICY)
     config = replace(paper, cluster=replace(paper.cluster, instances=instances))
-    case = Case(POLICY, config, LLAMA_7B_A10, Synthetic(LENGTHS, rate, requests, seed))
+    case = Case(POLICY, config, LLAMA_7B_A10, Synthetic(LENGTHS, rate, requests, seed), seed)
     wall, cpu = perf_counter(), process_time()
-    summary = run_case(case, seed).summary
+    summary = run_case(case).summary
     wall_s, cpu_s = perf_counter() - wall, process_time() - cpu
     return Result(
         instances=instances,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llumnix.sim.presets import Case
 
 PRESETS = ("osdi24-serving", "osdi24-priorities", "osdi24-autoscaling", "faults")
-REQUESTS, PRESET_REQUESTS = 1000, 10_000
+REQUESTS, PRESET_REQUESTS, STORIES = 1000, 10_000, 200
 
 
 @click.command("simulate")
@@ -45,7 +45,10 @@ REQUESTS, PRESET_REQUESTS = 1000, 10_000
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=200, show_default=True, help="Stories of faults."
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=None,
+    help=f"So many from --seed on; the table has their means [1; faults {STORIES}].",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
 @click.option(
@@ -69,20 +72,26 @@ def command(
     --seed on, and checks every promise. Without one, options describe the workload. Settings of the
     scheduler, engines and so on are those of serve."""
     from llumnix.cli.simulate_output import show, show_priorities, show_savings, write_json
-    from llumnix.sim.runs import run_cases
+    from llumnix.sim.runs import over_seeds, run_cases
 
     if preset == "faults":
-        _tell_stories(given["seed"], given["seeds"], jobs)
+        _tell_stories(given["seed"], given["seeds"] or STORIES, jobs)
         return
     own = {name: given.pop(name) for name in tuple(given) if "__" not in name}
-    cases = _cases(preset, own, config_file, given)
-    results = _with_progress(cases, lambda progress: run_cases(cases, jobs, own["seed"], progress))
-    show(results)
+    seeds = own["seeds"] or 1
+    cases = [
+        case
+        for seed in range(own["seed"], own["seed"] + seeds)
+        for case in _cases(preset, {**own, "seed": seed}, config_file, given)
+    ]
+    results = _with_progress(cases, lambda progress: run_cases(cases, jobs, progress))
+    rows = over_seeds(results, seeds)
+    show(rows)
     saved = show_savings(results) if preset == "osdi24-autoscaling" else []
     if preset == "osdi24-priorities":
-        show_priorities(results)
+        show_priorities(rows)
     if json_file is not None:
-        write_json(json_file, preset, own, results, saved)
+        write_json(json_file, preset, own, results, rows if seeds > 1 else [], saved)
     if plots is not None or html is not None:
         from llumnix.sim.plots import write_html, write_plots
 
@@ -117,15 +126,12 @@ def _cases(
         return _generic(own, resolve(config_file, given, presets.GENERIC_CONFIG))
     config = resolve(config_file, given, presets.PAPER_CONFIG)
     count, seed = PRESET_REQUESTS if own["requests"] is None else own["requests"], own["seed"]
-    if preset == "osdi24-serving":
-        return presets.serving(
-            own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config
-        )
-    if preset == "osdi24-priorities":
-        return presets.priorities(own["rates"], own["policies"], count=count, seed=seed, config=config)
-    return presets.autoscaling(
-        own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config
-    )
+    make = {
+        "osdi24-serving": presets.serving,
+        "osdi24-priorities": presets.priorities,
+        "osdi24-autoscaling": presets.autoscaling,
+    }[preset]
+    return make(own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config)
 
 
 def _generic(own: dict[str, Any], config: Config) -> "list[Case]":
@@ -157,7 +163,7 @@ def _generic(own: dict[str, Any], config: Config) -> "list[Case]":
         ]
     named = own["policies"] or (f"{config.scheduler.dispatch_policy}/{config.scheduler.pairing_policy}",)
     return [
-        Case(policy, with_policy(config, policy), cost, workload)
+        Case(policy, with_policy(config, policy), cost, workload, own["seed"])
         for workload in workloads
         for policy in named
     ]

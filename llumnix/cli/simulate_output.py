@@ -32,22 +32,22 @@ COLUMNS: tuple[tuple[str, Any], ...] = (
     ("decode ms", _latency("decode", "mean", scale=1e3, digits=1)),
     ("P99", _latency("decode", "p99", scale=1e3, digits=1)),
     ("loss s", lambda row: f"{row.get('preemption_loss_s', 0.0):.3f}"),
-    ("preempted", lambda row: f"{row.get('preemptions', 0)}"),
-    ("moved", lambda row: f"{row['migrations']}"),
+    ("preempted", lambda row: f"{row.get('preemptions', 0):.0f}"),
+    ("moved", lambda row: f"{row['migrations']:.0f}"),
     ("fragm. %", lambda row: f"{row['fragmentation'] * 100:.2f}"),
     ("inst.-h", lambda row: f"{row['instance_hours']:.2f}"),
-    ("failed", lambda row: f"{row['failed']}"),
+    ("failed", lambda row: f"{row['failed']:g}"),
 )
 
 
-def show(results: Sequence[Result]) -> None:
-    """The table, one line a run."""
-    print_rows(COLUMNS, [result.summary for result in results], "nothing was simulated")
+def show(rows: Sequence[Row]) -> None:
+    """The table, one line a case."""
+    print_rows(COLUMNS, rows, "nothing was simulated")
 
 
-def show_priorities(results: Sequence[Result]) -> None:
-    """For every run with priorities, how many times shorter than without them its requests took."""
-    runs = {(one.summary["workload"], one.summary["policy"]): one.summary for one in results}
+def show_priorities(rows: Sequence[Row]) -> None:
+    """For every case with priorities, how many times shorter than without them its requests took."""
+    runs = {(row["workload"], row["policy"]): row for row in rows}
     for (workload, policy), used in runs.items():
         ignored = runs.get((workload, policy + IGNORED))
         if ignored is None or not ("by_priority" in used and "by_priority" in ignored):
@@ -91,9 +91,11 @@ def write_json(
     preset: str | None,
     options: dict[str, Any],
     results: Sequence[Result],
+    means: Sequence[Row],
     saved: Sequence[dict[str, Any]],
 ) -> None:
-    """What was asked and what came of it. No clock is read: the same run writes the same bytes."""
+    """What was asked, what came of it, and the means over several seeds. No clock is read: the same run
+    writes the same bytes."""
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     content = {
         "version": __version__,
@@ -101,6 +103,7 @@ def write_json(
         "options": asked,
         "cost_model": results[0].cost_model,
         "results": [{"config": result.config, **result.summary} for result in results],
+        **({"means_over_seeds": list(means)} if means else {}),
         **({"saved_at_equal_p99": saved} if saved else {}),
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

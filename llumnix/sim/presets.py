@@ -2,7 +2,10 @@
 
 Each preset is a list of cases: a workload and a configuration, by a name that says which policy it is. Cases
 of one preset share workloads and seeds. The cluster is the paper's: 16 instances of LLaMA-7B on A10, block
-size 16, queues without bounds, whole prompts in steps of their own as its engine had them.
+size 16, queues without bounds, whole prompts in steps of their own as its engine had them. What the paper
+does not say is taken from its public artifact (AlibabaPAI/llumnix at 92f6f9d, folder artifact/): the rates
+of S-L and L-S, trace and rate of the priority experiment, the tokens of a step, and the KV blocks left of
+an A10 once the engine has kept room for a prefill of that many (792 for 12,000: vllm/simulator/profiling.py).
 """
 
 from collections.abc import Sequence
@@ -18,17 +21,19 @@ PAPER_RATES: dict[str, tuple[float, ...]] = {
     "S-S": (32, 33, 34, 35, 36),
     "M-M": (7.4, 7.5, 7.6, 7.7, 7.8),
     "L-L": (2.6, 2.7, 2.8, 2.9, 3.0),
-    "S-L": (),
-    "L-S": (),
+    "S-L": (4.1, 4.2, 4.3, 4.4),
+    "L-S": (16, 18, 20, 22),
 }
-"""Rates of figure 11 as we have them; where there are none, they have to be given."""
+"""Rates of figure 11; those of S-L and L-S are the artifact's."""
 
 UNBOUNDED = 1_000_000
+PAPER_STEP_TOKENS, PAPER_KV_BLOCKS = 12_000, 792
 REPORT_INTERVAL_S = 0.25
 PAPER_CONFIG = Config(
     engine=EngineConfig(
         kind="simulated",
-        step_tokens_max=LLAMA_7B_A10.max_model_len,
+        step_tokens_max=PAPER_STEP_TOKENS,
+        kv_blocks=PAPER_KV_BLOCKS,
         prefill="alone",
         batch_max=256,
         waiting_max=UNBOUNDED,
@@ -60,6 +65,7 @@ class Case:
     config: Config
     cost: CostModel
     workload: Workload
+    seed: int = 0
 
 
 def with_policy(config: Config, policy: str) -> Config:
@@ -89,38 +95,40 @@ def serving(
     for trace in traces or ("S-S", "M-M", "L-L"):
         if trace not in PAPER_RATES:
             raise ConfigurationError(f"unknown trace {trace!r}; there are {', '.join(PAPER_RATES)}")
-        chosen = rates or PAPER_RATES[trace]
-        if not chosen:
-            raise ConfigurationError(f"the paper's rates for {trace} are not known: give --rate")
-        for rate in chosen:
+        for rate in rates or PAPER_RATES[trace]:
             workload = Synthetic(trace, rate, count, seed)
             cases += [
-                Case(policy, with_policy(config, policy), LLAMA_7B_A10, workload)
+                Case(policy, with_policy(config, policy), LLAMA_7B_A10, workload, seed)
                 for policy in policies or POLICIES
             ]
     return cases
 
 
-HIGH_SHARE, PRIORITY_RATE, PRIORITY_CVS = 0.1, 6.0, (2.0, 4.0, 6.0, 8.0)
-
-
+PRIORITY_TRACE, PRIORITY_RATE, PRIORITY_CVS, HIGH_SHARE = "S-S", 26.0, (2.0, 4.0, 6.0, 8.0), 0.1
 IGNORED = ", priorities ignored"
 
 
 def priorities(
-    rates: Sequence[float], policies: Sequence[str], *, count: int, seed: int, config: Config
+    traces: Sequence[str],
+    rates: Sequence[float],
+    policies: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    config: Config,
 ) -> list[Case]:
-    """``osdi24-priorities``: bursty M-M arrivals, a tenth of high priority; priorities used, and ignored."""
+    """``osdi24-priorities``: bursty arrivals, a tenth of high priority; priorities used, and ignored."""
     cases = []
-    for rate in rates or (PRIORITY_RATE,):
-        for cv in PRIORITY_CVS:
-            mix = Mix(high_share=HIGH_SHARE)
-            workload = Synthetic("M-M", rate, count, seed, cv=cv, mix=mix)
-            blind = replace(workload, mix=replace(mix, high_priority=0))
-            for policy in policies or ("llumnix",):
-                ours = with_policy(config, policy)
-                cases.append(Case(policy, ours, LLAMA_7B_A10, workload))
-                cases.append(Case(policy + IGNORED, ours, LLAMA_7B_A10, blind))
+    for trace in traces or (PRIORITY_TRACE,):
+        for rate in rates or (PRIORITY_RATE,):
+            for cv in PRIORITY_CVS:
+                mix = Mix(high_share=HIGH_SHARE)
+                workload = Synthetic(trace, rate, count, seed, cv=cv, mix=mix)
+                blind = replace(workload, mix=replace(mix, high_priority=0))
+                for policy in policies or ("llumnix",):
+                    ours = with_policy(config, policy)
+                    cases.append(Case(policy, ours, LLAMA_7B_A10, workload, seed))
+                    cases.append(Case(policy + IGNORED, ours, LLAMA_7B_A10, blind, seed))
     return cases
 
 
@@ -146,6 +154,7 @@ def autoscaling(
             with_policy(replace(config, cluster=cluster, scheduler=_scaled(config.scheduler, low)), policy),
             LLAMA_7B_A10,
             Synthetic(trace, rate, count, seed, cv=cv),
+            seed,
         )
         for trace in traces or ("L-L",)
         for rate in rates or (SCALED_RATE,)

@@ -29,9 +29,9 @@ class Result:
     timeline: dict[str, Any]
 
 
-def run_case(case: Case, seed: int, progress: Callable[[int], None] | None = None) -> Result:
+def run_case(case: Case, progress: Callable[[int], None] | None = None) -> Result:
     """Simulate one case. ``progress`` hears how many more requests are over."""
-    simulation = Simulation(Settings(case.config, case.cost, case.workload, seed))
+    simulation = Simulation(Settings(case.config, case.cost, case.workload, case.seed))
     seen = 0
 
     def step(done: int) -> None:
@@ -50,7 +50,7 @@ def run_case(case: Case, seed: int, progress: Callable[[int], None] | None = Non
     columns = columns_of(simulation)
     config = asdict(case.config)
     return Result(
-        summary={"policy": case.policy, **summarize(simulation), "seed": seed},
+        summary={"policy": case.policy, **summarize(simulation), "seed": case.seed},
         config={name: config[name] for name in ("engine", "migration", "scheduler", "cluster")},
         cost_model=asdict(case.cost),
         cdfs={name: _cdf(values) for name, values in latencies(columns).items()} if columns else {},
@@ -58,18 +58,38 @@ def run_case(case: Case, seed: int, progress: Callable[[int], None] | None = Non
     )
 
 
-def run_cases(cases: Sequence[Case], jobs: int, seed: int, progress: Callable[[int], None]) -> list[Result]:
+def run_cases(cases: Sequence[Case], jobs: int, progress: Callable[[int], None]) -> list[Result]:
     """Simulate all cases, ``jobs`` at a time; results in their order."""
     if jobs == 1 or len(cases) == 1:
-        return [run_case(case, seed, progress) for case in cases]
+        return [run_case(case, progress) for case in cases]
     with ProcessPoolExecutor(min(jobs, len(cases))) as pool:
-        futures: list[Future[Result]] = [pool.submit(run_case, case, seed) for case in cases]
+        futures: list[Future[Result]] = [pool.submit(run_case, case) for case in cases]
         requests = {future: case.workload.requests for future, case in zip(futures, cases, strict=True)}
         pending: set[Future[Result]] = set(futures)
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             progress(sum(requests[future] for future in done))
         return [future.result() for future in futures]
+
+
+def over_seeds(results: Sequence[Result], seeds: int) -> list[dict[str, Any]]:
+    """Summaries of the same cases run with several seeds, in order of seed and then of case, as one summary
+    a case: every number, P99s included, is the mean over the seeds."""
+    cases = len(results) // seeds
+    rows = [result.summary for result in results]
+    return [
+        {**_mean(rows[place::cases]), "seed": [row["seed"] for row in rows[place::cases]]}
+        for place in range(cases)
+    ]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: _mean([value.get(name, 0) for value in values]) for name in first}
+    if isinstance(first, int | float):
+        return float(f"{sum(values) / len(values):.6g}")
+    return first
 
 
 def _cdf(values: NDArray[np.float64]) -> list[float]:

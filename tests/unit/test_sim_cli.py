@@ -44,6 +44,19 @@ def test_presets_run_at_given_rates(tmp_path: Path) -> None:
     assert len(rows) == 8 and all(row["by_priority"].keys() == {"high", "normal"} for row in rows)
 
 
+def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    assert main([*SMALL, "--rate", "3", "--seed", "4", "--seeds", "2", "--json", str(path)]) == 0
+    assert capsys.readouterr().out.count("60:40") == 2  # a line for each rate, not for each run
+    content = json.loads(path.read_text())
+    rows, means = content["results"], content["means_over_seeds"]
+    assert [row["seed"] for row in rows] == [4, 4, 5, 5] and [row["seed"] for row in means] == [[4, 5]] * 2
+    for place, mean in enumerate(means):
+        first, second = (row["latency_s"]["prefill"]["p99"] for row in rows[place::2])
+        assert first != second and mean["latency_s"]["prefill"]["p99"] == pytest.approx((first + second) / 2)
+        assert {row["workload"] for row in rows[place::2]} == {mean["workload"]}
+
+
 def test_traces_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 30, "output_length": 4}\n' * 5)
@@ -69,7 +82,6 @@ def test_stories_of_faults_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cost-model", "x@y"], "unknown cost model"),
         (["--tenant", "a=b"], "weight must be a number"),
         (["--trace", "none.csv"], "cannot read none.csv"),
-        (["osdi24-serving", "--lengths", "S-L"], "give --rate"),
         (["osdi24-serving", "--lengths", "X"], "unknown trace"),
         (["--requests", "0"], "at least one request"),
     ],
