@@ -18,6 +18,7 @@ from llumnix.core.messages.control import (
     TenantTotals,
 )
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
+from llumnix.migration.transports.base import ReaderFactory
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,11 @@ class Engine(Protocol):
         ...
 
     # A migration's target.
+    def readers(self, readers: ReaderFactory) -> ReaderFactory:
+        """What this instance reads KV with, made of what it would else read with: an engine that keeps its
+        KV elsewhere goes on from there. Reads run on copy threads."""
+        ...
+
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """Make the reservation hold exactly ``blocks`` blocks in total, new or grown (never shrunk), and
         return all their ids in order. None: no room, and the reservation is as it was."""
@@ -183,7 +189,11 @@ class Engine(Protocol):
 
 
 class KvInPlace:
-    """The part of an engine whose KV lies where peers read it: nothing needs to be done for a move."""
+    """The part of an engine whose KV lies where peers read it, and where it is read into: nothing needs to be
+    done for a move."""
+
+    def readers(self, readers: ReaderFactory) -> ReaderFactory:
+        return readers
 
     def begin_move(self, request_id: str) -> str:
         return ""

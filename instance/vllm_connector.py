@@ -59,6 +59,7 @@ class LlumnixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
+        self._exchange.block_pool = kv_cache_manager.block_pool
         self._exchange.free_blocks = kv_cache_manager.block_pool.get_num_free_blocks
 
         def blocks_of(vllm_id: str) -> Sequence[int]:

@@ -18,8 +18,9 @@ from llumnix.core.messages.serving import FinishReason, TokenLogprob
 from llumnix.instance.kv_pool import GIB, KvPool
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.request import Request
+from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
-from llumnix.instance.vllm_launch import start_vllm
+from llumnix.instance.vllm_launch import start_vllm, unshared
 from llumnix.instance.vllm_model import end_tokens
 from llumnix.instance.vllm_sampling import vllm_params
 
@@ -73,9 +74,11 @@ class VllmCore:
         except ConfigurationError:
             withdraw(pool_name)
             raise
+        self.arrivals = Arrivals(self.exchange)
         self.entered: dict[str, Entered] = {}
         self._by_name: dict[str, Entered] = {}
         self._names = 0
+        self._salted = unshared(config)
         self._eos = end_tokens(self._vllm.vllm_config.model_config.model)
         self.block_size = self.exchange.copier.shape.block_size
         self._blocks = self.exchange.copier.shape.blocks - 1  # vLLM never gives out one of them
@@ -99,20 +102,23 @@ class VllmCore:
 
     # Requests.
 
-    def enter(self, request: Request, pool_blocks: Sequence[int] = (), computed: int = 0) -> Entered:
+    def enter(
+        self, request: Request, pool_blocks: Sequence[int] = (), computed: int = 0, migration_id: str = ""
+    ) -> Entered:
         """Give vLLM a request; the KV of its first ``computed`` tokens lies in ``pool_blocks``, which must
-        stay until ``importing`` has ended."""
+        stay until ``importing`` has ended, and some of it in what the migration's arrival holds."""
         self._names += 1
         name = str(self._names)
         vllm_id = self._vllm.add_request(
             name,
-            tokens_input(list(request.tokens)),
+            tokens_input(list(request.tokens), cache_salt=name if self._salted else None),
             vllm_params(request, self._eos),
             arrival_time=request.arrived_at,
             priority=-request.execution_priority,
         )
         entered = Entered(request, name, vllm_id, self.exchange.live[vllm_id], computed > 0)
         if computed:
+            self.arrivals.give(entered.live, self.arrivals.join(migration_id, computed))
             self.exchange.imports[vllm_id] = Import(tuple(pool_blocks), computed)
         self.entered[request.request_id] = self._by_name[name] = entered
         return entered
@@ -124,6 +130,8 @@ class VllmCore:
 
     def step(self) -> list[Produced]:
         """One step of vLLM."""
+        if self.arrivals.held_tokens and self.exchange.free_blocks() < len(self.entered):
+            self.arrivals.yield_blocks()
         torch.get_num_threads()  # has this thread go by the number set, which vLLM's kernels insist on
         produced = []
         for output in self._vllm.step():
@@ -161,16 +169,17 @@ class VllmCore:
 
     @property
     def used_tokens(self) -> int:
-        """What vLLM has given out."""
-        return (self._blocks - self.exchange.free_blocks()) * self.block_size
+        """What vLLM has given out to requests."""
+        return (self._blocks - self.exchange.free_blocks()) * self.block_size - self.arrivals.held_tokens
 
     def free_tokens(self) -> int:
-        """What is left once everything that vLLM holds has its known tokens computed."""
+        """What is left once everything that vLLM holds has its known tokens computed. What arrivals hold is
+        left too: they are counted by their reservations."""
         coming = 0
         for one in self.entered.values():
             held = len(self.exchange.blocks_of(one.vllm_id))
             coming += max(0, -(-len(one.request.tokens) // self.block_size) - held)
-        return (self.exchange.free_blocks() - coming) * self.block_size
+        return (self.exchange.free_blocks() - coming) * self.block_size + self.arrivals.held_tokens
 
     def rounded(self, tokens: int) -> int:
         """Tokens that the blocks for so many hold."""

@@ -19,7 +19,9 @@ from llumnix.core.messages.serving import RejectCode, RequestSpec
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.engine import MovableState, SubmitRefusal
 from llumnix.instance.request import Request
+from llumnix.instance.vllm_arrivals import LoadingReaders
 from llumnix.instance.vllm_requests import VllmRequests
+from llumnix.migration.transports.base import ReaderFactory
 
 GROWTH_BLOCKS = 4
 """Blocks kept in the pool for what a request generates while it moves; more are taken if there are."""
@@ -124,6 +126,10 @@ class VllmEngine(VllmRequests):
 
     # A migration's target.
 
+    def readers(self, readers: ReaderFactory) -> ReaderFactory:
+        """What is read goes on into vLLM's blocks before a read ends."""
+        return LoadingReaders(readers, self._core.arrivals)
+
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """Needs room in the pool and in vLLM; a new reservation also needs a batch slot."""
         staging = self._staging.blocks
@@ -133,9 +139,13 @@ class VllmEngine(VllmRequests):
                 return None
             if held == 0 and not self._has_slot():
                 return None
-        return staging.reserve(migration_id, blocks)
+        reserved = staging.reserve(migration_id, blocks)
+        if reserved is not None:
+            self._core.arrivals.hold(migration_id, reserved, keep_blocks=len(self._core.entered))
+        return reserved
 
     def cancel_reservation(self, migration_id: str) -> None:
+        self._core.arrivals.let_go(migration_id)
         self._staging.blocks.cancel(migration_id)
 
     def adopt(
@@ -148,7 +158,7 @@ class VllmEngine(VllmRequests):
         if computed_tokens == 0:
             refusal = self._queue_refusal(spec)
             if refusal is None:
-                self._staging.blocks.cancel(migration_id)
+                self.cancel_reservation(migration_id)
                 self._enqueue(self._take(spec, now))
             return refusal
         room = self._staging.blocks.reserved(migration_id) * self._limits.block_size
@@ -159,5 +169,5 @@ class VllmEngine(VllmRequests):
         request = self._take(spec, now)
         self._new_kv(request)
         blocks = self._staging.adopt(migration_id, request.request_id, computed_tokens)
-        self._core.enter(request, blocks, computed_tokens)
+        self._core.enter(request, blocks, computed_tokens, migration_id)
         return None

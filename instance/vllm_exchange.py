@@ -34,13 +34,14 @@ class Load:
 
 @dataclass(eq=False)
 class Exchange:
-    """``live`` are vLLM's own request objects by its ids, to be read only. ``free_blocks`` and ``blocks_of``
-    ask its block pool. ``make_pool`` is called once the shape of the KV is known."""
+    """``live`` are vLLM's own request objects by its ids, to be read only. ``block_pool`` is its block pool;
+    ``free_blocks`` and ``blocks_of`` ask it. ``make_pool`` is called once the shape of the KV is known."""
 
     make_pool: Callable[[Any], KvPool]
     live: dict[str, Any] = field(default_factory=dict)
     imports: dict[str, Import] = field(default_factory=dict)
     scheduled_tokens: int = 0
+    block_pool: Any = None
     free_blocks: Callable[[], int] = lambda: 0
     blocks_of: Callable[[str], Sequence[int]] = lambda vllm_id: ()
     _pool: KvPool | None = None

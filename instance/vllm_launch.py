@@ -24,6 +24,7 @@ ENVIRONMENT: Final = {
 DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 STARTING_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, AssertionError, MemoryError)
 ERROR_CHARS_MAX: Final = 500
+PREFIX_CACHING: Final = "enable_prefix_caching"
 NULL_BLOCKS: Final = 1
 """Blocks of its pool that vLLM never gives out."""
 
@@ -42,8 +43,16 @@ def start_vllm(config: EngineConfig, exchange_name: str) -> Any:
     for name in given:
         if name not in known:
             raise ConfigurationError(f"engine_args: vLLM has no argument {name}")
+    if unshared(config):
+        given[PREFIX_CACHING] = True
     arguments = {**_arguments(config, model, exchange_name, given), **given}
     return _in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+
+
+def unshared(config: EngineConfig) -> bool:
+    """Whether no request is to find what another has computed. vLLM's prefix cache is on nevertheless, since
+    it is how a request that arrives finds its own: the requests must then be told apart by a salt."""
+    return parse_arguments(config.engine_args).get(PREFIX_CACHING) is False
 
 
 def _arguments(

@@ -163,7 +163,7 @@ async def _serve(
         config,
         engine=engine,
         make_agent=make_agent,
-        readers=readers,
+        readers=engine.readers(readers),
         on_failure=lambda error: os._exit(1),
     )
     server.start()

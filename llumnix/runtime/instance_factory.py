@@ -108,7 +108,7 @@ class Instance:
             config,
             engine=engine,
             make_agent=make_agent,
-            readers=Readers(holder.pool, config.migration),
+            readers=engine.readers(Readers(holder.pool, config.migration)),
             on_failure=on_failure,
         )
 

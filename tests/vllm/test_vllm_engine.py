@@ -3,16 +3,21 @@ refused, with our sampling and with log probabilities."""
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
 
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.vllm_engine import VllmEngine
+from llumnix.migration.transports import inprocess
+from llumnix.migration.transports.base import BlockReader
+from llumnix.migration.transports.factory import Readers
+from llumnix.runtime.instance_factory import kv_endpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -34,7 +39,8 @@ def engine() -> Iterator[VllmEngine]:
         staging_gib=0.05,
         step_tokens_max=64,
         threads=1,
-        engine_args="enforce_eager=true;block_size=32",
+        # Without prefix caching, so that only what was copied can be found.
+        engine_args="enforce_eager=true;block_size=32;enable_prefix_caching=false",
     )
     engine = VllmEngine(config, "test-pool")
     yield engine
@@ -102,9 +108,59 @@ def test_a_refused_commit_leaves_the_request_as_it_was(engine: VllmEngine) -> No
     assert run.out() == undisturbed
 
 
+def copy_here(engine: VllmEngine) -> BlockReader:
+    """A reader of the engine's own pool: a move from it to itself."""
+    inprocess.offer(engine.pool)
+    readers = engine.readers(Readers(engine.pool, MigrationConfig(transport="inprocess")))
+    return readers.open(kv_endpoint(engine.pool, ""))
+
+
+def test_stages_are_in_vllm_before_the_request_joins(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copier, loads = engine._core.exchange.copier, []
+    copy_in = copier.copy_in
+
+    def noted(pool: Any, pool_blocks: Any, blocks: Any, *, first: int, end: int) -> None:
+        loads.append((first, end))
+        copy_in(pool, pool_blocks, blocks, first=first, end=end)
+
+    monkeypatch.setattr(copier, "copy_in", noted)
+    prompt = tuple(range(3000, 3150))
+    undisturbed = Run(engine, spec("a", prompt)).out()["a"]
+    reader, run = copy_here(engine), Run(engine, spec("a", prompt, seed=4))
+    run.step(6)
+    assert engine.begin_move("a") == ""
+    engine.movable("a")
+    while (state := engine.movable("a")) is None or state.lagging:
+        pass
+    free = engine._core.exchange.free_blocks()
+    reserved = engine.reserve("m", state.full_blocks + 2)
+    assert reserved is not None
+    assert free - engine._core.exchange.free_blocks() == (state.full_blocks + 2) * 16 // 32
+    assert engine.load().used_blocks == -(-state.computed_tokens // 32) * 2
+    reader.read(state.blocks[: state.full_blocks], reserved[: state.full_blocks], 1.0)
+    run.step(2)
+    last, moving = engine.take_out("a"), engine.spec_of("a", 0.0)
+    rest = reserved[state.full_blocks : len(last.blocks)]
+    reader.read(last.blocks[state.full_blocks :], rest, 1.0, urgent=True)
+    engine.release("a")
+    engine.end_move("a")
+    arrived = replace(moving, request_id="b", epoch=next(EPOCHS))
+    assert engine.adopt("m", arrived, last.computed_tokens, 0.0) is None
+    run.said["b"] = list(arrived.output_tokens)
+    live = engine._core.entered["b"].live
+    run.step()
+    assert live.num_computed_tokens == last.computed_tokens + 1
+    ahead = state.full_blocks * 16 // 32 * 32
+    assert loads == [(0, ahead), (ahead, last.computed_tokens)]
+    assert run.out()["b"] == undisturbed
+
+
 def test_what_is_released_or_aborted_is_gone(engine: VllmEngine) -> None:
     run = Run(engine, spec("a"), spec("b"), spec("c"), spec("d"))
-    run.step(3)
+    run.step(6)
+    before = {name: len(tokens) for name, tokens in run.said.items()}
     for name in ("a", "b", "c"):
         assert engine.begin_move(name) == ""
         engine.movable(name)
@@ -116,7 +172,7 @@ def test_what_is_released_or_aborted_is_gone(engine: VllmEngine) -> None:
     engine.end_move("c")
     said = run.out()
     assert not engine.holds("a")
-    assert {name: len(tokens) for name, tokens in said.items()} == {"a": 3, "b": 3, "c": 24, "d": 24}
+    assert {name: len(tokens) for name, tokens in said.items()} == {**before, "c": 24, "d": 24}
 
 
 def test_a_waiting_request_moves_without_kv(engine: VllmEngine) -> None:
