@@ -138,6 +138,8 @@ class IncomingMigrations:
         granted once per migration and lasts at most ``hold_share`` of a step (last blocks:
         LAST_READ_HOLD_S, if longer).
         """
+        if not self._running:
+            return None
         hold_s = self._config.hold_share * self._pace.step_s
         for migration in self._running.values():
             reading = migration.state is TargetState.COMMITTING

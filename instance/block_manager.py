@@ -58,9 +58,15 @@ class BlockManager:
         """Give a request ``count`` more blocks, all or none, and as good as possible a place to grow by
         ``expected`` more. False: too few are free. Blocks that a copy still uses go out when there are no
         others but ``keep_idle``, and that copy is then in ``conflicts``."""
+        holding = self._owned.get(request_id)
+        if holding is not None and not keep_idle and count <= holding.tail_length:
+            self._pool.take(holding, count, 0)  # nearly always: it goes on where it left off
+            self.owned_blocks += count
+            return True
         if count > self.free_blocks:
             return False
-        holding = self._owned.setdefault(request_id, Holding())
+        if holding is None:
+            holding = self._owned[request_id] = Holding()
         busy = min(len(self._leaving), max(0, count - max(0, self._pool.total - keep_idle)))
         if busy:
             self._take_leaving(holding, busy)

@@ -73,7 +73,7 @@ class WaitingQueue:
 
     def first(self, count: int) -> list[Request]:
         """The ``count`` requests that would be admitted next, were all lanes to stand still."""
-        return list(islice(self, count))
+        return list(islice(self, count)) if self._requests else []
 
     def _urgency(self, key: Key) -> tuple[int, float, Rank]:
         priority, lane = key

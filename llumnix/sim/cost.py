@@ -12,7 +12,9 @@ Each preset says where its numbers come from; none was fitted to what a simulati
 
 import json
 import re
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,18 +122,11 @@ class CostModel:
         at ``until`` or later: bit for bit those that ``step_s`` gives one by one."""
         base_ms = self.fixed_ms + self.weights_ms + self.request_ms * decodes
         context_ms = self.context_ms
-        ends: list[float] = []
-        durations: list[float] = []
-        at = begin
-        for _ in range(most):
-            duration_s = (base_ms + context_ms * context) * 1e-3 * slowness
-            context += decodes
-            at += duration_s
-            durations.append(duration_s)
-            ends.append(at)
-            if at >= until:
-                break
-        return ends, durations
+        contexts = range(context, context + most * decodes, decodes)
+        durations = [(base_ms + context_ms * tokens) * 1e-3 * slowness for tokens in contexts]
+        ends = list(accumulate(durations, initial=begin))[1:]
+        steps = bisect_left(ends, until) + 1
+        return ends[:steps], durations[:steps]
 
     def layout(self, block_size: int, capacity_tokens: int = 0) -> KvLayout:
         """The KV pool of one instance; 0 takes the model's own capacity."""
