@@ -11,15 +11,16 @@ from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import HOP_MAX
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationEnded, MigrationOutcome
+from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationOutcome
 from llumnix.core.messages.migration import Committed, Denied, Refused, Reserved, StageCopied
 from llumnix.core.messages.serving import Moved
 from llumnix.instance.agent_memory import Latest
 from llumnix.instance.engine import Engine
 from llumnix.migration.alignment import Rhythm
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
-from llumnix.migration.pace import Pace
+from llumnix.migration.pace import CopySpeeds, Pace
 from llumnix.migration.source import SourceMigration, SourceState
+from llumnix.migration.tally import Tally
 
 REMEMBERED_MAX = 4096
 HOPS_OF_A_MIGRATION = 2
@@ -44,7 +45,7 @@ class OutgoingMigrations:
         self._me = me
         self._engine = engine
         self._config = config
-        self._pace = pace
+        self._pace, self._speeds = pace, CopySpeeds()
         self._manager_address = manager_address
         self._running: dict[str, SourceMigration] = {}
         self._by_request: dict[str, SourceMigration] = {}
@@ -76,13 +77,14 @@ class OutgoingMigrations:
             return []
         reason = self._objection(order)
         if reason:
-            return [self._refuse(order, reason)]
+            return [self._refuse(order, reason, now)]
         migration = SourceMigration(
             order,
             self._me,
             engine=self._engine,
             config=self._config,
             pace=self._pace,
+            speeds=self._speeds,
             manager_address=self._manager_address,
         )
         effects = migration.begin(now)
@@ -166,20 +168,9 @@ class OutgoingMigrations:
             return "the request has moved too often"
         return self._engine.begin_move(request_id)
 
-    def _refuse(self, order: MigrateOrder, reason: str) -> Send:
+    def _refuse(self, order: MigrateOrder, reason: str, now: float) -> Send:
         self._ended.remember(order.migration_id, None)
-        ended = MigrationEnded(
-            migration_id=order.migration_id,
-            request_id=order.request_id,
-            source_id=self._me.instance_id,
-            target_id=order.target_id,
-            outcome=MigrationOutcome.REFUSED,
-            reason=reason,
-            stages=0,
-            kv_bytes=0,
-            duration_s=0.0,
-            pause_s=0.0,
-        )
+        ended = Tally(now).ended(order, self._me, MigrationOutcome.REFUSED, reason, now)
         return Send(self._manager_address, ended)
 
     def _feed_all(self, event: object, migrations: list[SourceMigration], now: float) -> list[Send]:

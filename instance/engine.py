@@ -68,11 +68,12 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class MovableState:
-    """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``blocks``
-    are for the KV of ``computed_tokens``; the first ``full_blocks`` of them hold it, are full and never
-    change while ``kv_version`` stays as it is. ``lagging``: more blocks are full, and will be counted after a
-    later step, once an engine that keeps its KV elsewhere has copied them. ``known_tokens`` counts prompt +
-    output."""
+    """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``swapped``:
+    in the queue, and ``blocks`` are those of host memory. ``blocks`` are for the KV of ``computed_tokens``;
+    the first ``full_blocks`` of them hold it and never change while ``kv_version`` stays as it is.
+    ``lagging``: more blocks will be counted after a later step, once they have been copied to where peers
+    read them. ``known_tokens`` counts prompt + output. ``recompute_s`` is what computing a swapped one's KV
+    again would take (0.0: not known)."""
 
     waiting: bool
     blocks: tuple[int, ...]
@@ -81,6 +82,8 @@ class MovableState:
     known_tokens: int
     kv_version: int
     lagging: bool = False
+    swapped: bool = False
+    recompute_s: float = 0.0
 
 
 class Engine(Protocol):
@@ -153,8 +156,8 @@ class Engine(Protocol):
         ...
 
     def take_out(self, request_id: str) -> MovableState:
-        """Remove a held request from queue or batch, keeping its blocks: nothing about it changes until it is
-        put back or released. It must be held and not taken out."""
+        """Remove a held request from queue or batch, keeping its blocks, those of host memory too: nothing
+        about it changes until it is put back or released. It must be held and not taken out."""
         ...
 
     def put_back(self, request_id: str, epoch: int) -> None:

@@ -23,6 +23,7 @@ from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.instance.finished_outputs import FinishedOutputs, last_logprobs
 from llumnix.instance.local_scheduler import LocalScheduler
 from llumnix.instance.model_limits import ModelLimits
+from llumnix.instance.movable import host_blocks, movable_state
 from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.request import Request
 from llumnix.instance.shortage import shortage
@@ -256,7 +257,7 @@ class EngineCore(KvInPlace):
             running=scheduler.running,
             waiting=len(scheduler.waiting),
             execution_priorities=tuple(sorted(scheduler.batch.priorities.items())),
-            candidates=self._offers.offers(scheduler.batch, scheduler.waiting),
+            candidates=self._offers.offers(scheduler.batch, scheduler.waiting, self._host_blocks),
             step_s=self._times.mean_s,
             tokens_total=self._tokens_total,
             preemptions_total=self._preemptions_total,
@@ -268,6 +269,9 @@ class EngineCore(KvInPlace):
                 scheduler, self._blocks.free_blocks * self._limits.block_size, self._times.mean_s
             ),
         )
+
+    def _host_blocks(self, request: Request) -> int:
+        return host_blocks(request, self._switching, self.block_size)
 
     def configure(self, config: SchedulerConfig) -> None:
         selection, preemption = selection_policy(config), preemption_policy(config)
@@ -306,7 +310,7 @@ class EngineCore(KvInPlace):
         request = self._requests.get(request_id)
         if request is None or self._scheduler.is_aside(request_id):
             return None
-        return self._movable_state(request)
+        return movable_state(request, self._switching, self.block_size)
 
     def spec_of(self, request_id: str, now: float) -> RequestSpec:
         return self._held(request_id).to_spec(now)
@@ -316,7 +320,7 @@ class EngineCore(KvInPlace):
         if self._scheduler.is_aside(request_id):
             raise InvariantError(f"request {request_id} is taken out or arriving from the host already")
         self._scheduler.take_out(request)
-        return self._movable_state(request)
+        return movable_state(request, self._switching, self.block_size)
 
     def put_back(self, request_id: str, epoch: int) -> None:
         """One that was aborted or replaced meanwhile stays so."""
@@ -336,17 +340,6 @@ class EngineCore(KvInPlace):
         if request is None:
             raise InvariantError(f"request {request_id} is not held here")
         return request
-
-    def _movable_state(self, request: Request) -> MovableState:
-        filled = -(-request.computed_tokens // self.block_size)
-        return MovableState(
-            waiting=not request.blocks,
-            blocks=tuple(request.blocks[:filled]),
-            full_blocks=request.computed_tokens // self.block_size,
-            computed_tokens=request.computed_tokens,
-            known_tokens=len(request.tokens),
-            kv_version=request.kv_version,
-        )
 
     # A migration's target.
 

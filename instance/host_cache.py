@@ -9,11 +9,13 @@ compared before a hit counts. Space behind a copy is its to grow into (block gro
 Space for one copy is made by dropping others: kept copies and those of running requests first, lower
 execution priority first, then the one used least lately. A copy that a swapped-out request needs gives way to
 higher priority only. What is dropped is gone at once, index entries included, and who needed it is
-plainly waiting again. Whatever is here may still be
+plainly waiting again, at another ``kv_version``, so that a migration that was reading it notices. While a
+request's move elsewhere is being decided its copy is *leased*: it cannot be dropped, since the peer may be
+reading the last of it. Whatever is here may still be
 on its way: copies of one block are made in the order begun (swap.py). Called by switching.py only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llumnix.core.errors import InvariantError
@@ -50,15 +52,17 @@ def chain_hashes(tokens: Sequence[int], block_size: int, blocks: int, known: Seq
 
 class HostCache:
     """See the module. ``dropped`` counts copies that gave way, ``dropped_needed`` those that cost a
-    swapped-out request its KV."""
+    swapped-out request its KV. ``versions`` are the engine's, for requests whose KV is lost here."""
 
-    def __init__(self, capacity: int, block_size: int, *, grouped: bool) -> None:
+    def __init__(self, capacity: int, block_size: int, versions: Iterator[int], *, grouped: bool) -> None:
         self.blocks = BlockManager(capacity, grouped=grouped)
         self.dropped = 0
         self.dropped_needed = 0
         self._block_size = block_size
+        self._versions = versions
         self._copies: dict[str, HostCopy] = {}  # used least lately first
         self._index: dict[int, HostCopy] = {}
+        self._leased: dict[str, HostCopy] = {}
         self._kept = 0
 
     def find(self, request_id: str) -> HostCopy | None:
@@ -136,6 +140,33 @@ class HostCache:
         self._copies[copy.owner] = copy
         return True
 
+    def usable_tokens(self, copy: HostCopy, request: Request) -> int:
+        """Of how many of its tokens a request without device blocks has the KV in its copy, the last known
+        one left to compute."""
+        return min(copy.valid_tokens, len(request.tokens) - 1)
+
+    def lease(self, request: Request) -> None:
+        """Keep a request's copy, if there is one, whatever comes, until ``end_lease`` or the request is
+        gone."""
+        copy = self.find(request.request_id)
+        if copy is not None:
+            self._leased[copy.owner] = copy
+
+    def end_lease(self, request: Request) -> None:
+        """The request is back in the queue. A copy that has failed meanwhile is dropped."""
+        copy = self._leased.pop(request.request_id, None)
+        if copy is not None and copy.failed:
+            self.drop(copy)
+
+    @property
+    def leased_blocks(self) -> int:
+        """Blocks of leased copies."""
+        return sum(len(self.table(copy)) for copy in self._leased.values())
+
+    def leased(self, copy: HostCopy) -> bool:
+        """Whether a copy cannot be dropped now."""
+        return copy.owner in self._leased
+
     def touch(self, copy: HostCopy) -> None:
         """It was used just now."""
         self._copies[copy.owner] = self._copies.pop(copy.owner)
@@ -144,10 +175,14 @@ class HostCache:
         """Forget a copy; one that is gone already is fine."""
         if self._copies.get(copy.owner) is copy:
             del self._copies[copy.owner]
+            self._leased.pop(copy.owner, None)
             self._unpublish(copy, 0)
             self.blocks.free(copy.owner)
-            if copy.needed and copy.request is not None and copy.request.status is RequestStatus.SWAPPED:
-                copy.request.status = RequestStatus.WAITING
+            request = copy.request
+            if request is not None and not request.blocks:
+                request.kv_version = next(self._versions)
+                if request.status is RequestStatus.SWAPPED:
+                    request.status = RequestStatus.WAITING
             copy.valid_tokens, copy.needed = 0, False
 
     def check(self) -> None:
@@ -155,6 +190,11 @@ class HostCache:
         self.blocks.check()
         if sum(len(self.table(copy)) for copy in self._copies.values()) != self.blocks.owned_blocks:
             raise InvariantError("host blocks are owned by copies that are not held")
+        for copy in self._leased.values():
+            request = copy.request
+            taken_out = request is not None and request.status is RequestStatus.MIGRATING
+            if not taken_out or self._copies.get(copy.owner) is not copy:
+                raise InvariantError(f"host copy {copy.owner} is leased to no migration")
         for copy in self._copies.values():
             if copy.valid_tokens > len(self.table(copy)) * self._block_size:
                 raise InvariantError(f"host copy {copy.owner} is longer than its blocks")
@@ -165,7 +205,8 @@ class HostCache:
         """Drop copies until so many blocks are free; none if that cannot be reached."""
         missing = blocks - self.blocks.free_blocks
         victims: list[HostCopy] = []
-        for copy in sorted(self._copies.values(), key=lambda copy: (copy.needed, copy.priority)):
+        candidates = (copy for copy in self._copies.values() if not self.leased(copy))
+        for copy in sorted(candidates, key=lambda copy: (copy.needed, copy.priority)):
             if missing <= 0:
                 break
             gives_way = needed or copy.priority <= priority

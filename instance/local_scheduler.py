@@ -64,7 +64,6 @@ class LocalScheduler:
         # Every decode must fit the budget, and one prefilling request among them must find a token left.
         self._batch_max = min(batch_max, step_tokens_max)
         self._watermark = max(1, int(blocks.capacity * WATERMARK_SHARE))
-        self._kv_versions = 0
 
     @property
     def running(self) -> int:
@@ -82,12 +81,12 @@ class LocalScheduler:
 
     def enqueue(self, request: Request) -> None:
         """Add a request without KV on the device to the queue."""
-        request.kv_version = self._next_kv_version()
+        request.kv_version = next(self.switching.kv_versions)
         self._wait(request)
 
     def adopt(self, request: Request) -> None:
         """Add a request that came with its KV."""
-        request.kv_version = self._next_kv_version()
+        request.kv_version = next(self.switching.kv_versions)
         self.batch.join(request)
 
     def finish(self, request: Request) -> None:
@@ -105,9 +104,11 @@ class LocalScheduler:
         self._free(request)
 
     def take_out(self, request: Request) -> None:
-        """Set a waiting or running request aside; its blocks stay."""
+        """Set a waiting or running request aside; its blocks stay, those of host memory too."""
         self._leave(request)
         request.status = RequestStatus.MIGRATING
+        if not request.blocks:
+            self.switching.host.lease(request)
         self.taken_out[request.request_id] = request
 
     def put_back(self, request: Request) -> None:
@@ -116,6 +117,7 @@ class LocalScheduler:
         if request.blocks:
             self.batch.join(request)
         else:
+            self.switching.host.end_lease(request)
             self._wait(request)
 
     def has_work(self) -> bool:
@@ -258,6 +260,7 @@ class LocalScheduler:
         self.switching.settle()
         self._take_blocks(head, self.waiting.blocks_of(head), 0 if source is None else keep_idle)
         head.blocks = self._blocks.table(head.request_id)
+        head.kv_version = next(self.switching.kv_versions)
         if source is None:
             self.batch.join(head)
         elif self.switching.swap_in(head, source, alone=alone):
@@ -339,12 +342,6 @@ class LocalScheduler:
             self.batch.leave(request)
         else:
             self.waiting.remove(request)
-
-    def _next_kv_version(self) -> int:
-        # Never the same twice on an instance, so a request that left and came back is told from its former
-        # self.
-        self._kv_versions += 1
-        return self._kv_versions
 
 
 def _still_running(chunks: list[Chunk]) -> list[Chunk]:

@@ -5,7 +5,7 @@ The policy may be other people's code: if it raises, or returns what it was not 
 that once, and the fault is kept for the next reports, so that the manager can tell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MoveCandidate
@@ -33,11 +33,14 @@ class MoveOffers:
         self._policy = policy
         self.fault = ""
 
-    def offers(self, batch: Batch, waiting: WaitingQueue) -> tuple[MoveCandidate, ...]:
-        """The requests offered now, best first: of all that run and the next few to be admitted."""
+    def offers(
+        self, batch: Batch, waiting: WaitingQueue, host_blocks: Callable[[Request], int] = lambda _: 0
+    ) -> tuple[MoveCandidate, ...]:
+        """The requests offered now, best first: of all that run and the next few to be admitted, which have
+        so many blocks in host memory."""
         rows = [_candidate(request, len(request.blocks)) for request in batch]
         first = waiting.first(WAITING_CANDIDATES_MAX)
-        rows.extend(_candidate(request, waiting.blocks_of(request)) for request in first)
+        rows.extend(_candidate(one, waiting.blocks_of(one), host_blocks(one)) for one in first)
         return self.best(rows, CANDIDATES_MAX)
 
     def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
@@ -50,7 +53,7 @@ class MoveOffers:
         return self._default.select(rows, limit)
 
 
-def _candidate(request: Request, blocks: int) -> MoveCandidate:
+def _candidate(request: Request, blocks: int, host_blocks: int = 0) -> MoveCandidate:
     known = len(request.tokens)
     return MoveCandidate(
         request.request_id,
@@ -60,6 +63,7 @@ def _candidate(request: Request, blocks: int) -> MoveCandidate:
         known,
         known - request.prompt_len,
         request.arrived_at,
+        host_blocks,
     )
 
 

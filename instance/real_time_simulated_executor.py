@@ -31,6 +31,11 @@ class RealTimeSimulatedExecutor(SimulatedExecutor):
         self._expected_start: dict[str, int] = {}
 
     @property
+    def host_pool(self) -> KvPool | None:
+        """Where KV is swapped to; None: nowhere."""
+        return None if self.swap_space is None else self.swap_space.pool
+
+    @property
     def copier(self) -> SwapCopier | None:
         return None if self.swap_space is None else self.swap_space.copier
 

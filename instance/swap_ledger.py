@@ -41,6 +41,11 @@ class SwapLedger:
         """Whether a job of this direction has been put into a plan and not ended."""
         return any(job.direction is direction for job, _ in self._under_way.values())
 
+    def fills(self, copy: HostCopy) -> bool:
+        """Whether a job that writes to a copy has been put into a plan and not ended."""
+        jobs = self._under_way.values()
+        return any(to is copy and job.direction is SwapDirection.OUT for job, to in jobs)
+
     def begun(self, direction: SwapDirection) -> int:
         """Blocks begun to be copied for the plan in the making."""
         return self._begun[direction]

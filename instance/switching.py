@@ -13,6 +13,7 @@ treated as if it had been swapped out. Called by the local scheduler, which says
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Protocol
 
 from llumnix.core.config import SchedulerConfig, SwapConfig
@@ -81,7 +82,8 @@ class Arrival:
 
 
 class Switching:
-    """See the module. ``arriving`` hold device blocks and are in no batch."""
+    """See the module. ``arriving`` hold device blocks and are in no batch. ``kv_versions`` never gives the
+    same twice, so that a request that left and came back is told from its former self."""
 
     def __init__(
         self,
@@ -96,7 +98,10 @@ class Switching:
         self.counts = SwapCounts()
         self.arriving: dict[str, Arrival] = {}
         self.fault = ""
-        self.host = HostCache(host.host_blocks if host else 0, block_size, grouped=config.block_groups)
+        self.kv_versions = count(1)
+        self.host = HostCache(
+            host.host_blocks if host else 0, block_size, self.kv_versions, grouped=config.block_groups
+        )
         self.enabled = self.host.blocks.capacity > 0
         self._blocks, self._memory, self._config, self._times = blocks, host, config, times
         self._block_size = block_size
@@ -122,7 +127,12 @@ class Switching:
         if not self.enabled:
             return None
         pool = self.host.blocks
-        return SwapTotals(host_capacity=pool.capacity, host_used=pool.owned_blocks, **asdict(self.counts))
+        return SwapTotals(
+            host_capacity=pool.capacity,
+            host_used=pool.owned_blocks,
+            host_leased=self.host.leased_blocks,
+            **asdict(self.counts),
+        )
 
     # Out.
 
@@ -255,7 +265,7 @@ class Switching:
         size, longest = self._block_size, len(request.tokens) - 1
         copy = self.host.find(request.request_id)
         if copy is not None:
-            tokens = min(copy.valid_tokens, longest)
+            tokens = self.host.usable_tokens(copy, request)
             return Source(copy, tokens, -(-tokens // size)) if tokens else None
         if not self._config.swap_reuse:
             return None
@@ -307,6 +317,14 @@ class Switching:
         self._computed_now[job_id] = arrival
         return True
 
+    def recompute_s(self, tokens: int) -> float:
+        """What computing so many tokens again would take; 0.0: not known."""
+        return tokens * self._times.prefill_token_s
+
+    def fills(self, copy: HostCopy) -> bool:
+        """Whether a copy is still being written."""
+        return self._ledger.fills(copy)
+
     # What the copier says.
 
     def ended(self, done: Collection[SwapDone]) -> tuple[list[Arrival], list[Request]]:
@@ -342,4 +360,5 @@ class Switching:
         """What was to be copied from or to it is garbage, so nobody may use it again."""
         self.counts.errors += 1
         copy.failed = True
-        self.host.drop(copy)
+        if not self.host.leased(copy):
+            self.host.drop(copy)

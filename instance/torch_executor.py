@@ -119,6 +119,11 @@ class TorchExecutor:
         return self._model.config.vocab_size
 
     @property
+    def host_pool(self) -> KvPool | None:
+        """Where KV is swapped to; None: nowhere."""
+        return None if self.swap_space is None else self.swap_space.pool
+
+    @property
     def copier(self) -> SwapCopier | None:
         return None if self.swap_space is None else self.swap_space.copier
 

@@ -52,6 +52,11 @@ class VllmRequests:
         return self._core.exchange.pool
 
     @property
+    def host_pool(self) -> KvPool | None:
+        """None: vLLM swaps by itself, if at all."""
+        return None
+
+    @property
     def kv_layout(self) -> KvLayout:
         """Of the pool."""
         return self.pool.layout

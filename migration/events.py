@@ -50,7 +50,8 @@ class ReadEnded:
 @dataclass(frozen=True, slots=True)
 class StartRead:
     """Copy ``source_blocks`` of the pool at ``endpoint`` into ``target_blocks`` of our own, in the background
-    and report to ``Agent.read_ended``. ``final``: the request is in nobody's batch until this is done."""
+    and report to ``Agent.read_ended``. ``final``: the last blocks of a request that is about to join, which a
+    step waits for. ``rests``: the request computes elsewhere meanwhile, so the copy may take its time."""
 
     migration_id: str
     stage: int
@@ -58,6 +59,7 @@ class StartRead:
     source_blocks: tuple[int, ...]
     target_blocks: tuple[int, ...]
     final: bool
+    rests: bool = True
 
 
 @dataclass(frozen=True, slots=True)

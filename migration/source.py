@@ -15,7 +15,10 @@ ABORTED, REFUSED  source            source, as before      (ended)
 
 READY means that all full blocks but the newest are over; the request runs on for the few steps after which
 leaving costs least (alignment.py), the last of them announced to the target. A waiting request has nothing to
-copy: it leaves with the Reserve, which then is its commit.
+copy: it leaves with the Reserve, which then is its commit. A swapped-out one, whose KV the target reads from
+this side's host memory, is never READY: nothing is computed meanwhile, so it goes once its KV is over. Should
+it be swapped in before, or lose its KV, its kv_version has changed, and the migration is given up. If copying
+is known to take longer than computing again, it goes without KV.
 
 The source resumes a request whose commit it has sent in two cases only. Denied or refused: the target never
 had it, so the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it
@@ -34,7 +37,7 @@ from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import HOP_MAX, next_hop
 from llumnix.core.errors import InvariantError, ProtocolError
-from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationEnded, MigrationOutcome
+from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationOutcome
 from llumnix.core.messages.migration import (
     AbortMigration,
     Commit,
@@ -50,10 +53,12 @@ from llumnix.core.messages.migration import (
 )
 from llumnix.core.messages.serving import Abort, Moved, RequestSpec
 from llumnix.migration.alignment import STEPS_MAX, Rhythm, steps_to_wait
+from llumnix.migration.copying import Copying
 from llumnix.migration.engine_sides import GivingEngine, Movable
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
-from llumnix.migration.pace import Pace
+from llumnix.migration.pace import CopySpeeds, Pace
 from llumnix.migration.story import Story
+from llumnix.migration.tally import Tally
 
 LAST_FULL_BLOCKS = 1
 """Full blocks left that are not worth a stage of their own: the commit reads them with the partial one."""
@@ -90,6 +95,7 @@ class SourceMigration:
         engine: GivingEngine,
         config: MigrationConfig,
         pace: Pace,
+        speeds: CopySpeeds,
         manager_address: str,
     ) -> None:
         self.order = order
@@ -103,13 +109,9 @@ class SourceMigration:
         self._config = config
         self._manager_address = manager_address
         self._story = Story()
-        self._kv_version = 0
-        self._began = 0.0
-        self._taken_out_at: float | None = None
-        self._stages = self._stage_blocks = 0
-        self._copied = self._moved_blocks = 0
-        self._known_tokens = 0
-        self._pace = pace
+        self._copying: Copying
+        self._tally = Tally(0.0)
+        self._pace, self._speeds = pace, speeds
         self._steps_left, self._asks_left = STEPS_MAX, ASKS_MAX
         self._announced = False
 
@@ -134,21 +136,22 @@ class SourceMigration:
         if movable is None:
             raise InvariantError(f"not movable: {self.story()}")
         self.spec = self._engine.spec_of(self.order.request_id, now)
-        self._began = now
-        self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
-        if movable.waiting:
-            self._engine.take_out(self.order.request_id)
-            self.state, self._taken_out_at = SourceState.COMMITTING, now
+        self._tally = Tally(now)
+        target = self.order.target_incarnation
+        copying = self._copying = Copying(self._me, target, self._speeds, movable, now)
+        if copying.endpoint is None:
+            self._take_out(now)
         reserve = Reserve(
             migration_id=self.order.migration_id,
             source_id=self._me.instance_id,
             source_incarnation=self._me.incarnation,
             source_address=self._me.address,
             target_incarnation=self.order.target_incarnation,
-            kv_endpoint=self._me.kv_endpoint,
+            kv_endpoint=copying.endpoint or self._me.kv_endpoint,
             kv_layout=self._me.kv_layout,
             spec=self.spec,
-            blocks=0 if movable.waiting else self._blocks_wanted(movable),
+            blocks=0 if copying.endpoint is None else copying.blocks_wanted(movable, self.spec),
+            swapped=copying.swapped,
         )
         self._wait(now)
         return [self._send(reserve)]
@@ -171,43 +174,41 @@ class SourceMigration:
         """What this migration has been through, for errors and logs."""
         order = self.order
         head = f"migration {order.migration_id} of {order.request_id} to {order.target_id}, {self.state}"
-        return f"{head} after {self._stages} stages: {self._story}"
+        return f"{head} after {self._tally.stages} stages: {self._story}"
 
     # Before the commit: the request decodes here.
 
     def _advance(self, event: object, now: float) -> list[Send]:
         """Room is there, or a stage is done: start the next stage, or get ready to hand over."""
+        copying = self._copying
         if isinstance(event, StageCopied):
-            if event.stage != self._stages:
+            if event.stage != self._tally.stages:
                 return self._ignore(event, now)
-            self._copied += self._stage_blocks
-        self._stage_blocks = 0
+            copying.stage_ended(event, now)
         movable = self._engine.movable(self.order.request_id)
-        if movable is None or movable.kv_version != self._kv_version:
-            return self._lost_its_kv(movable, now)
-        fresh = movable.full_blocks - self._copied
-        if fresh > LAST_FULL_BLOCKS and self._stages < self._config.stages_max:
-            return self._begin_stage(movable, fresh, now)
+        lost = copying.lost(movable)
+        if movable is None or lost:
+            return self._give_up(lost, now)
+        if copying.fresh(movable) > LAST_FULL_BLOCKS and self._tally.stages < self._config.stages_max:
+            return self._begin_stage(movable, now)
         if movable.lagging:  # look again after a step
             self.state = SourceState.COPYING
             self._wait(now)
             return []
-        if self._config.hold_share == 0:
+        if self._config.hold_share == 0 or copying.swapped:
             return self._hand_over(movable, now)
         self.state = SourceState.READY
         self._wait(now)
         return self._leave_in_time(movable, now)
 
-    def _begin_stage(self, movable: Movable, fresh: int, now: float) -> list[Send]:
-        wanted = self._blocks_wanted(movable)
-        self._stages += 1
-        self._stage_blocks = fresh
-        self._moved_blocks += fresh
-        self._known_tokens = movable.known_tokens
+    def _begin_stage(self, movable: Movable, now: float) -> list[Send]:
+        wanted = self._copying.blocks_wanted(movable, self.spec)
+        blocks = self._copying.begin_stage(movable)
+        self._tally.stages += 1
+        self._tally.blocks += len(blocks)
         self.state = SourceState.COPYING
         self._wait(now)
-        blocks = movable.blocks[self._copied : self._copied + fresh]
-        return [self._send(CopyStage(self.order.migration_id, self._stages, blocks, wanted))]
+        return [self._send(CopyStage(self.order.migration_id, self._tally.stages, blocks, wanted))]
 
     def _leave_in_time(self, movable: Movable, now: float) -> list[Send]:
         """READY, between steps: go now, or say so if the request is to leave after the next one."""
@@ -222,9 +223,10 @@ class SourceMigration:
     def _step_ended(self, event: StepEnded, now: float) -> list[Send]:
         """A step may have finished the request or given its KV up; if not, it may be the moment to go."""
         movable = self._engine.movable(self.order.request_id)
-        if movable is None or movable.kv_version != self._kv_version:
-            return self._lost_its_kv(movable, now)
-        if self.state is SourceState.COPYING and self._stage_blocks == 0:
+        lost = self._copying.lost(movable)
+        if movable is None or lost:
+            return self._give_up(lost, now)
+        if self.state is SourceState.COPYING and self._copying.under_way == 0:
             return self._advance(event, now)
         if self.state is not SourceState.READY:
             return []
@@ -232,21 +234,15 @@ class SourceMigration:
 
     def _hand_over(self, movable: Movable, now: float) -> list[Send]:
         current = self._engine.spec_of(self.order.request_id, now)
-        self._engine.take_out(self.order.request_id)
-        self._taken_out_at = now
-        block_size = self._me.kv_layout.block_size
-        last = movable.blocks[self._copied : -(-movable.computed_tokens // block_size)]
-        self._moved_blocks += len(last)
-        self.state = SourceState.COMMITTING
+        self._take_out(now)
+        last = self._copying.last_blocks(movable)
+        self._tally.blocks += len(last)
         self._wait(now)
         first_index = len(self.spec.output_tokens)
         fresh, epoch = current.output_tokens[first_index:], next_hop(self.spec.epoch)
         where = (last, movable.computed_tokens)
         commit = Commit(self.order.migration_id, epoch, *where, first_index, fresh, current.waited_s)
         return [self._send(commit)]
-
-    def _lost_its_kv(self, movable: Movable | None, now: float) -> list[Send]:
-        return self._give_up("the request has ended" if movable is None else "the request was preempted", now)
 
     def _give_up(self, reason: str, now: float) -> list[Send]:
         abort = AbortMigration(self.order.migration_id, reason)
@@ -318,13 +314,10 @@ class SourceMigration:
         """A repeat, or an answer overtaken by a later one."""
         return []
 
-    def _blocks_wanted(self, movable: Movable) -> int:
-        """Blocks for what exists and what the next stage will add, judged by the one before."""
-        block_size = self._me.kv_layout.block_size
-        growth = max(block_size, movable.known_tokens - self._known_tokens)
-        longest = len(self.spec.prompt_tokens) + self.spec.sampling.max_tokens
-        tokens = min(movable.known_tokens + growth, longest)
-        return max(len(movable.blocks), -(-tokens // block_size))
+    def _take_out(self, now: float) -> None:
+        """From now on the target decides."""
+        self._engine.take_out(self.order.request_id)
+        self.state, self._tally.taken_out_at = S.COMMITTING, now
 
     def _wait(self, now: float) -> None:
         self.deadline = now + self._config.answer_timeout_s
@@ -335,18 +328,7 @@ class SourceMigration:
     def _end(self, state: SourceState, reason: str, now: float) -> list[Send]:
         """Tell the manager how it ended."""
         self.state, self.deadline = state, None
-        ended = MigrationEnded(
-            migration_id=self.order.migration_id,
-            request_id=self.order.request_id,
-            source_id=self._me.instance_id,
-            target_id=self.order.target_id,
-            outcome=MigrationOutcome(state.value),
-            reason=reason,
-            stages=self._stages + (self._taken_out_at is not None),
-            kv_bytes=self._moved_blocks * self._me.kv_layout.block_bytes,
-            duration_s=now - self._began,
-            pause_s=0.0 if self._taken_out_at is None else now - self._taken_out_at,
-        )
+        ended = self._tally.ended(self.order, self._me, MigrationOutcome(state.value), reason, now)
         return [Send(self._manager_address, ended)]
 
 

@@ -287,7 +287,9 @@ class TargetMigration:
         self._reading = len(source_blocks)
         target_blocks = self._blocks[self._copied : self._copied + len(source_blocks)]
         endpoint = self.reserve.kv_endpoint
-        return StartRead(self.migration_id, self._stage, endpoint, source_blocks, target_blocks, final)
+        rests = not (final or self.reserve.swapped)
+        where = (endpoint, source_blocks, target_blocks)
+        return StartRead(self.migration_id, self._stage, *where, final, rests)
 
     def _reserved(self, now: float) -> Send:
         return self._send(Reserved(self.migration_id, self._config.reservation_s, self._tell_step_s(now)))

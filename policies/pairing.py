@@ -209,4 +209,4 @@ class _Round:
 
 def _suiting_first(sides: list[_Side], candidate: MoveCandidate) -> list[_Side]:
     """The same order within those whose role suits the request, and after them within the others."""
-    return sorted(sides, key=lambda side: not suits(side.view.role, candidate.waiting))
+    return sorted(sides, key=lambda side: not suits(side.view.role, candidate.prefills))

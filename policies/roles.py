@@ -48,7 +48,7 @@ class Disaggregate:
         blocks = Load.of(source).demand(request)
         for target in targets:
             after = Load.of(target).joined(request, blocks).queue_freeness(config.headroom_blocks)
-            if suits(target.role, request.waiting) and after > mark:
+            if suits(target.role, request.prefills) and after > mark:
                 return _move(request, source, target, f"leaves it at {after:.1f}, above {mark:g}")
         return None
 
@@ -70,7 +70,7 @@ class Strict:
         """The first target whose role suits and that has room."""
         blocks = Load.of(source).demand(request)
         for target in targets:
-            if suits(target.role, request.waiting) and (request.waiting or free_blocks(target) > blocks):
+            if suits(target.role, request.prefills) and (request.waiting or free_blocks(target) > blocks):
                 return _move(request, source, target, "has room")
         return None
 

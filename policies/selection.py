@@ -13,8 +13,8 @@ Cost = tuple[int | float | str, ...]
 
 
 class Cheapest:
-    """Lowest execution priority first, then what costs least to move: waiting requests carry no KV, then few
-    blocks."""
+    """Lowest execution priority first, then what costs least to move: waiting requests, which no step counts
+    on, those first that bring no KV from host memory; then few blocks."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         """Takes no setting."""
@@ -72,7 +72,8 @@ class FirstWaiting:
 
 
 def _cost(row: MoveCandidate) -> Cost:
-    return row.execution_priority, not row.waiting, row.blocks, row.request_id
+    copied = row.host_blocks if row.waiting else row.blocks
+    return row.execution_priority, not row.waiting, copied, row.blocks, row.request_id
 
 
 def _length(row: MoveCandidate) -> Cost:

@@ -100,8 +100,9 @@ class _RecordingReader:
         timeout_s: float,
         *,
         urgent: bool = False,
+        rests: bool = True,
     ) -> ReadStats:
-        stats = self._inner.read(source_blocks, target_blocks, timeout_s, urgent=urgent)
+        stats = self._inner.read(source_blocks, target_blocks, timeout_s, urgent=urgent, rests=rests)
         self._stats.append(stats)
         return stats
 
@@ -278,7 +279,11 @@ class _ThreadInstance:
             if reader is None:
                 reader = self._open[order.endpoint.pool_name] = self.readers.open(order.endpoint)
             outcome = reader.read(
-                order.source_blocks, order.target_blocks, READ_TIMEOUT_S, urgent=order.final
+                order.source_blocks,
+                order.target_blocks,
+                READ_TIMEOUT_S,
+                urgent=order.final,
+                rests=order.rests,
             )
         except TransportError as error:
             outcome = error

@@ -106,7 +106,7 @@ def _instance(pipe: Connection, config: Config, name: str, seed: int, manager_ad
     pool_name = f"bench-{name}-{os.getpid()}"
     engine, holder = _engine(config, seed, pool_name)
     readers = RecordingReaders(Readers(holder.pool, config.migration))
-    blocks = BlockServer(holder.pool, config.cluster.bind_host)
+    blocks = BlockServer((holder.pool,), config.cluster.bind_host)
     asyncio.run(_serve(pipe, config, name, manager_address, engine, holder, readers, blocks))
     blocks.close()
     holder.close()

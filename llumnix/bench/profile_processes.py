@@ -140,7 +140,7 @@ def _engine(
         return
     assert isinstance(executor, TorchExecutor)
     inprocess.offer(executor.pool)
-    server = BlockServer(executor.pool, config.cluster.bind_host)
+    server = BlockServer((executor.pool,), config.cluster.bind_host)
     try:
         _serve(pipe, barrier, config, scenarios, executor, server.address, number == 0)
     except (EOFError, OSError, threading.BrokenBarrierError):

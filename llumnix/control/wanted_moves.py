@@ -95,7 +95,7 @@ class WantedMoves:
         orders = self._try_all(now, "") if self._wanted else []
         for record in self._cluster.waiting_to_leave():
             for candidate in record.seen.candidates:
-                if candidate.waiting and not self._rescheduler.resting(candidate.request_id, now):
+                if candidate.prefills and not self._rescheduler.resting(candidate.request_id, now):
                     orders += self._try(Wanted(candidate, record.instance_id, record.hello.incarnation), now)
         return orders
 
@@ -121,7 +121,7 @@ class WantedMoves:
         if source is None or source.hello.incarnation != wanted.incarnation or source.down:
             self._wanted.pop(request_id, None)
             return []
-        if suits(source.role, candidate.waiting):
+        if suits(source.role, candidate.prefills):
             self._wanted.pop(request_id, None)  # the role has changed meanwhile
             return []
         if (

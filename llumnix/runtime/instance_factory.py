@@ -40,6 +40,11 @@ class KvHolder(Protocol):
     def pool(self) -> KvPool: ...
 
     @property
+    def host_pool(self) -> KvPool | None:
+        """Where it swaps to; None: nowhere."""
+        ...
+
+    @property
     def kv_layout(self) -> KvLayout: ...
 
     def close(self) -> None:
@@ -85,8 +90,11 @@ class Instance:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._holder = holder
-        inprocess.offer(holder.pool)
-        self._blocks = BlockServer(holder.pool, config.cluster.bind_host)
+        host = holder.host_pool
+        self._pools = [holder.pool] if host is None else [holder.pool, host]
+        for pool in self._pools:
+            inprocess.offer(pool)
+        self._blocks = BlockServer(self._pools, config.cluster.bind_host)
         engine.configure(config.scheduler)
 
         def make_agent(address: str) -> Agent:
@@ -99,6 +107,7 @@ class Instance:
                 max_model_len=engine.max_model_len,
                 kv_layout=holder.kv_layout,
                 kv_endpoint=kv_endpoint(holder.pool, self._blocks.address),
+                host_endpoint=None if host is None else kv_endpoint(host, self._blocks.address),
             )
             return Agent(
                 hello, engine, config.migration, config.cluster.report_interval_s, identity.manager_address
@@ -116,7 +125,8 @@ class Instance:
         """Stop serving, then give the memory up."""
         await self.server.close()
         self._blocks.close()
-        inprocess.withdraw(self._holder.pool)
+        for pool in self._pools:
+            inprocess.withdraw(pool)
         self._holder.close()
 
 

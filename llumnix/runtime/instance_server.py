@@ -176,7 +176,11 @@ class InstanceServer:
         try:
             reader = self._readers.get(order.endpoint)
             outcome = reader.read(
-                order.source_blocks, order.target_blocks, READ_TIMEOUT_S, urgent=order.final
+                order.source_blocks,
+                order.target_blocks,
+                READ_TIMEOUT_S,
+                urgent=order.final,
+                rests=order.rests,
             )
         except TransportError as error:
             outcome = error

@@ -112,7 +112,8 @@ class Instance:
             model=machine.cost.name,
             max_model_len=self.engine.max_model_len,
             kv_layout=machine.layout,
-            kv_endpoint=KvEndpoint("simulated", 1, -1, self.address, ""),
+            kv_endpoint=KvEndpoint("simulated", 1, -1, self.address, self.address),
+            host_endpoint=None if self._copier is None else self._host_endpoint(),
         )
         self.agent = Agent(
             self.hello, self.engine, machine.migration, machine.report_interval_s, machine.manager_address
@@ -128,6 +129,9 @@ class Instance:
         self._durations: list[float] = []
         self._sent: dict[str, tuple[str, int]] = {}
         self._flush_at = self._clock.now + FLUSH_S
+
+    def _host_endpoint(self) -> KvEndpoint:
+        return KvEndpoint("simulated", 1, -1, f"{self.address}-host", self.address)
 
     def start(self) -> None:
         """Begin to serve."""

@@ -35,8 +35,8 @@ class Reader(Protocol):
 
 
 class Links:
-    """See the module. ``copy_s`` gives the time of so many blocks, ``alive`` whether a process lives.
-    ``failed_reads`` is the chance that one fails for no reason."""
+    """See the module. ``copy_s`` gives the time of so many blocks, ``alive`` whether the process at an
+    endpoint's address lives. ``failed_reads`` is the chance that one fails for no reason."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Links:
 
     def read(self, reader: Reader, order: StartRead) -> None:
         """Begin a read."""
-        source, blocks = order.endpoint.pool_name, len(order.source_blocks)
+        source, blocks = order.endpoint.address, len(order.source_blocks)
         duration_s = self._copy_s(blocks)
         begin = self._clock.now
         if not order.final:

@@ -55,11 +55,13 @@ class BlockReader(Protocol):
         timeout_s: float,
         *,
         urgent: bool = False,
+        rests: bool = True,
     ) -> ReadStats:
         """Copy ``source_blocks[i]`` to ``target_blocks[i]`` for every i; both lists are equally long.
-        Consecutive ids on both sides travel as one copy. ``urgent``: the request is in nobody's batch until
-        this is done, so it waits for no cap and never rests. Raises TransportError, among others when the
-        source says nothing for ``timeout_s``; what was written by then is unspecified."""
+        Consecutive ids on both sides travel as one copy. ``urgent``: a step waits for this, so it waits for
+        no cap. ``rests``: it may leave the processor to the engines now and then. Raises TransportError,
+        among others when the source says nothing for ``timeout_s``; what was written by then is
+        unspecified."""
         ...
 
     def close(self) -> None: ...

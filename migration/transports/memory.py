@@ -50,6 +50,7 @@ class MemoryReader:
         timeout_s: float,
         *,
         urgent: bool = False,
+        rests: bool = True,
     ) -> ReadStats:
         started = perf_counter()
         source = self._opened()
@@ -58,7 +59,7 @@ class MemoryReader:
         target, block_bytes = self._pool.bytes_view(), self._pool.layout.block_bytes
         piece = max(1, self._bucket.chunk_bytes(PIECE_BYTES) // block_bytes)
         runs = plan_runs(source_blocks, target_blocks, target_total=len(target), blocks_max=piece)
-        share = 1.0 if urgent else self._copy_share
+        share = self._copy_share if rests and not urgent else 1.0
         copying_s = 0.0
         for batch in _batches(runs, piece):
             self._bucket.pass_bytes(sum(run.count for run in batch) * block_bytes, urgent=urgent)

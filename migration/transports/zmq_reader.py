@@ -59,7 +59,9 @@ class ZmqReader:
         timeout_s: float,
         *,
         urgent: bool = False,
+        rests: bool = True,
     ) -> ReadStats:
+        """``rests`` means nothing here: the network is what takes the time."""
         started = perf_counter()
         target, block_bytes = self._pool.bytes_view(), self._pool.layout.block_bytes
         chunk = max(1, self._bucket.chunk_bytes(CHUNK_BYTES) // block_bytes)

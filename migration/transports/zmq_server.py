@@ -6,6 +6,7 @@ an instance.
 """
 
 import threading
+from collections.abc import Sequence
 
 import torch
 import zmq
@@ -26,11 +27,11 @@ READERS_MAX = 4096
 
 
 class BlockServer:
-    """Serves ``pool`` at ``address`` until closed. Raises TransportError if nothing can listen on
-    ``bind_host``."""
+    """Serves ``pools``, told apart by name, at ``address`` until closed. Raises TransportError if nothing can
+    listen on ``bind_host``."""
 
-    def __init__(self, pool: BlockPool, bind_host: str) -> None:
-        self._pool = pool
+    def __init__(self, pools: Sequence[BlockPool], bind_host: str) -> None:
+        self._pools = {pool.pool_name: pool for pool in pools}
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -86,9 +87,10 @@ class BlockServer:
         self._socket.send(rows.numpy().data, copy=False)
 
     def _rows(self, request: ChunkRequest) -> torch.Tensor:
-        view, layout = self._pool.bytes_view(), self._pool.layout
-        if request.pool_name != self._pool.pool_name:
-            raise TransportError(f"this is pool {self._pool.pool_name}, not {request.pool_name}")
+        pool = self._pools.get(request.pool_name)
+        if pool is None:
+            raise TransportError(f"this is pool {' and '.join(self._pools)}, not {request.pool_name}")
+        view, layout = pool.bytes_view(), pool.layout
         if request.first + request.count > len(view):
             raise TransportError(f"blocks {request.first} + {request.count} of a pool of {len(view)}")
         if request.count > max(1, CHUNK_BYTES // layout.block_bytes):

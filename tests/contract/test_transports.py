@@ -45,7 +45,7 @@ def serve_pool(pipe: Connection, name: str) -> None:
     """A source in a process of its own: makes and fills a pool, serves it until told otherwise."""
     pool = KvPool(layout(SOURCE_BLOCKS), name, CPU)
     fill(pool)
-    server = BlockServer(pool, "127.0.0.1")
+    server = BlockServer((pool,), "127.0.0.1")
     pipe.send(KvEndpoint(host_identity(), os.getpid(), pool.fd, name, server.address))
     pipe.recv()
     server.close()
@@ -279,7 +279,7 @@ def test_a_source_that_fails_mid_read(behaviour: str, complaint: str) -> None:
 )
 def test_a_block_server_answers_nonsense_with_a_refusal(frames: list[bytes]) -> None:
     pool = KvPool(layout(SOURCE_BLOCKS), "contract-nonsense", CPU)
-    server = BlockServer(pool, "127.0.0.1")
+    server = BlockServer((pool,), "127.0.0.1")
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(server.address)

@@ -33,6 +33,7 @@ def hello(name: str, engine: InProcessEngine) -> InstanceHello:
         max_model_len=engine.max_model_len,
         kv_layout=engine.executor.kv_layout,
         kv_endpoint=KvEndpoint("host", 1, -1, f"pool-of-{name}", ""),
+        host_endpoint=KvEndpoint("host", 1, -1, f"pool-of-{name}-host", ""),
     )
 
 

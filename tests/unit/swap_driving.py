@@ -25,12 +25,12 @@ class WordCopier:
         self.waits = 0
         self.queued: list[SwapJob] = []
         self._device = device
-        self._host: list[list[Word]] = [[None] * block_size for _ in range(host_blocks)]
+        self.host: list[list[Word]] = [[None] * block_size for _ in range(host_blocks)]
         self._ended: list[SwapDone] = []
 
     @property
     def host_blocks(self) -> int:
-        return len(self._host)
+        return len(self.host)
 
     def begin(self, jobs: Sequence[SwapJob]) -> None:
         for job in jobs:
@@ -61,7 +61,7 @@ class WordCopier:
         job = self.queued.pop(0)
         failed = self.fails(job)
         for device, host in zip(job.device_blocks, job.host_blocks, strict=True):
-            here, there = self._device, self._host
+            here, there = self._device, self.host
             if job.direction is SwapDirection.OUT:
                 there[host] = [None] * len(here[device]) if failed else list(here[device])
             else:

@@ -31,6 +31,7 @@ from llumnix.instance.engine import MovableState
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.simulated_executor import SimulatedExecutor
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
+from llumnix.migration.pace import CopySpeeds
 from llumnix.migration.source import ASKS_MAX, ENDED, TRANSITIONS, SourceMigration, SourceState
 
 RESERVED = Reserved("m", 15.0)
@@ -56,6 +57,7 @@ def begun(engine: InProcessEngine, config: MigrationConfig = CONFIG) -> tuple[So
         engine=engine,
         config=config,
         pace=pace(),
+        speeds=CopySpeeds(),
         manager_address=MANAGER,
     )
     return migration, migration.begin(1.0)

@@ -66,7 +66,7 @@ def test_a_swapped_out_request_is_shown_as_such_and_waits_with_its_need() -> Non
     assert rows == {"a": RequestStatus.RUNNING, "b": RequestStatus.SWAPPED}
     assert engine.load().waiting == 1 and engine.load().head_blocks > 4
     movable = engine.movable("b")
-    assert movable is not None and movable.waiting and movable.blocks == ()
+    assert movable is not None and not movable.waiting and movable.swapped
 
 
 def test_the_batch_does_not_wait_for_who_comes_back() -> None:

@@ -68,7 +68,9 @@ class KvLayout:
 @dataclass(frozen=True, slots=True)
 class InstanceHello:
     """Instance to manager, at start and whenever asked: who I am. ``incarnation`` differs for every process
-    that ever carried ``instance_id``, so a newer one proves that the older process has ended."""
+    that ever carried ``instance_id``, so a newer one proves that the older process has ended.
+    ``host_endpoint`` is where KV that is swapped out can be read; None: peers cannot read it, or there is
+    none."""
 
     instance_id: str
     incarnation: str
@@ -78,14 +80,15 @@ class InstanceHello:
     max_model_len: int
     kv_layout: KvLayout
     kv_endpoint: KvEndpoint
+    host_endpoint: KvEndpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MoveCandidate:
     """A request its instance would give away first, by the selection policy. ``blocks`` it holds or, if it is
-    ``waiting`` and so has no KV yet, those its prefill needs. ``tokens`` of prompt + output are known, the
-    last ``output_tokens`` of them generated. ``arrived_at`` is on the instance's own clock: compare it only
-    with others of the same report."""
+    ``waiting``, those that its tokens need. ``tokens`` of prompt + output are known, the last
+    ``output_tokens`` of them generated. ``arrived_at`` is on the instance's own clock: compare it only with
+    others of the same report. ``host_blocks`` of one that waits lie in host memory and go along."""
 
     request_id: str
     blocks: int
@@ -94,6 +97,12 @@ class MoveCandidate:
     tokens: int = 0
     output_tokens: int = 0
     arrived_at: float = 0.0
+    host_blocks: int = 0
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it has more to compute where it goes than its next token."""
+        return self.waiting and self.host_blocks < self.blocks - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +122,8 @@ class SwapTotals:
     ``out`` for requests that gave way, ``ahead`` of likely victims and ``kept`` of ended ones, and ``in``;
     ``reused_blocks`` did not have to be copied out because the host had them, ``prefix_blocks`` came from the
     host instead of being computed. ``host_full`` requests were computed again for want of host memory,
-    ``errors`` copies failed."""
+    ``errors`` copies failed. ``host_leased`` of the used blocks belong to requests whose move elsewhere is
+    not decided yet, and are kept whatever comes."""
 
     host_capacity: int
     host_used: int
@@ -128,6 +138,7 @@ class SwapTotals:
     prefix_blocks: int
     host_full: int
     errors: int
+    host_leased: int = 0
 
 
 @dataclass(frozen=True, slots=True)

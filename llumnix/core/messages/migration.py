@@ -24,8 +24,9 @@ class RefusalCode(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Source to target: hold ``blocks`` for this request. ``spec`` is the request as of now, so that the
-    commit only adds what was generated since. ``blocks`` 0: the request waits and has no KV. It has left my
-    queue with this message, and is yours at the next hop of its epoch."""
+    commit only adds what was generated since. ``blocks`` 0: the request waits and brings no KV. It has left
+    my queue with this message, and is yours at the next hop of its epoch. ``swapped``: it waits with its KV
+    in my host memory, and ``kv_endpoint`` is that; it is in nobody's batch until it is yours."""
 
     migration_id: str
     source_id: str
@@ -36,6 +37,7 @@ class Reserve:
     kv_layout: KvLayout
     spec: RequestSpec
     blocks: int
+    swapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,69 @@
+"""What of a request's KV has been copied, what is next, and from where: the source's books of one migration,
+apart from its protocol. Kept by migration/source.py.
+
+The KV lies in the device pool while the request runs, in the host pool while it is swapped out, and what was
+copied counts only while ``kv_version`` stays as it was at the beginning.
+"""
+
+from llumnix.core.messages.control import InstanceHello, KvEndpoint
+from llumnix.core.messages.migration import StageCopied
+from llumnix.core.messages.serving import RequestSpec
+from llumnix.migration.engine_sides import Movable
+from llumnix.migration.pace import CopySpeeds
+
+
+class Copying:
+    """``endpoint`` is where the target is to read; None: the request goes without KV. ``swapped``: that is
+    host memory. ``under_way`` blocks belong to a stage that has not ended."""
+
+    def __init__(
+        self, me: InstanceHello, target: str, speeds: CopySpeeds, movable: Movable, now: float
+    ) -> None:
+        self.under_way = self.copied = 0
+        self._layout = me.kv_layout
+        self._target, self._speeds = target, speeds
+        self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
+        self.endpoint: KvEndpoint | None = None if movable.waiting else me.kv_endpoint
+        self.swapped = movable.swapped and me.host_endpoint is not None
+        if movable.swapped:
+            copy_s = speeds.copy_s(target, len(movable.blocks) * self._layout.block_bytes, now)
+            self.swapped = self.swapped and not 0 < movable.recompute_s < copy_s
+            self.endpoint = me.host_endpoint if self.swapped else None
+
+    def lost(self, movable: Movable | None) -> str:
+        """Why what was copied does not count any more; empty: it does."""
+        if movable is None:
+            return "it was swapped in or has ended" if self.swapped else "the request has ended"
+        if movable.kv_version == self._kv_version:
+            return ""
+        return "its KV in host memory is gone" if self.swapped else "the request was preempted"
+
+    def fresh(self, movable: Movable) -> int:
+        """Full blocks that have not been copied."""
+        return movable.full_blocks - self.copied
+
+    def begin_stage(self, movable: Movable) -> tuple[int, ...]:
+        """The blocks of the next stage: all fresh ones."""
+        self.under_way = self.fresh(movable)
+        self._known_tokens = movable.known_tokens
+        return movable.blocks[self.copied : self.copied + self.under_way]
+
+    def stage_ended(self, done: StageCopied, now: float) -> None:
+        """The last stage begun has been copied."""
+        if self.swapped and self.under_way:
+            kv_bytes = self.under_way * self._layout.block_bytes
+            self._speeds.note(self._target, kv_bytes, done.copy_s, now)
+        self.copied += self.under_way
+        self.under_way = 0
+
+    def last_blocks(self, movable: Movable) -> tuple[int, ...]:
+        """What the commit has to bring."""
+        return movable.blocks[self.copied : -(-movable.computed_tokens // self._layout.block_size)]
+
+    def blocks_wanted(self, movable: Movable, spec: RequestSpec) -> int:
+        """Blocks for what exists and what the next stage will add, judged by the one before."""
+        block_size = self._layout.block_size
+        growth = 0 if self.swapped else max(block_size, movable.known_tokens - self._known_tokens)
+        longest = len(spec.prompt_tokens) + spec.sampling.max_tokens
+        tokens = min(movable.known_tokens + growth, longest)
+        return max(len(movable.blocks), -(-tokens // block_size))

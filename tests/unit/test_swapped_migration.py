@@ -1,0 +1,326 @@
+"""A swapped-out request moves with its KV: two agents over engines whose every word of KV is checked, the
+messages between them carried by hand."""
+
+from collections import deque
+from dataclasses import replace
+
+import pytest
+from engine_driving import Client, run_out, spec, step, undisturbed
+from migration_driving import MANAGER, agent, hello
+from swap_driving import WordExecutor, swapping_engine
+
+from llumnix.core.config import SchedulerConfig, SwapConfig
+from llumnix.core.effects import Send
+from llumnix.core.epochs import EPOCH_MAX, FIRST_EPOCH
+from llumnix.core.errors import InvariantError, TransportError
+from llumnix.core.messages.control import (
+    Fenced,
+    MigrateOrder,
+    MigrationEnded,
+    MigrationOutcome,
+    RequestStatus,
+)
+from llumnix.core.messages.migration import Commit, Committed, CopyStage, Reserve
+from llumnix.core.messages.serving import Abort
+from llumnix.instance.agent import StartRead
+from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.migration.pace import SPEED_S, CopySpeeds
+from llumnix.migration.transports.base import ReadStats
+
+REUSE = SwapConfig(swap_ahead=False)
+OUT, STAYS = "b", "a"
+ORDER = MigrateOrder("m", OUT, "target", "target-1", "tcp://target:1", "test")
+
+
+class Two:
+    """A source with OUT swapped out, STAYS running, and a target; messages wait in ``mail`` until carried."""
+
+    def __init__(
+        self, target_blocks: int = 64, host_blocks: int = 64, swap: SwapConfig = REUSE, **settings: int
+    ) -> None:
+        self.source, self.copier = swapping_engine(host_blocks, swap=swap, **settings)
+        self.target, _ = swapping_engine(kv_blocks=target_blocks)
+        self.client = Client()
+        self.now = 1.0
+        self.agents = {"source": agent("source", self.source), "target": agent("target", self.target)}
+        self.mail: deque[tuple[str, object]] = deque()
+        self.log: list[object] = []
+        self.ended: MigrationEnded | None = None
+        self.requests = {name: spec(name, prompt_len=15, max_tokens=40) for name in (STAYS, OUT)}
+        for index, request in enumerate(self.requests.values()):
+            assert self.source.submit(request, float(index)) is None
+
+    def swap_out(self) -> None:
+        while OUT not in step(self.source, self.client).preempted:
+            pass
+
+    def order(self, order: MigrateOrder = ORDER) -> None:
+        self.post("source", order)
+
+    def post(self, name: str, message: object) -> None:
+        agent_ = self.agents[name]
+        self.take(name, agent_.handle(message, self.now))
+        agent_.check()
+
+    def take(self, name: str, effects: list[object]) -> None:
+        for effect in effects:
+            if isinstance(effect, StartRead):
+                self.mail.append((name, effect))
+            elif isinstance(effect, Send) and effect.address == MANAGER:
+                if isinstance(effect.message, MigrationEnded):
+                    self.ended = effect.message
+            elif isinstance(effect, Send) and effect.address.startswith(("tcp://source", "tcp://target")):
+                self.mail.append((effect.address.split("/")[2].split(":")[0], effect.message))
+
+    def carry(self) -> object:
+        """Deliver the oldest piece of mail; what it was."""
+        name, message = self.mail.popleft()
+        self.log.append(message)
+        if isinstance(message, StartRead):
+            self.read(name, message)
+        else:
+            self.post(name, message)
+        return message
+
+    def read(self, name: str, order: StartRead, outcome: ReadStats | TransportError | None = None) -> None:
+        assert order.endpoint.pool_name == "pool-of-source-host"
+        for theirs, ours in zip(order.source_blocks, order.target_blocks, strict=True):
+            words_of(self.target)[ours] = list(self.copier.host[theirs])
+        stats = outcome or ReadStats(64 * len(order.source_blocks), 1, 0.001, 0.001)
+        self.take(name, self.agents[name].read_ended(order.migration_id, order.stage, stats, self.now))
+
+    def carry_all(self) -> None:
+        while self.mail:
+            self.carry()
+
+    def step(self) -> None:
+        """One step of the source, as its engine thread does it."""
+        result = step(self.source, self.client)
+        self.take("source", self.agents["source"].after_step(result, self.now))
+
+    def carry_until(self, kind: type) -> None:
+        while not self.log or not isinstance(self.log[-1], kind):
+            self.carry()
+
+    def finish(self) -> list[int]:
+        """Both engines to their end; tokens computed in each of the target's steps. Everybody got what
+        nothing disturbed."""
+        computed = [result.tokens for result in run_out(self.target, self.client) if result.tokens]
+        run_out(self.source, self.client)
+        for name, request in self.requests.items():
+            assert tuple(self.client.tokens[name]) == undisturbed(request)
+        for engine in (self.source, self.target):
+            engine.check()
+            assert engine.load().used_blocks == engine.load().reserved_blocks == 0
+        return computed
+
+
+def words_of(engine: InProcessEngine) -> list[list[tuple[int, int] | None]]:
+    assert isinstance(engine.executor, WordExecutor)
+    return engine.executor.words
+
+
+def leased(engine: InProcessEngine) -> int:
+    swap = engine.load().swap
+    assert swap is not None
+    return swap.host_leased
+
+
+def test_it_goes_on_where_it_was_and_nothing_that_travelled_is_computed_again() -> None:
+    two = Two()
+    two.swap_out()
+    two.step()  # the copy out ends
+    two.order()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert two.ended.kv_bytes == 8 * hello("source", two.source).kv_layout.block_bytes
+    assert not two.source.holds(OUT) and two.target.holds(OUT)
+    reads = [message for message in two.log if isinstance(message, StartRead)]
+    assert [(len(one.source_blocks), one.final, one.rests) for one in reads] == [(8, False, False)]
+    computed = two.finish()
+    left = two.requests[OUT].sampling.max_tokens - (33 - 15)
+    assert computed == [1] * left, "one decode per missing token, no prefill"
+    assert leased(two.source) == 0
+
+
+def test_a_copy_that_is_on_its_way_to_the_host_is_waited_for() -> None:
+    two = Two(kv_blocks=64, batch_max=2)
+    for _ in range(3):
+        two.step()
+    first = two.requests["first"] = spec("first", prompt_len=5, max_tokens=30, scheduling_priority=5)
+    assert two.source.submit(first, 9.0) is None
+    two.copier.jobs_per_look = 0
+    two.source._scheduler._preempt(two.source._requests[OUT])
+    two.step()
+    two.order()
+    two.carry_all()
+    two.step()
+    assert two.copier.queued and two.ended is None
+    assert not any(isinstance(message, CopyStage) for message in two.log)
+    two.copier.jobs_per_look = 9
+    two.step()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    two.finish()
+
+
+def test_part_of_the_kv_travels_and_the_rest_is_computed_there() -> None:
+    """Preempted to be computed again, but its first blocks had been copied ahead."""
+    two = Two(swap=SwapConfig())
+    switching = two.source._switching
+    while not step(two.source, two.client).preempted:
+        request = two.source._requests[OUT]
+        if request.computed_tokens == 20:  # as swap-ahead does it, of five full blocks
+            copy = switching.host.room_for(request, 20, needed=False)
+            assert copy is not None
+            switching._copy_out(request, copy, 20)
+            two.source.configure(configuration("recompute"))
+    two.step()
+    state = two.source.movable(OUT)
+    assert state is not None and state.swapped and (state.computed_tokens, state.known_tokens) == (20, 33)
+    assert {row.request_id: row.status for row in two.source.rows("i", 0.0)}[OUT] is RequestStatus.WAITING
+    two.order()
+    two.carry_all()
+    computed = two.finish()
+    assert computed[0] == 33 - 20 and set(computed[1:]) == {1}
+
+
+def configuration(policy: str) -> SchedulerConfig:
+    return SchedulerConfig(preemption_policy=policy)
+
+
+@pytest.mark.parametrize("until", [Reserve, CopyStage, StartRead])
+def test_whoever_is_swapped_in_meanwhile_stays(until: type) -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    two.order()
+    two.carry_until(until)
+    two.source.abort(STAYS, EPOCH_MAX)
+    del two.requests[STAYS]
+    two.step()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.ABORTED
+    assert "swapped in" in two.ended.reason or "host memory" in two.ended.reason
+    assert two.source.holds(OUT) and two.target.load().reserved_blocks == 0
+    two.finish()
+
+
+def test_a_copy_dropped_meanwhile_ends_the_migration_and_the_request_is_computed_again() -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    two.order()
+    two.carry_until(CopyStage)
+    host = two.source._switching.host
+    copy = host.find(OUT)
+    assert copy is not None
+    host.drop(copy)
+    two.step()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.ABORTED
+    state = two.source.movable(OUT)
+    assert state is not None and state.waiting and not state.swapped
+    two.finish()
+
+
+def test_what_is_read_for_a_commit_is_leased_and_nobody_gets_its_space() -> None:
+    two = Two(host_blocks=8)
+    two.swap_out()
+    two.step()
+    two.order()
+    while not (two.mail and isinstance(two.mail[0][1], Commit)):
+        two.carry()
+    assert leased(two.source) == 8
+    urgent = replace(spec("urgent", prompt_len=15, max_tokens=2), scheduling_priority=5, execution_priority=5)
+    assert two.source.submit(urgent, 9.0) is None
+    for _ in range(8):
+        two.step()
+    assert leased(two.source) == 8, "not even for higher priority"
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert leased(two.source) == 0
+    two.requests["urgent"] = urgent
+    two.finish()
+
+
+@pytest.mark.parametrize("answer", ["denied", "fenced"])
+def test_a_request_that_is_not_taken_still_has_its_kv(answer: str) -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    two.order()
+    while not (two.mail and isinstance(two.mail[0][1], Commit)):
+        two.carry()
+    if answer == "denied":
+        two.agents["target"].handle(Abort(OUT, FIRST_EPOCH), 1.0)
+        two.target.cancel_reservation("m")  # so that adopting it is refused
+        two.carry_all()
+    else:
+        two.mail.clear()
+        two.post("source", Fenced("target", "target-1"))
+        two.target, _ = swapping_engine()
+    assert two.ended is not None and not two.target.holds(OUT)
+    rows = {row.request_id: row.status for row in two.source.rows("i", 0.0)}
+    assert rows[OUT] is RequestStatus.SWAPPED and leased(two.source) == 0
+    before = two.source.load().swap
+    two.finish()
+    after = two.source.load().swap
+    assert before is not None and after is not None and after.swapped_in == before.swapped_in + 1
+
+
+def test_a_client_that_leaves_while_the_commit_is_open_frees_the_host() -> None:
+    two = Two(swap=replace(REUSE, swap_reuse=False))
+    two.swap_out()
+    two.step()
+    two.order()
+    while not (two.mail and isinstance(two.mail[0][1], Commit)):
+        two.carry()
+    two.post("source", Abort(OUT, EPOCH_MAX))
+    assert leased(two.source) == 0 and two.source.load().swap.host_used == 0  # type: ignore[union-attr]
+    two.carry_all()
+    del two.requests[OUT]
+    two.finish()
+    assert not two.target.holds(OUT)
+
+
+def test_a_target_without_room_refuses_and_nothing_has_happened() -> None:
+    two = Two(target_blocks=8)
+    two.swap_out()
+    two.step()
+    two.order()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.REFUSED
+    assert leased(two.source) == 0 and two.source.movable(OUT).swapped  # type: ignore[union-attr]
+    two.finish()
+
+
+def test_where_copying_takes_longer_than_computing_it_goes_without_kv() -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    request = two.source._requests[OUT]
+    two.source._times.note_prefill(0.032, 32)
+    assert two.source.movable(OUT).recompute_s == pytest.approx(0.032)  # type: ignore[union-attr]
+    outgoing = two.agents["source"]._outgoing
+    outgoing._speeds.note("target-1", 1000, 1.0, two.now)
+    two.order()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert two.ended.kv_bytes == 0 and isinstance(two.log[-1], Committed)
+    assert two.finish()[0] == len(request.tokens)
+
+
+def test_a_speed_is_forgotten_after_a_while() -> None:
+    speeds = CopySpeeds()
+    speeds.note("t", 100, 2.0, 5.0)
+    assert speeds.copy_s("t", 50, 5.0) == 1.0
+    assert speeds.copy_s("t", 50, 5.1 + SPEED_S) == speeds.copy_s("other", 50, 5.0) == 0.0
+
+
+def test_only_a_request_that_was_taken_out_is_leased() -> None:
+    two = Two()
+    two.swap_out()
+    two.source._switching.host.lease(two.source._requests[OUT])
+    with pytest.raises(InvariantError, match="leased to no migration"):
+        two.source.check()
