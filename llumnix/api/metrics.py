@@ -24,6 +24,7 @@ INSTANCE_GAUGES = {
 SWAP_GAUGES = {
     "host_capacity": "KV blocks of the instance's host memory",
     "host_used": "KV blocks of host memory in use",
+    "host_leased": "KV blocks of host memory kept for migrations not decided yet",
     "swapped_out": "requests swapped out since the instance started",
     "swapped_in": "requests swapped back in",
     "out_blocks": "KV blocks copied out for requests that gave way",
