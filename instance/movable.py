@@ -1,8 +1,8 @@
 """What is told of a request that could move: which KV of it lies where, and what of that stays as it is.
 
-In device blocks while it has any, full blocks first. Without any, what its host copy has of it, all of which
-stays as it is, partial last block included, since nothing computes it; an older copy of a part of it counts
-as much as that of a swapped-out request. Called by the engine core.
+In device blocks while it has any. Without any, what its host copy has of it, all of which stays as it is,
+since nothing computes it; an older copy of a part of it counts as much as that of a swapped-out request.
+Called by the engine core.
 """
 
 from llumnix.instance.engine import MovableState
@@ -32,7 +32,7 @@ def movable_state(request: Request, switching: Switching, block_size: int) -> Mo
     return MovableState(
         waiting=False,
         blocks=blocks,
-        full_blocks=0 if lagging else len(blocks),
+        full_blocks=0 if lagging else tokens // block_size,
         computed_tokens=tokens,
         known_tokens=known_tokens,
         kv_version=kv_version,

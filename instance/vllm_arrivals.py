@@ -150,8 +150,9 @@ class _LoadingReader:
         timeout_s: float,
         *,
         urgent: bool = False,
+        rests: bool = True,
     ) -> ReadStats:
-        stats = self._inner.read(source_blocks, target_blocks, timeout_s, urgent=urgent)
+        stats = self._inner.read(source_blocks, target_blocks, timeout_s, urgent=urgent, rests=rests)
         if target_blocks:
             self._arrivals.load(target_blocks, full=not urgent)
         return stats
