@@ -24,7 +24,6 @@ INSTANCE_GAUGES = {
 SWAP_GAUGES = {
     "host_capacity": "KV blocks of the instance's host memory",
     "host_used": "KV blocks of host memory in use",
-    "host_leased": "KV blocks of host memory kept for migrations not decided yet",
     "swapped_out": "requests swapped out since the instance started",
     "swapped_in": "requests swapped back in",
     "out_blocks": "KV blocks copied out for requests that gave way",
@@ -36,6 +35,7 @@ SWAP_GAUGES = {
     "prefix_blocks": "KV blocks that came from host memory instead of being computed",
     "host_full": "requests computed again for want of host memory",
     "errors": "copies that failed",
+    "host_leased": "KV blocks of host memory kept for migrations not decided yet",
 }
 
 
