@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import inf
 
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import ClusterStatus, InstanceState, InstanceStatus
+from llumnix.core.messages.control import ClusterStatus, InstanceRole, InstanceState, InstanceStatus
 
 
 class InstanceDirectory:
@@ -89,8 +89,8 @@ class InstanceDirectory:
     def freest(self, exclude: tuple[str, ...]) -> tuple[str, str] | None:
         """(id, address) of the serving instance to use next. Each own stream placed since the last status
         shares an instance's freeness with one more, so that a long absence of the manager spreads requests,
-        not herds them."""
-        best: tuple[float, str] | None = None
+        not herds them. An instance that is to decode only is taken when no other serves."""
+        best: tuple[bool, float, str] | None = None
         for instance_id in sorted(self._statuses):
             entry = self._statuses[instance_id]
             if entry.state is not InstanceState.SERVING or instance_id in exclude:
@@ -98,6 +98,7 @@ class InstanceDirectory:
             placed = self._held.get(instance_id, 0) - self._held_at_status.get(instance_id, 0)
             shares = 1 + max(0, placed)
             score = entry.freeness / shares if entry.freeness > 0 else entry.freeness * shares - placed
-            if best is None or score > best[0]:
-                best = (score, instance_id)
-        return (best[1], self._statuses[best[1]].address) if best else None
+            prefills = entry.role is not InstanceRole.DECODE
+            if best is None or (prefills, score) > best[:2]:
+                best = (prefills, score, instance_id)
+        return (best[2], self._statuses[best[2]].address) if best else None

@@ -46,6 +46,7 @@ def relative_errors(
     linear = rows[:, [0, 1, 3]] @ [
         coefficients[name] for name in ("request_ms", "context_ms", "attention_ms")
     ]
+    linear += coefficients["mixed_ms"] * _mixed(rows)
     return np.asarray((coefficients["fixed_ms"] + compute + linear) / (np.array(seconds) * 1e3) - 1)
 
 
@@ -78,14 +79,19 @@ def _fit_at(turn: float, rows: Array, times_ms: Array) -> tuple[dict[str, float]
     """The best coefficients if computing overtakes reading weights at ``turn`` prefilled tokens, so that
     weights_ms = turn * token_ms, and the sum of squares they leave."""
     decodes, context, prefill, attended = rows.T
-    matrix = np.stack([np.ones_like(decodes), np.maximum(turn, prefill), attended, decodes, context], axis=1)
+    columns = [np.ones_like(decodes), np.maximum(turn, prefill), attended, decodes, context, _mixed(rows)]
+    matrix = np.stack(columns, axis=1)
     solution = non_negative(matrix / times_ms[:, None], np.ones_like(times_ms))
-    fixed, token, attention, request, per_context = (float(value) for value in solution)
-    coefficients = dict(
-        zip(STEP_TERMS, (fixed, turn * token, token, attention, request, per_context), strict=True)
-    )
+    fixed, token, attention, request, per_context, mixed = (float(value) for value in solution)
+    terms = (fixed, turn * token, token, attention, request, per_context, mixed)
+    coefficients = dict(zip(STEP_TERMS, terms, strict=True))
     rest = matrix @ solution / times_ms - 1
     return coefficients, float(rest @ rest)
+
+
+def _mixed(rows: Array) -> Array:
+    """1 for each step that both decodes and prefills."""
+    return ((rows[:, 0] > 0) & (rows[:, 2] > 0)).astype(np.float64)
 
 
 def shortened(model: dict[str, float]) -> dict[str, float]:

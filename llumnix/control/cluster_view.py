@@ -117,6 +117,7 @@ class ClusterView:
                 record.hello.address,
                 record.state,
                 record.shown_queue_freeness,
+                record.role,
             )
             for record in self.records()
         )

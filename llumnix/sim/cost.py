@@ -4,6 +4,8 @@ A step that decodes d requests with r tokens of context between them and prefill
 
     fixed_ms + max(weights_ms, token_ms * p) + attention_ms * a + request_ms * d + context_ms * r
 
+and mixed_ms more if it does both, since two kinds of attention run and more rows pass through the layers.
+
 The weights are read once a step; prefilling p tokens hides that behind computing once it takes longer.
 ``a`` is, over all prefill chunks from position s to e, the sum of e² - s²: attention's quadratic part.
 Each preset says where its numbers come from; none was fitted to what a simulation gave. ``llumnix profile``
@@ -24,7 +26,7 @@ from llumnix.instance.executor import Chunk
 
 BLOCK_COPY_MIN_S = 1e-4
 KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
-STEP_TERMS = ("fixed_ms", "weights_ms", "token_ms", "attention_ms", "request_ms", "context_ms")
+STEP_TERMS = ("fixed_ms", "weights_ms", "token_ms", "attention_ms", "request_ms", "context_ms", "mixed_ms")
 KIND_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
 
 
@@ -73,6 +75,7 @@ class CostModel:
     attention_ms: float
     request_ms: float
     context_ms: float
+    mixed_ms: float
     copy_ms: float
     serving_ms: float
     capacity_tokens: int
@@ -107,6 +110,8 @@ class CostModel:
         """Seconds that a step takes; see the module."""
         compute_ms = self.token_ms * prefill
         base_ms = self.fixed_ms + (compute_ms if compute_ms > self.weights_ms else self.weights_ms)
+        if prefill and decodes:
+            base_ms += self.mixed_ms
         return (
             base_ms + self.attention_ms * attended + self.request_ms * decodes + self.context_ms * context
         ) * 1e-3
@@ -160,6 +165,7 @@ LLAMA_7B_A10 = CostModel(
     attention_ms=4.2e-6,
     request_ms=0.27,
     context_ms=LLAMA_7B_KV_BYTES / A10_BYTES_PER_MS,
+    mixed_ms=0.0,
     copy_ms=0.2,
     serving_ms=0.0,
     capacity_tokens=13_616,

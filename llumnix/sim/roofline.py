@@ -123,6 +123,7 @@ def roofline(name: str, shape: ModelShape, device: Device) -> CostModel:
         attention_ms=2 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim / flops_per_ms,
         request_ms=0.0,
         context_ms=kv_bytes / bytes_per_ms,
+        mixed_ms=0.0,
         copy_ms=kv_bytes / device.link_bytes_per_s * 1e3,
         serving_ms=0.0,
         capacity_tokens=capacity,

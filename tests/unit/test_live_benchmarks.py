@@ -1,12 +1,22 @@
 """Benchmarks against a real cluster, without one: what they ask for, and what they make of the answers."""
 
+from dataclasses import replace
+
 import pytest
 
 from llumnix.bench.live import COMPARISONS, Run, gains_of, results_of
 from llumnix.bench.live_load import Load, Streamed
 from llumnix.bench.machine import OthersCpu
-from llumnix.bench.validation import Seen, compare
+from llumnix.bench.validation import (
+    BASE,
+    SIMULATED_RUNS,
+    Seen,
+    compare,
+    run_simulated,
+    simulate_runs,
+)
 from llumnix.core.errors import ConfigurationError
+from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.workload import Arrival
 
 
@@ -25,12 +35,29 @@ def test_a_load_is_the_same_for_its_seed_and_keeps_within_the_model() -> None:
 
 def test_percentiles_are_compared_with_all_real_runs_together() -> None:
     runs = [Seen((0.1,) * 100, (0.01,) * 100), Seen((0.3,) * 100, (0.01,) * 100)]
-    rows = compare(runs, Seen((0.22,) * 100, (0.012,) * 100))
+    rows = compare(runs, [Seen((one,) * 100, (0.012,) * 100) for one in (0.22, 0.22, 0.11)])
     by_name = {(row["latency"], row["percentile"]): row for row in rows}
     assert by_name["ttft", "p50"]["off"] == pytest.approx(0.1)
     assert by_name["ttft", "p50"]["real_apart"] == pytest.approx(0.5)
+    assert by_name["ttft", "p50"]["simulated_apart"] == pytest.approx(0.5)
     assert by_name["tpot", "p99"]["off"] == pytest.approx(0.2)
     assert by_name["tpot", "p99"]["real_apart"] == 0.0
+
+
+def test_simulated_runs_differ_as_real_ones_do_and_keep_their_requests_apart() -> None:
+    arrivals = Load("burstgpt", 8.0, rate=10.0, cv=1.0, count=60).arrivals(1024, seed=1)
+    cost = replace(LLAMA_7B_A10, max_model_len=2048)
+    runs, counted = simulate_runs(BASE, cost, arrivals, [0.001, 0.004, 0.3], seed=1)
+    assert len(runs) == len(counted["migrations"]) == SIMULATED_RUNS
+    assert len({run.ttft_s for run in runs}) == SIMULATED_RUNS
+    again = simulate_runs(BASE, cost, arrivals, [0.001, 0.004, 0.3], seed=1)[0]
+    assert [run.ttft_s for run in again] == [run.ttft_s for run in runs]
+    longest = max(range(60), key=lambda number: arrivals[number].prompt_tokens)
+    least_s = cost.step_s(0, 0, arrivals[longest].prompt_tokens, 0)
+    assert all(run.ttft_s[longest] >= least_s for run in runs)  # late ones overtake: results find back
+    exact = [run_simulated(BASE, cost, arrivals, seed=1)[0].ttft_s] * SIMULATED_RUNS
+    on_time = [run.ttft_s for run in simulate_runs(BASE, cost, arrivals, [0.0], seed=1)[0]]
+    assert on_time == exact
 
 
 def answer(scale: float) -> Streamed:

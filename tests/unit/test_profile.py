@@ -27,7 +27,7 @@ FEATURES = [features_of(scenario) for scenario in grid()]
 
 @pytest.mark.parametrize("weights_ms", [0.0, 0.21 * 64, 0.21 * 256])
 def test_a_fit_gives_back_the_formula_it_is_fed(weights_ms: float) -> None:
-    model = replace(LLAMA_7B_A10, fixed_ms=3.0, weights_ms=weights_ms)
+    model = replace(LLAMA_7B_A10, fixed_ms=3.0, weights_ms=weights_ms, mixed_ms=4.0)
     fitted = fit_steps(FEATURES, [model.step_s(*features) for features in FEATURES])
     for name in STEP_TERMS:
         assert fitted[name] == pytest.approx(getattr(model, name), rel=1e-6, abs=1e-9), name
@@ -47,7 +47,7 @@ def test_no_coefficient_is_negative_and_the_best_of_those_is_found() -> None:
 
 
 def test_an_engine_too_small_for_the_grid_is_refused_with_what_to_change() -> None:
-    with pytest.raises(ConfigurationError, match=r"needs 12 kinds of steps, only 3 fit.*kv_gib"):
+    with pytest.raises(ConfigurationError, match=r"needs 14 kinds of steps, only 3 fit.*kv_gib"):
         fit_steps(FEATURES[:3], [1.0, 1.0, 1.0])
 
 

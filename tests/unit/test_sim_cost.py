@@ -91,11 +91,11 @@ def test_models_come_from_their_config(tmp_path: Path) -> None:
     [
         ({"weights_ms": 0}, r"cost.json: line 5: .*weights_ms must be above 0"),
         ({"fixed_ms": -1}, r"line 4: .*fixed_ms must be at least 0"),
-        ({"copy_ms": float("nan")}, r"line 10: .*copy_ms must be at least 0"),
+        ({"copy_ms": float("nan")}, r"line 11: .*copy_ms must be at least 0"),
         ({"token_ms": "fast"}, "token_ms must be a number"),
         ({"capacity_tokens": 1.5}, "capacity_tokens must be a whole number"),
         ({"dtype": "int4"}, "dtype must be"),
-        ({"extra": 1}, r"line 18: unknown field extra"),
+        ({"extra": 1}, r"line 19: unknown field extra"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(

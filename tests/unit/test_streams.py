@@ -18,6 +18,7 @@ from llumnix.core.messages.control import (
     Fenced,
     FrontendHello,
     HelloWanted,
+    InstanceRole,
     InstanceState,
     InstanceStatus,
     ListRequests,
@@ -55,8 +56,9 @@ def entry(
     incarnation: str = "p",
     state: InstanceState = InstanceState.SERVING,
     freeness: float = 8.0,
+    role: InstanceRole = InstanceRole.NEUTRAL,
 ) -> InstanceStatus:
-    return InstanceStatus(instance_id, incarnation, f"at-{instance_id}", state, freeness)
+    return InstanceStatus(instance_id, incarnation, f"at-{instance_id}", state, freeness, role)
 
 
 def status(*entries: InstanceStatus) -> ClusterStatus:
@@ -125,6 +127,17 @@ class TestPlacing:
         targets = [effect.address for effect in made.tick(1.0)]
         assert sorted(targets).count("at-a") in (10, 11) and targets.count("at-c") == 0
         assert made.stats.placed_alone == 20
+
+    def test_own_placing_takes_an_instance_that_is_to_decode_only_if_no_other_serves(self) -> None:
+        made = table(place_timeout_s=1.0)
+        decode = entry("a", freeness=90.0, role=InstanceRole.DECODE)
+        made.handle(status(decode, entry("b", freeness=-5.0, role=InstanceRole.PREFILL)), 0.0)
+        made.open(call("r1"), 0.0)
+        assert [effect.address for effect in made.tick(1.0)] == ["at-b"]
+        alone = table(place_timeout_s=1.0)
+        alone.handle(status(decode, entry("b", state=InstanceState.SILENT)), 0.0)
+        alone.open(call("r2"), 0.0)
+        assert [effect.address for effect in alone.tick(1.0)] == ["at-a"]
 
     def test_own_placing_avoids_instances_that_do_not_serve(self) -> None:
         made = table()

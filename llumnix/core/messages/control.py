@@ -253,6 +253,7 @@ class InstanceStatus:
     address: str
     state: InstanceState
     freeness: float
+    role: InstanceRole = InstanceRole.NEUTRAL
 
 
 @dataclass(frozen=True, slots=True)
