@@ -96,5 +96,6 @@ class LoadReporter:
             role=role,
             shortage=load.shortage,
             swap=load.swap,
+            waiting_urgent=load.waiting_urgent,
         )
         return Send(self._manager_address, report)

@@ -50,6 +50,7 @@ class EngineLoad:
     tenants: tuple[TenantService, ...] = ()
     swap: SwapTotals | None = None
     shortage: Shortage | None = None
+    waiting_urgent: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

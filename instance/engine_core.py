@@ -256,6 +256,7 @@ class EngineCore(KvInPlace):
             waiting_blocks=scheduler.waiting.blocks,
             running=scheduler.running,
             waiting=len(scheduler.waiting),
+            waiting_urgent=(scheduler.waiting.urgent, scheduler.waiting.urgent_blocks),
             execution_priorities=tuple(sorted(scheduler.batch.priorities.items())),
             candidates=self._offers.offers(scheduler.batch, scheduler.waiting, self._host_blocks),
             step_s=self._times.mean_s,

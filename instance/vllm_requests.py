@@ -238,6 +238,10 @@ class VllmRequests:
             waiting_blocks=self._waiting.blocks + sum(self._waiting.blocks_of(one) for one in behind),
             running=len(running),
             waiting=len(self._waiting) + len(behind),
+            waiting_urgent=(
+                self._waiting.urgent + len(behind),  # these are in vLLM's own queue, which nobody overtakes
+                self._waiting.urgent_blocks + sum(self._waiting.blocks_of(one) for one in behind),
+            ),
             execution_priorities=tuple(sorted(priorities.items())),
             candidates=self._candidates(running),
             step_s=self._step_s,

@@ -19,10 +19,11 @@ Key = tuple[int, str]
 
 
 class WaitingQueue:
-    """See the module. ``blocks`` is what the prefills of all requests in it need together."""
+    """See the module. ``blocks`` is what the prefills of all requests in it need together; ``urgent`` and
+    ``urgent_blocks`` are the number and need of those with a scheduling priority above 0."""
 
     def __init__(self, block_size: int, ranking: Ranking) -> None:
-        self.blocks = 0
+        self.blocks = self.urgent = self.urgent_blocks = 0
         self._block_size = block_size
         self._ranking = ranking
         self._ranks: dict[Key, list[Rank]] = {}
@@ -52,7 +53,7 @@ class WaitingQueue:
         """Add a request at its place."""
         insort(self._ranks.setdefault(self._key(request), []), (request.arrived_at, request.request_id))
         self._requests[request.request_id] = request
-        self.blocks += self.blocks_of(request)
+        self._count(request, 1)
 
     def remove(self, request: Request) -> None:
         """Take out a request that is in the queue."""
@@ -62,7 +63,7 @@ class WaitingQueue:
         if not ranks:
             del self._ranks[key]
         del self._requests[request.request_id]
-        self.blocks -= self.blocks_of(request)
+        self._count(request, -1)
 
     def head(self) -> Request | None:
         """The request to be admitted next."""
@@ -74,6 +75,13 @@ class WaitingQueue:
     def first(self, count: int) -> list[Request]:
         """The ``count`` requests that would be admitted next, were all lanes to stand still."""
         return list(islice(self, count)) if self._requests else []
+
+    def _count(self, request: Request, sign: int) -> None:
+        blocks = sign * self.blocks_of(request)
+        self.blocks += blocks
+        if request.scheduling_priority > 0:
+            self.urgent += sign
+            self.urgent_blocks += blocks
 
     def _urgency(self, key: Key) -> tuple[int, float, Rank]:
         priority, lane = key

@@ -131,7 +131,12 @@ def headroom(priorities: Priorities, headroom_blocks: int) -> int:
     """Blocks to keep free: a priority's headroom is shared by its requests, so each class counts once."""
     if not priorities or priorities[-1][0] <= 0:
         return 0  # they are in rising order: none is above 0
-    return headroom_blocks * sum(1 for priority, running in priorities if priority > 0 and running > 0)
+    return headroom_blocks * classes_above_normal(priorities)
+
+
+def classes_above_normal(priorities: Priorities) -> int:
+    """How many execution priorities above 0 run."""
+    return sum(1 for priority, running in priorities if priority > 0 and running > 0)
 
 
 def _counted(priorities: Priorities, priority: int, change: int) -> Priorities:

@@ -87,6 +87,10 @@ class _Side:
     def instance_id(self) -> str:
         return self.view.instance_id
 
+    def freeness_of(self, load: Load) -> float:
+        """Queue freeness of this instance under another load."""
+        return load.queue_freeness(self.view.headroom_blocks)
+
 
 # May this move be made? The source, its load after the move, the target, its load after the move.
 Allowed = Callable[[_Side, Load, _Side, Load], bool]
@@ -118,7 +122,7 @@ class _Round:
         """Plan moves off draining instances, one from each in turn."""
 
         def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
-            return self._freeness(after) > 0
+            return target.freeness_of(after) > 0
 
         self._plan(self._draining, self._targets, allowed)
 
@@ -127,13 +131,13 @@ class _Round:
         config = self._config
 
         def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
-            if source.load.freeness(config.headroom_blocks) >= config.low_freeness:
+            if source.load.freeness(source.view.headroom_blocks) >= config.low_freeness:
                 return False
-            if target.load.freeness(config.headroom_blocks) <= config.high_freeness:
+            if target.load.freeness(target.view.headroom_blocks) <= config.high_freeness:
                 return False
             worse = min(source.score, target.score)
-            improves = min(self._freeness(after_source), self._freeness(after)) > worse
-            return improves and self._freeness(after) > config.low_freeness
+            improves = min(source.freeness_of(after_source), target.freeness_of(after)) > worse
+            return improves and target.freeness_of(after) > config.low_freeness
 
         high = [side for side in self._targets if side.view.freeness > config.high_freeness]
         self._plan(self._low, high, allowed)
@@ -142,7 +146,7 @@ class _Round:
         """Plan moves off instances whose head of the queue does not fit, to where free blocks remain."""
 
         def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
-            return source.load.head_blocked and not after.head_blocked and self._freeness(after) > 0
+            return source.load.head_blocked and not after.head_blocked and target.freeness_of(after) > 0
 
         blocked = [
             self._side(view, view.migrating_out)
@@ -185,13 +189,13 @@ class _Round:
             f"draining {source.instance_id}"
             if source.load.draining
             else f"freeness {source.instance_id} {source.score:.1f} to "
-            f"{self._freeness(after_source):.1f}, {target.instance_id} {target.score:.1f} to "
-            f"{self._freeness(after):.1f}"
+            f"{source.freeness_of(after_source):.1f}, {target.instance_id} {target.score:.1f} to "
+            f"{target.freeness_of(after):.1f}"
         )
         scores = tuple((side.instance_id, side.score) for side in (source, target))
         self.moves.append(Move(candidate.request_id, source.instance_id, target.instance_id, reason, scores))
         source.load, target.load = after_source, after
-        source.score, target.score = self._freeness(after_source), self._freeness(after)
+        source.score, target.score = source.freeness_of(after_source), target.freeness_of(after)
         source.taken.add(candidate.request_id)
         source.room -= 1
         target.room -= 1
@@ -201,10 +205,8 @@ class _Round:
 
     def _side(self, view: InstanceView, moving: int) -> _Side:
         load = Load.of(view)
-        return _Side(view, load, self._freeness(load), self._config.moves_per_instance_max - moving)
-
-    def _freeness(self, load: Load) -> float:
-        return load.queue_freeness(self._config.headroom_blocks)
+        score = load.queue_freeness(view.headroom_blocks)
+        return _Side(view, load, score, self._config.moves_per_instance_max - moving)
 
 
 def _suiting_first(sides: list[_Side], candidate: MoveCandidate) -> list[_Side]:

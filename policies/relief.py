@@ -38,7 +38,7 @@ class CheapestRelief:
             if not suits(target.role, victim.candidate.waiting):
                 continue
             after = Load.of(target).joined(victim.candidate, victim.candidate.blocks)
-            if after.queue_freeness(self._config.headroom_blocks) > low:
+            if after.queue_freeness(target.headroom_blocks) > low:
                 reason = f"blocks of {source.instance_id} last {victim.left_s:.2f} s: {costs}"
                 return ReliefDecision(target.instance_id, scores, reason)
         return ReliefDecision(None, scores, f"no instance would stay above {low:g} with it")

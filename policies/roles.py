@@ -47,7 +47,7 @@ class Disaggregate:
         mark = config.high_freeness if request.waiting else config.low_freeness
         blocks = Load.of(source).demand(request)
         for target in targets:
-            after = Load.of(target).joined(request, blocks).queue_freeness(config.headroom_blocks)
+            after = Load.of(target).joined(request, blocks).queue_freeness(target.headroom_blocks)
             if suits(target.role, request.prefills) and after > mark:
                 return _move(request, source, target, f"leaves it at {after:.1f}, above {mark:g}")
         return None

@@ -16,6 +16,7 @@ that a placement costs the change of one instance. Called by the global schedule
 from bisect import insort
 from collections.abc import Callable, Sequence
 
+from llumnix.control.headroom import affordable_blocks, full_blocks
 from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
@@ -28,6 +29,7 @@ from llumnix.core.messages.control import (
     LoadReport,
 )
 from llumnix.core.views import ClusterSnapshot, InstanceView
+from llumnix.policies.freeness import classes_above_normal
 
 TOKENS_UNKNOWN = 1 << 62
 DOWN_MEMORY_S = 60.0
@@ -43,6 +45,7 @@ class ClusterView:
         self._ids: list[str] = []
         self._score: Callable[[InstanceView], float] | None = None
         self._entry, self._decode = Ranking(), Ranking()
+        self._urgent: Ranking | None = None
         self._tokens_max_least = TOKENS_UNKNOWN
         self.heard_any = False
         self.placements = PlacementLedger()
@@ -71,23 +74,40 @@ class ClusterView:
         """Go by these settings from now on."""
         self._config = config
         for record in self._records.values():
-            record.headroom_blocks = config.headroom_blocks
+            record.headroom_blocks = full_blocks(config, record)
             self.refresh(record)
+        self.share_headroom()
+
+    def share_headroom(self) -> None:
+        """Bring headroom up to date with what the cluster can spare."""
+        affordable = affordable_blocks(self._config, self._records.values())
+        for record in self._records.values():
+            blocks = full_blocks(self._config, record)
+            blocks = blocks if affordable is None else min(blocks, affordable)
+            if record.headroom_blocks != blocks:
+                record.headroom_blocks = blocks
+                record.known_view = None
+                if record.load is not None and classes_above_normal(record.load.priorities):
+                    self.refresh(record)
 
     def rank_by(self, score: Callable[[InstanceView], float] | None) -> None:
         """Order candidates by falling ``score`` from now on; None: by ``queue_freeness``, as at first."""
         self._score = score
+        self._urgent = None
         for record in self._records.values():
             self.refresh(record)
 
-    def candidates(self, tokens: int, exclude: tuple[str, ...], *, decode: bool) -> Sequence[InstanceView]:
+    def candidates(
+        self, tokens: int, exclude: tuple[str, ...], *, decode: bool, urgent: bool = False
+    ) -> Sequence[InstanceView]:
         """Instances whose role is to decode, or all others, that may take a request of so many tokens now, in
-        order of `rank_by`'s score. Good until the next change."""
-        ranking = self._decode if decode else self._entry
+        order of `rank_by`'s score. For an ``urgent`` request those others are as it would find them. Good
+        until the next change."""
+        ranking = self._decode if decode else self._urgent_ranking() if urgent else self._entry
         if not exclude and tokens <= self._tokens_max_least:
             return ranking
         return [
-            record.seen
+            ranking.view_of(record)
             for record in ranking.records
             if record.instance_id not in exclude and record.tokens_max >= tokens
         ]
@@ -127,7 +147,8 @@ class ClusterView:
     def hello(self, hello: InstanceHello, now: float) -> InstanceRecord:
         """Enter a process. One of the same id has ended before; the operator's wish outlives it."""
         old = self._records.get(hello.instance_id)
-        record = InstanceRecord(hello, now, self._config.headroom_blocks, role=hello.role)
+        record = InstanceRecord(hello, now, 0, role=hello.role)
+        record.headroom_blocks = full_blocks(self._config, record)
         if old is not None:
             record.draining, record.role = old.draining, old.role
         if old is None:
@@ -222,14 +243,34 @@ class ClusterView:
         if record.state is not InstanceState.SERVING or self._over_capacity(record):
             self._entry.remove(record.instance_id)
             self._decode.remove(record.instance_id)
+            if self._urgent is not None:
+                self._urgent.remove(record.instance_id)
             return
         ranking, other = self._entry, self._decode
         if record.role is InstanceRole.DECODE:
             ranking, other = other, ranking
         other.remove(record.instance_id)
         ranking.put(record, record.queue_freeness if self._score is None else self._score(record.seen))
+        if self._urgent is not None:
+            if ranking is self._entry:
+                self._urgent.put(record, self._urgent_score(record))
+            else:
+                self._urgent.remove(record.instance_id)
 
     # Inside.
+
+    def _urgent_ranking(self) -> Ranking:
+        """Kept from the first urgent request on: a cluster without priorities does not pay for it."""
+        if self._urgent is None:
+            self._urgent = Ranking(lambda record: record.urgent_view)
+            for record in self._entry.records:
+                self._urgent.put(record, self._urgent_score(record))
+        return self._urgent
+
+    def _urgent_score(self, record: InstanceRecord) -> float:
+        if self._score is None:
+            return record.urgent_load.queue_freeness(0)
+        return self._score(record.urgent_view)
 
     def _over_capacity(self, record: InstanceRecord) -> bool:
         capacity = 0 if record.load is None else record.load.capacity_blocks

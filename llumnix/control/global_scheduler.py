@@ -121,6 +121,7 @@ class GlobalScheduler:
         effects += self._orders.expire(now)
         if now >= self._round_at:
             self._round_at = now + self._config.round_interval_s
+            self._cluster.share_headroom()
             effects += self._wanted.round(now)
             effects += self._rescheduler.round(now)
             effects += self._scaler.round(now)

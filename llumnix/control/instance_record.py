@@ -18,12 +18,13 @@ MEAN_WEIGHT = 0.1
 
 @dataclass(slots=True, eq=False)
 class InstanceRecord:
-    """One instance. ``headroom_blocks`` is the scheduler's setting, ``draining`` and ``role`` what the
-    operator wants of it. ``end_gap_s`` is the mean time between two ends of requests there while it works
-    (0.0: none has ended yet), ``ended_at`` when it last began to count. ``*_blocks`` and counts below it come
-    from the ledgers. ``silent`` and ``down`` are facts about its process. ``state``, ``load`` and its
-    ``queue_freeness`` follow from all of these: after a change to any of them, `changed` must be called.
-    ``known_view`` is the view, if it has been made since."""
+    """One instance. ``headroom_blocks`` are kept beside each execution priority above 0 (headroom.py),
+    ``draining`` and ``role`` what the operator wants of it. ``end_gap_s`` is the mean time between two
+    ends of requests there while it works (0.0: none has ended yet), ``ended_at`` when it last began to
+    count. ``*_blocks`` and counts below it come from the ledgers. ``silent`` and ``down`` are facts
+    about its process. ``state``, ``load`` and its ``queue_freeness`` follow from all of these: after a
+    change to any of them, `changed` must be called. ``known_view`` is the view, if it has been made
+    since."""
 
     hello: InstanceHello
     heard_at: float
@@ -94,6 +95,27 @@ class InstanceRecord:
         if view is None:
             raise InvariantError(f"{self.instance_id} is ranked without a report")
         return view
+
+    @property
+    def urgent_view(self) -> InstanceView:
+        """The view that an urgent request gets: it overtakes what waits with no priority, and headroom is
+        for its like."""
+        view, load = self.seen, self.urgent_load
+        return view._replace(
+            waiting=load.waiting,
+            waiting_blocks=load.queued_blocks,
+            freeness=load.freeness(0),
+            queue_freeness=load.queue_freeness(0),
+        )
+
+    @property
+    def urgent_load(self) -> Load:
+        """The load that an urgent request would find on an instance that has reported."""
+        if self.load is None or self.report is None:
+            raise InvariantError(f"{self.instance_id} is ranked without a report")
+        waiting, blocks = self.report.waiting_urgent
+        head = min(self.load.head_blocks, blocks)
+        return self.load._replace(waiting=waiting, queued_blocks=blocks, head_blocks=head)
 
     @property
     def shown_freeness(self) -> float:
@@ -191,4 +213,5 @@ class InstanceRecord:
             self.heard_at,
             self.load.freeness(self.headroom_blocks),
             self.queue_freeness,
+            self.headroom_blocks,
         )

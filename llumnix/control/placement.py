@@ -36,7 +36,8 @@ class Placer:
     def place(self, place: Place, now: float) -> Placed | NotPlaced:
         """The answer. It is in the decision log."""
         tokens = place.prompt_tokens + 1  # a request that can make no token is of no use anywhere
-        entry = self._cluster.candidates(tokens, place.exclude, decode=False)
+        urgent = place.scheduling_priority > 0 and place.execution_priority > 0
+        entry = self._cluster.candidates(tokens, place.exclude, decode=False, urgent=urgent)
         decode = self._cluster.candidates(tokens, place.exclude, decode=True)
         candidates = entry or decode
         if not candidates:

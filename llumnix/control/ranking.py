@@ -6,7 +6,7 @@ it is read. Called by the cluster view.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 from llumnix.control.instance_record import InstanceRecord
@@ -15,11 +15,18 @@ from llumnix.core.views import InstanceView
 Key = tuple[float, str]
 
 
-class Ranking(Sequence[InstanceView]):
-    """Views of the instances entered, in falling order of their scores, then by id. Change and lookup are
-    O(log n) comparisons and a memory move. What is read is the order as it is at that moment."""
+def known_view(record: InstanceRecord) -> InstanceView:
+    """The view of an instance that has reported, made if need be."""
+    return record.known_view or record.seen
 
-    def __init__(self) -> None:
+
+class Ranking(Sequence[InstanceView]):
+    """Views (``view_of`` makes them) of the instances entered, in falling order of their scores, then by id.
+    Change and lookup are O(log n) comparisons and a memory move. What is read is the order as it is at that
+    moment."""
+
+    def __init__(self, view_of: Callable[[InstanceRecord], InstanceView] = known_view) -> None:
+        self.view_of = view_of
         self._keys: list[Key] = []
         self._records: list[InstanceRecord] = []
         self._key_of: dict[str, Key] = {}
@@ -58,7 +65,7 @@ class Ranking(Sequence[InstanceView]):
         return len(self._records)
 
     def __iter__(self) -> Iterator[InstanceView]:
-        return iter([record.known_view or record.seen for record in self._records])
+        return iter([self.view_of(record) for record in self._records])
 
     @overload
     def __getitem__(self, index: int) -> InstanceView: ...
@@ -66,6 +73,5 @@ class Ranking(Sequence[InstanceView]):
     def __getitem__(self, index: slice) -> tuple[InstanceView, ...]: ...
     def __getitem__(self, index: int | slice) -> InstanceView | tuple[InstanceView, ...]:
         if isinstance(index, slice):
-            return tuple([record.known_view or record.seen for record in self._records[index]])
-        record = self._records[index]
-        return record.known_view or record.seen
+            return tuple([self.view_of(record) for record in self._records[index]])
+        return self.view_of(self._records[index])

@@ -172,7 +172,12 @@ class SchedulerConfig(Leaf):
     )
     high_freeness: float = setting(8.0, "instances above this many free blocks per running request take them")
     rest_s: float = setting(2.0, "how long a request that just moved is left where it is")
-    headroom_blocks: int = setting(32, "blocks kept free beside requests of each execution priority above 0")
+    headroom_share: float = setting(
+        0.87, "share of an instance's KV kept free beside requests of each execution priority above 0"
+    )
+    headroom_spare_share: float = setting(
+        0.3, "most of what is free in the cluster that headroom takes; the less is free, the less is kept"
+    )
     moves_per_round_max: int = setting(16, "most migrations begun in one round")
     moves_per_instance_max: int = setting(
         4, "most migrations out of or into one instance that rounds keep running"
@@ -208,6 +213,8 @@ class SchedulerConfig(Leaf):
         super().__post_init__()
         self.need(self.round_interval_s > 0, "round_interval_s", "above 0")
         self.need(self.high_freeness >= self.low_freeness, "high_freeness", "at least low_freeness")
+        self.need(self.headroom_share <= 1, "headroom_share", "within 0 and 1")
+        self.need(self.headroom_spare_share <= 1, "headroom_spare_share", "within 0 and 1")
         self.need(self.silent_after_s > 0, "silent_after_s", "above 0")
         self.need(
             self.tenant_input_weight + self.tenant_output_weight > 0,

@@ -22,6 +22,7 @@ class InstanceView(NamedTuple):
     confirmed yet; ``arriving_blocks`` what running migrations will bring, ``leaving_blocks`` take away.
     ``freeness`` is the virtual-usage score (policies/freeness.py): higher is freer, negative is overloaded.
     ``queue_freeness`` counts all queued demand, not the queue's head alone: what a newcomer would find.
+    ``headroom_blocks`` are kept free beside requests of each execution priority above 0 that runs there.
     ``reported_at`` is the manager's clock when the last report came in.
     """
 
@@ -46,6 +47,7 @@ class InstanceView(NamedTuple):
     reported_at: float
     freeness: float
     queue_freeness: float
+    headroom_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,9 @@ class PreemptionDecision:
 
 class DispatchPolicy(Protocol):
     """Chooses an instance for a new request. ``candidates`` are those that may take it, never empty, in
-    falling order of ``queue_freeness``, then by id. A policy that also has ``score(view) -> float`` gets them
+    falling order of ``queue_freeness``, then by id. For an urgent request (both priorities above 0) their
+    waiting requests are those that it will not overtake, and their freeness is without headroom: what this
+    request would find. A policy that also has ``score(view) -> float`` gets them
     in falling order of that instead; it must depend on the view alone. The sequence is good for this call
     only, and makes views as they are looked at: a policy that reads a few is faster than one that reads
     all."""

@@ -46,7 +46,7 @@ CONFIG = Config(
         low_freeness=6.0,
         high_freeness=7.0,
         rest_s=0.3,
-        headroom_blocks=4,
+        headroom_share=0.1,
         silent_after_s=1.0,
     ),
     frontend=FrontendConfig(silent_probe_s=0.4, place_timeout_s=0.2),

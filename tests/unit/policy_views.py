@@ -1,11 +1,10 @@
 """Instance views for policy tests, scored by the real freeness."""
 
-from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
 from llumnix.core.views import InstanceView, RequestView
 from llumnix.policies.freeness import Load
 
-HEADROOM = SchedulerConfig().headroom_blocks
+HEADROOM = 32
 
 EMPTY = InstanceView(
     instance_id="",
@@ -29,6 +28,7 @@ EMPTY = InstanceView(
     reported_at=0.0,
     freeness=0.0,
     queue_freeness=0.0,
+    headroom_blocks=HEADROOM,
 )
 
 

@@ -18,11 +18,11 @@ ROUND_S = 0.02
 URGENT_TOKENS = 120
 
 
-def decode_ms(headroom_blocks: int, others: int) -> float:
+def decode_ms(headroom_share: float, others: int) -> float:
     """Mean step of the instance that decodes one urgent request while so many normal ones come, one a
     round."""
     now = 100.0
-    config = SchedulerConfig(headroom_blocks=headroom_blocks, pairing_policy="none")
+    config = SchedulerConfig(headroom_share=headroom_share, headroom_spare_share=1.0, pairing_policy="none")
     core = GlobalScheduler(config, "m", MANAGER, now)
     engines = {
         f"i{number}": small_engine(kv_blocks=256, batch_max=48, step_tokens_max=64, simulated_token_ms=1)
@@ -66,8 +66,8 @@ def decode_ms(headroom_blocks: int, others: int) -> float:
 
 
 def test_headroom_keeps_an_urgent_request_at_the_speed_it_has_alone() -> None:
-    alone = decode_ms(headroom_blocks=0, others=0)
-    kept = decode_ms(headroom_blocks=240, others=100)
-    shared = decode_ms(headroom_blocks=0, others=100)
+    alone = decode_ms(headroom_share=0, others=0)
+    kept = decode_ms(headroom_share=0.94, others=100)
+    shared = decode_ms(headroom_share=0, others=100)
     assert kept <= 1.05 * alone
     assert shared >= 1.2 * alone, "without headroom the others come as near as they can"

@@ -159,7 +159,8 @@ class LoadReport:
     ``used_blocks`` are owned by running requests, ``reserved_blocks`` held for incoming migrations, the rest
     of ``capacity_blocks`` is free. ``head_blocks`` is what the prefill of the queue's head needs,
     ``waiting_blocks`` what all waiting requests need. ``execution_priorities`` are (priority, running
-    requests of it), ascending. ``accepted`` are requests taken since the previous report, so that the manager
+    requests of it), ascending, ``waiting_urgent`` (requests, blocks) of those that wait with a scheduling
+    priority above 0. ``accepted`` are requests taken since the previous report, so that the manager
     can drop them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
     instance's hello. ``policy_fault``, if not empty, says what
     its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
@@ -195,6 +196,7 @@ class LoadReport:
     role: InstanceRole = InstanceRole.NEUTRAL
     swap: SwapTotals | None = None
     shortage: Shortage | None = None
+    waiting_urgent: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

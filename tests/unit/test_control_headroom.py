@@ -1,0 +1,74 @@
+"""Room kept beside requests of high execution priority: as much as the cluster can spare; and where such
+requests go."""
+
+from dataclasses import replace
+
+from control_driving import ToyCluster, place
+from policy_views import request, running
+
+from llumnix.core.config import SchedulerConfig
+from llumnix.core.effects import Send
+from llumnix.core.messages.control import Placed
+from llumnix.policies.dispatch import FreenessDispatch
+
+
+def urgent(cluster: ToyCluster, request_id: str, prompt_tokens: int = 31) -> str:
+    """Where a request with both priorities above 0 is placed."""
+    asked = replace(place(request_id, prompt_tokens), scheduling_priority=1, execution_priority=1)
+    answers = [one.message for one in cluster.core.handle(asked, cluster.now) if isinstance(one, Send)]
+    return next(answer.instance_id for answer in answers if isinstance(answer, Placed))
+
+
+def kept(cluster: ToyCluster) -> int:
+    """Blocks of headroom on instance a, seen from its freeness with and without a high request's."""
+    row = next(row for row in cluster.core.instance_rows(cluster.now) if row.instance_id == "a")
+    toy = cluster.instances["a"]
+    free = toy.capacity - sum(toy.running.values())
+    return round(free - row.freeness * max(1, len(toy.running)))
+
+
+def with_high(config: SchedulerConfig, others: int) -> ToyCluster:
+    """Two instances; a runs a high request of 10 blocks, b normal ones of so many."""
+    cluster = ToyCluster(config, a=1000, b=1000)
+    cluster.instances["a"].running = {"high": 10}
+    cluster.instances["a"].priorities = {"high": 1}
+    cluster.instances["b"].running = {"normal": others} if others else {}
+    cluster.report()
+    cluster.step()
+    return cluster
+
+
+def test_headroom_is_full_while_the_cluster_has_memory_to_spare_and_shrinks_as_it_fills() -> None:
+    config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=0.5, pairing_policy="none")
+    assert kept(with_high(config, 0)) == 800
+    assert kept(with_high(config, 890)) == 550  # half of the 1,100 blocks that are free
+    assert kept(with_high(config, 1000)) == 495
+    assert kept(with_high(replace(config, headroom_spare_share=0.0), 0)) == 0
+
+
+def test_urgent_requests_gather_where_their_like_run_while_headroom_lasts() -> None:
+    config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=1.0, pairing_policy="none")
+    cluster = with_high(config, 700)
+    normal = cluster.place("n", 31)
+    assert isinstance(normal, Placed) and normal.instance_id == "b", "headroom keeps it off a"
+    assert urgent(cluster, "u1") == "a"
+    assert urgent(cluster, "u2", prompt_tokens=16 * 220) == "b", "a would lose its headroom by it"
+
+
+def test_an_urgent_request_does_not_mind_a_queue_that_it_overtakes() -> None:
+    cluster = ToyCluster(SchedulerConfig(pairing_policy="none"), a=100, b=100)
+    cluster.instances["a"].running = {"old": 40}
+    cluster.instances["a"].waiting = {f"w{number}": 30 for number in range(9)}
+    cluster.instances["b"].running = {"old-b": 90}
+    cluster.report()
+    normal = cluster.place("n")
+    assert isinstance(normal, Placed) and normal.instance_id == "b"
+    assert urgent(cluster, "u") == "a"
+
+
+def test_a_normal_request_is_not_kept_from_room_that_is_there() -> None:
+    views = (running("a", 90, execution_priorities=((1, 1),)), running("b", 97))
+    policy = FreenessDispatch(SchedulerConfig())
+    assert policy.place(request(8), views).instance_id == "a"
+    high = request(8)._replace(scheduling_priority=1, execution_priority=1)
+    assert policy.place(high, views).reason.endswith("wait for blocks")
