@@ -1,4 +1,4 @@
-"""The one error tree. Every error of ours is one of five kinds, so that callers know whose fault it is.
+"""The one error tree. Every error of ours is one of four kinds, so that callers know whose fault it is.
 
 An expected refusal (no room, queue full) is a return value with a reason, never one of these.
 """
@@ -23,7 +23,3 @@ class InvariantError(LlumnixError):
 
 class TransportError(LlumnixError):
     """Bytes did not arrive: the peer is gone, a mapping could not be opened, a read was cut short."""
-
-
-class CapacityError(LlumnixError):
-    """More was asked than there is room for, where the caller had been told how much room there is."""

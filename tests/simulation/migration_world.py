@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from migration_node import ENGINE, MANAGER_ADDRESS, Node, ReadDone
+
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.stream_state import Deliver, Fail
 from llumnix.api.streams import StreamTable
@@ -21,11 +23,8 @@ from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import (
     ClusterStatus,
     Fenced,
-    InstanceHello,
-    InstanceRole,
     InstanceState,
     InstanceStatus,
-    KvEndpoint,
     MigrateOrder,
     MigrationEnded,
     MigrationOutcome,
@@ -35,33 +34,16 @@ from llumnix.core.messages.control import (
 )
 from llumnix.core.messages.migration import Commit, Committed, Reserve
 from llumnix.core.sampling import SamplingParams
-from llumnix.instance.agent import Agent, CloseReader, StartRead
-from llumnix.instance.engine_core import EngineCore
-from llumnix.instance.executor import StepPlan
-from llumnix.instance.model_limits import ModelLimits
-from llumnix.instance.request import Request
-from llumnix.instance.simulated_executor import SimulatedExecutor, simulated_token
+from llumnix.instance.agent import CloseReader, StartRead
+from llumnix.instance.simulated_executor import simulated_token
 from llumnix.migration.transports.base import ReadStats
 
-ENGINE = EngineConfig(
-    kind="simulated",
-    block_size=4,
-    kv_blocks=40,
-    step_tokens_max=24,
-    batch_max=8,
-    max_model_len=120,
-    simulated_step_ms=20.0,
-    simulated_token_ms=0.2,
-)
 MIGRATION = MigrationConfig(answer_timeout_s=0.25, reservation_s=0.8, outgoing_max=3, incoming_max=3)
 FRONTEND = FrontendConfig(silent_probe_s=0.4, place_timeout_s=0.2)
-FRONTEND_ADDRESS, MANAGER_ADDRESS = "frontend", "manager"
+FRONTEND_ADDRESS = "frontend"
 FAULTS_S, HEALED_S = 2.5, 60.0
 STATUS_INTERVAL_S = 0.1
 TICK_S = 0.02
-
-KvStamp = tuple[str, int, int]
-"""Whose KV a slot holds: request, position, token."""
 
 
 @dataclass(frozen=True)
@@ -79,110 +61,6 @@ class Faults:
     read_s: tuple[float, float] = (0.0005, 0.03)
     crashes: int = 0
     crash_near_commit: float = 0.0
-
-
-class Node:
-    """One instance: agent, engine, simulated KV, and the loop that its engine thread would run."""
-
-    def __init__(self, world: "World", name: str, incarnation: str) -> None:
-        self.world = world
-        self.address = f"{name}/{incarnation}"
-        self.alive = True
-        self.executor = SimulatedExecutor(world.engine)
-        self.engine = EngineCore(ModelLimits.of(self.executor, world.engine), world.engine)
-        self.hello = InstanceHello(
-            instance_id=name,
-            incarnation=incarnation,
-            address=self.address,
-            role=InstanceRole.NEUTRAL,
-            model="simulated",
-            max_model_len=self.engine.max_model_len,
-            kv_layout=self.executor.kv_layout,
-            kv_endpoint=KvEndpoint("host", 1, -1, self.address, ""),
-        )
-        self.agent = Agent(self.hello, self.engine, world.migration, 0.05, MANAGER_ADDRESS)
-        self.kv: list[list[KvStamp | None]] = [
-            [None] * ENGINE.block_size for _ in range(self.executor.kv_layout.blocks)
-        ]
-        self._inbox: list[tuple[object, float]] = []
-        self._stepping = False
-        self._wake_at: float | None = None
-        world.carry_out(self, self.agent.start(world.now))
-        self.between_steps()
-
-    def receive(self, message: object) -> None:
-        self._inbox.append((message, self.world.now))
-        self.wake()
-
-    def wake(self) -> None:
-        """Something came in: act now unless a step is under way."""
-        if self.alive and not self._stepping:
-            self.between_steps()
-
-    def between_steps(self) -> None:
-        if not self.alive or self._stepping:
-            return
-        world = self.world
-        inbox, self._inbox = self._inbox, []
-        for message, arrived_at in inbox:
-            if isinstance(message, ReadDone):
-                ended = message
-                effects = self.agent.read_ended(ended.migration_id, ended.stage, ended.outcome, world.now)
-            else:
-                effects = self.agent.handle(message, world.now, arrived_at)
-            world.carry_out(self, effects)
-        world.carry_out(self, self.agent.tick(world.now))
-        self.engine.check()
-        self.agent.check()
-        hold = self.agent.hold_until(world.now) if self.engine.has_work() else None
-        if hold is not None:
-            self._sleep_until(hold)
-        elif self.engine.has_work():
-            self._begin_step()
-        else:
-            self._sleep_until(self.agent.next_deadline() or world.now + 1.0)
-
-    def _sleep_until(self, when: float) -> None:
-        when = max(when, self.world.now + 1e-4)
-        if self._wake_at is None or not self.world.now < self._wake_at <= when:
-            self._wake_at = when
-            self.world.at(when, self.wake)
-
-    def _begin_step(self) -> None:
-        plan = self.engine.schedule(self.world.now)
-        for chunk in plan.chunks:
-            self._compute(chunk.request, chunk.start, chunk.count, chunk.samples)
-        duration = self.executor.cost_s(plan) * self.world.random.uniform(*self.world.slowness)
-        self._stepping = True
-        self.world.at(self.world.now + duration, lambda: self._end_step(plan, duration))
-
-    def _end_step(self, plan: StepPlan, duration: float) -> None:
-        self._stepping = False
-        if not self.alive:
-            return
-        result = self.engine.apply(plan, self.executor.execute(plan), self.world.now, duration)
-        for delta in (delta for deltas in result.deltas.values() for delta in deltas):
-            self.world.decoded(self, delta.request_id, delta.epoch)
-        self.world.carry_out(self, self.agent.after_step(result, self.world.now))
-        self.between_steps()
-
-    def _compute(self, request: Request, start: int, count: int, samples: bool) -> None:
-        size = ENGINE.block_size
-        for position in range(start, start + count):
-            stamp = (request.request_id, position, request.tokens[position])
-            self.kv[request.blocks[position // size]][position % size] = stamp
-        for position in range(start + count if samples else 0):
-            found = self.kv[request.blocks[position // size]][position % size]
-            assert found == (request.request_id, position, request.tokens[position]), (
-                f"{self.address} decodes {request.request_id}: position {position} holds {found}"
-            )
-
-
-@dataclass(frozen=True)
-class ReadDone:
-    migration_id: str
-    stage: int
-    outcome: ReadStats | TransportError
 
 
 @dataclass

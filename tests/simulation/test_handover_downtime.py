@@ -6,7 +6,8 @@ from dataclasses import replace
 from statistics import mean, median
 
 import pytest
-from migration_world import ENGINE, MIGRATION, Faults, Node, World
+from migration_node import ENGINE, Node
+from migration_world import MIGRATION, Faults, World
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.epochs import FIRST_EPOCH

@@ -5,7 +5,8 @@ names itself in the test's id, which is also how to replay it: ``pytest
 from dataclasses import replace
 
 import pytest
-from migration_world import ENGINE, Faults, World
+from migration_node import ENGINE
+from migration_world import Faults, World
 
 from llumnix.core.messages.control import MigrationOutcome
 
