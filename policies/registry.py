@@ -27,7 +27,7 @@ from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPa
 from llumnix.policies.preemption import AlwaysRecompute, AlwaysSwap, CheapestPreemption
 from llumnix.policies.relief import CheapestRelief, NoRelief
 from llumnix.policies.roles import Disaggregate, Strict
-from llumnix.policies.scaling import FreenessScaling, NoScaling
+from llumnix.policies.scaling import DemandScaling, FreenessScaling, NoScaling
 from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest, Shortest
 
 ENTRY_POINT_GROUP = "llumnix.policies"
@@ -59,7 +59,11 @@ SELECTION: dict[str, type[SelectionPolicy]] = {
     "shortest": Shortest,
 }
 
-SCALING: dict[str, type[ScalingPolicy]] = {"freeness": FreenessScaling, "none": NoScaling}
+SCALING: dict[str, type[ScalingPolicy]] = {
+    "demand": DemandScaling,
+    "freeness": FreenessScaling,
+    "none": NoScaling,
+}
 
 RELIEF: dict[str, type[ReliefPolicy]] = {"cheapest": CheapestRelief, "none": NoRelief}
 ROLES: dict[str, type[RolesPolicy]] = {"disaggregate": Disaggregate, "strict": Strict}

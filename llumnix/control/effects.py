@@ -27,7 +27,8 @@ class Logged:
 
 @dataclass(frozen=True, slots=True)
 class ScaleTo:
-    """Have so many instances: start more, or drain and stop those with the fewest requests."""
+    """Have so many instances that serve or will: take back those being emptied, then start more; or drain and
+    stop those with the fewest requests."""
 
     instances: int
     reason: str

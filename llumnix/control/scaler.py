@@ -1,16 +1,22 @@
 """When the cluster grows and shrinks by itself.
 
-The policy sees the cluster once a round; its wish is acted on only when the last action has shown its effect:
-``scale_cooldown_s`` after it, with no instance starting, draining or silent. The number stays within
-``scale_instances_min`` and ``scale_instances_max``, so never below one. The driver starts instances, or
-drains those with the fewest requests by migration and stops them. Called by the global scheduler only.
+The policy sees the cluster every round. Its wish is acted on when the last action has shown its effect:
+``scale_cooldown_s`` after it, with no instance starting or draining; a policy that counts those itself says
+``at_once``. Nothing is changed while an instance is silent: nobody knows then what there is. The number stays
+within ``scale_instances_min`` and ``scale_instances_max``, so never below one. The driver takes instances back
+that are being emptied, then starts others; or it drains those with the fewest requests by migration and stops
+them. Called by the global scheduler only.
 """
+
+from dataclasses import replace
 
 from llumnix.control.cluster_view import ClusterView
 from llumnix.control.effects import Logged, ScaleTo
 from llumnix.control.policy_guard import GuardedScaling
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceState
+
+ORDER_MEMORY_S = 300.0  # then what was asked for and has not come is asked for again
 
 
 class Scaler:
@@ -21,6 +27,7 @@ class Scaler:
     ) -> None:
         self._cluster = cluster
         self._acted_at = now
+        self._ordered = 0
         self.use(config, policy)
 
     def use(self, config: SchedulerConfig, policy: GuardedScaling) -> None:
@@ -31,16 +38,27 @@ class Scaler:
     def round(self, now: float) -> list[ScaleTo | Logged]:
         """Act on the policy's wish, if it may be."""
         config = self._config
-        if now - self._acted_at < config.scale_cooldown_s:
+        states = [record.state for record in self._cluster.live()]
+        if not states or InstanceState.SILENT in states:
             return []
-        live = self._cluster.live()
-        if not live or any(record.state is not InstanceState.SERVING for record in live):
+        serving, coming = self._count(states, now)
+        have = serving + coming
+        snapshot = self._cluster.snapshot(now, frozenset(), frozenset())
+        decision = self._policy.scale(replace(snapshot, coming=coming))
+        settled = have == len(states) and not coming and now - self._acted_at >= config.scale_cooldown_s
+        if decision.change == 0 or not (decision.at_once or settled):
             return []
-        decision = self._policy.scale(self._cluster.snapshot(now, frozenset(), frozenset()))
-        wanted = len(live) + decision.change
-        target = max(config.scale_instances_min, min(config.scale_instances_max, wanted))
-        if decision.change == 0 or target == len(live) or (target > len(live)) != (decision.change > 0):
+        target = max(config.scale_instances_min, min(config.scale_instances_max, have + decision.change))
+        if target == have or (target > have) != (decision.change > 0):
             return []
         self._acted_at = now
-        text = f"{len(live)} to {target} instances: {decision.reason}"
+        self._ordered = target if target > have else 0
+        text = f"{have} to {target} instances: {decision.reason}"
         return [ScaleTo(target, decision.reason), Logged("scaling", text, {"instances": target})]
+
+    def _count(self, states: list[InstanceState], now: float) -> tuple[int, int]:
+        """Instances that serve, and those on their way: seen to start, or asked for and not seen yet."""
+        serving = states.count(InstanceState.SERVING)
+        if serving >= self._ordered or now - self._acted_at > ORDER_MEMORY_S:
+            self._ordered = 0
+        return serving, max(self._ordered - serving, states.count(InstanceState.STARTING))

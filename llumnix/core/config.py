@@ -196,11 +196,20 @@ class SchedulerConfig(Leaf):
         4.0, "queued demand, in multiples of an instance's KV, at which it is full"
     )
     scaling_policy: str = setting(
-        "none", "when instances are added and removed: none, freeness or module:Class"
+        "none", "when instances are added and removed: none, demand, freeness or module:Class"
     )
-    scale_low_freeness: float = setting(10.0, "mean freeness below which an instance is added")
-    scale_high_freeness: float = setting(60.0, "mean freeness above which one is drained and stopped")
-    scale_cooldown_s: float = setting(30.0, "least time between two changes of the number of instances")
+    scale_low_freeness: float = setting(10.0, "freeness: mean below which an instance is added")
+    scale_high_freeness: float = setting(60.0, "freeness: mean above which one is drained and stopped")
+    scale_cooldown_s: float = setting(
+        30.0,
+        "freeness: least time between two changes; demand: how long fewer must be enough before one stops",
+    )
+    scale_spare: float = setting(
+        1.0, "demand: memory kept free, in typical changes of what is wanted within scale_horizon_s"
+    )
+    scale_horizon_s: float = setting(
+        30.0, "demand: how far ahead to look: about what an instance takes to start"
+    )
     scale_instances_min: int = setting(1, "fewest instances that scaling leaves")
     scale_instances_max: int = setting(8, "most instances that scaling asks for")
     tenant_weights: str = setting(
@@ -227,6 +236,7 @@ class SchedulerConfig(Leaf):
             "scale_high_freeness",
             "above scale_low_freeness",
         )
+        self.need(1 <= self.scale_horizon_s <= 3600, "scale_horizon_s", "within 1 and 3600")
         self.need(
             1 <= self.scale_instances_min <= self.scale_instances_max,
             "scale_instances_min",

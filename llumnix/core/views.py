@@ -53,12 +53,14 @@ class InstanceView(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
     """All instances, ordered by id, at one moment. ``resting`` are requests that are moving or moved lately
-    and must be left alone, ``closed`` instances that refused a migration lately and must not be targets."""
+    and must be left alone, ``closed`` instances that refused a migration lately and must not be targets,
+    ``coming`` how many instances have been asked for that do not serve yet."""
 
     now: float
     instances: tuple[InstanceView, ...]
     resting: frozenset[str]
     closed: frozenset[str] = frozenset()
+    coming: int = 0
 
 
 class RequestView(NamedTuple):
@@ -105,10 +107,13 @@ class EntryDecision:
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """How many instances more (or, negative, less) there should be, with the reason."""
+    """How many instances more (or, negative, less) there should be than serve and are coming, with the reason.
+    ``at_once``: the policy sees to its own patience; else the cool-down and every start and drain are waited
+    for."""
 
     change: int
     reason: str
+    at_once: bool = False
 
 
 class PreemptionAction(StrEnum):

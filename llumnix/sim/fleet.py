@@ -23,8 +23,13 @@ class Fleet:
         self._retiring: set[str] = set()
 
     def scale_to(self, instances: int) -> None:
-        """Have so many, those on their way included."""
+        """Have so many, those on their way included. Those that are being emptied are taken back first, the
+        fullest before others."""
         present = {*self._simulation.instances, *self._starting} - self._retiring
+        for name in sorted(self._retiring, key=self._held, reverse=True)[: max(0, instances - len(present))]:
+            self._retiring.discard(name)
+            self._simulation.scheduler.set_draining(name, False)
+            present.add(name)
         taken = {*self._simulation.instances, *self._starting}
         free = (f"i{number}" for number in range(len(taken) + instances) if f"i{number}" not in taken)
         for _ in range(instances - len(present)):
@@ -51,6 +56,8 @@ class Fleet:
 
     def _stop_if_empty(self, name: str) -> None:
         simulation = self._simulation
+        if name not in self._retiring:
+            return
         instance = simulation.instances[name]
         if self._held(name)[0] or instance.agent.migrating or not instance.agent.draining:
             simulation.clock.at(simulation.clock.now + POLL_S, self._stop_if_empty, name)
