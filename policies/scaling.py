@@ -5,7 +5,7 @@ from math import ceil, exp, sqrt
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceState
-from llumnix.core.views import ClusterSnapshot, ScalingDecision
+from llumnix.core.views import ClusterSnapshot, InstanceView, ScalingDecision
 from llumnix.policies.freeness import Load
 
 FILL_MAX = 0.95  # of an instance's blocks: the last few are too scattered over instances to be of use
@@ -50,11 +50,11 @@ class DemandScaling:
     """As many instances as hold what requests want of memory, and what that may grow by until another one
     could serve.
 
-    Demand is every block in use, queued or on its way, so with migration the cluster counts as one memory. How
-    much it changes within ``scale_horizon_s`` is learnt: the root mean square over about MEMORY_S. Kept free
-    are ``scale_spare`` times that, the safety stock of inventory theory, so bursts get more room than steady
-    arrivals do. It grows in any round by as many as are missing, and shrinks by as many as were too many at
-    every moment of the last ``scale_cooldown_s``."""
+    Demand is every block in use, queued or on its way, so with migration the cluster counts as one memory.
+    How much it changes within ``scale_horizon_s`` is learnt: the root mean square over about MEMORY_S. Kept
+    free are ``scale_spare`` times that, the safety stock of inventory theory, so bursts get more room than
+    steady arrivals do. It grows in any round by as many as are missing, and shrinks by as many as were too
+    many at every moment of the last ``scale_cooldown_s``."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._spare, self._horizon_s = config.scale_spare, config.scale_horizon_s

@@ -11,7 +11,7 @@ from llumnix.cli.tables import Row, print_rows
 from llumnix.sim.faults import Story
 from llumnix.sim.presets import IGNORED
 from llumnix.sim.runs import Result
-from llumnix.sim.savings import BASELINE, savings
+from llumnix.sim.savings import BASELINE, over_seeds, savings
 
 
 def _latency(kind: str, which: str, *, scale: float = 1.0, digits: int = 2) -> Any:
@@ -62,19 +62,23 @@ def show_priorities(rows: Sequence[Row]) -> None:
 
 
 def show_savings(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One line for every run that can be compared with the baseline at equal latency; the same as data."""
-    rows = [
-        {**one.summary, "scale_low_freeness": one.config["scheduler"]["scale_low_freeness"]}
-        for one in results
-    ]
-    found = savings(rows)
+    """One line for every setting that can be compared with the baseline at equal latency, over the seeds
+    where it can; the same as data."""
+    rows = []
+    for one in results:
+        scheduler = one.config["scheduler"]
+        scaling = scheduler["scaling_policy"]
+        setting = scheduler["scale_spare" if scaling == "demand" else "scale_low_freeness"]
+        rows.append({**one.summary, "scaling": scaling, "setting": setting})
+    found = over_seeds(savings(rows))
     for saving in found:
         print(
-            f"{saving.workload}, {saving.policy} from freeness {saving.scale_low_freeness:g}: "
-            f"{saving.instance_hours:.2f} instance-hours where {BASELINE} needs {saving.baseline_hours:.2f} "
-            f"for P99 prefill {saving.prefill_p99_s:.1f} s: {saving.share:.0%} saved"
+            f"{saving.workload}, {saving.policy} by {saving.scaling} {saving.setting:g}: "
+            f"{saving.instance_hours:.2f} instance-hours where {BASELINE} by {saving.baseline_scaling} needs "
+            f"{saving.baseline_hours:.2f} for P99 prefill {saving.prefill_p99_s:.1f} s: {saving.saved:.0%} "
+            f"saved ({saving.saved_least:.0%} to {saving.saved_most:.0%}, {saving.seeds} seeds)"
         )
-    return [{**asdict(saving), "saved": float(f"{saving.share:.4g}")} for saving in found]
+    return [asdict(saving) for saving in found]
 
 
 def show_stories(stories: Sequence[Story]) -> None:

@@ -2,10 +2,10 @@
 
 The policy sees the cluster every round. Its wish is acted on when the last action has shown its effect:
 ``scale_cooldown_s`` after it, with no instance starting or draining; a policy that counts those itself says
-``at_once``. Nothing is changed while an instance is silent: nobody knows then what there is. The number stays
-within ``scale_instances_min`` and ``scale_instances_max``, so never below one. The driver takes instances back
-that are being emptied, then starts others; or it drains those with the fewest requests by migration and stops
-them. Called by the global scheduler only.
+``at_once``. Nothing is changed while an instance is silent: nobody knows then what there is. The number
+stays within ``scale_instances_min`` and ``scale_instances_max``, so never below one. The driver takes
+instances back that are being emptied, then starts others; or it drains those with the fewest requests by
+migration and stops them. Called by the global scheduler only.
 """
 
 from dataclasses import replace

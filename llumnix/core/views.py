@@ -107,9 +107,9 @@ class EntryDecision:
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """How many instances more (or, negative, less) there should be than serve and are coming, with the reason.
-    ``at_once``: the policy sees to its own patience; else the cool-down and every start and drain are waited
-    for."""
+    """How many instances more (or, negative, less) there should be than serve and are coming, with the
+    reason. ``at_once``: the policy sees to its own patience; else the cool-down and every start and drain are
+    waited for."""
 
     change: int
     reason: str

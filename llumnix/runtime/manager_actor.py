@@ -70,6 +70,7 @@ class ManagerActor:
         self._watches: set[asyncio.Task[None]] = set()
         self._host = host_identity()
         self._scaling = asyncio.Lock()
+        self._leaving: set[str] = set()  # being emptied in order to stop, until a larger number is asked for
         self._server = self._loop.run(self._make_server(port))
 
     # Orders and questions.
@@ -157,29 +158,39 @@ class ManagerActor:
         task.add_done_callback(self._watches.discard)
 
     async def _scale_and_note(self, instances: int) -> None:
-        outcome = await self._scale(min(instances, self._config.cluster.instances_max))
+        """``instances`` are to serve; those that an operator empties come on top."""
+        rows = self._server.instances()
+        draining = {row.instance_id for row in rows if row.state is InstanceState.DRAINING}
+        wanted = instances + len(draining - self._leaving)
+        outcome = await self._scale(min(wanted, self._config.cluster.instances_max))
         if isinstance(outcome, Refusal):
             self._server.note("scaling_failed", outcome.reason)
 
     async def _scale(self, instances: int) -> ClusterSummary | Refusal:
+        """Drains are not under the lock: an order that comes while they last takes instances back."""
         async with self._scaling:
             present = await asyncio.to_thread(self._instance_ids)
+            staying = [instance_id for instance_id in present if instance_id not in self._leaving]
+            for instance_id in sorted(self._leaving, key=self._load_of, reverse=True):
+                if len(staying) < instances:
+                    self._leaving.discard(instance_id)
+                    self._server.set_draining(instance_id, False)
+                    staying.append(instance_id)
             free_ids = (f"i{n}" for n in range(instances + len(present)) if f"i{n}" not in present)
-            started = [next(free_ids) for _ in range(instances - len(present))]
+            started = [next(free_ids) for _ in range(instances - len(staying))]
             errors = await asyncio.gather(*(self._start_instance(instance_id) for instance_id in started))
             failed = [error for error in errors if error]
             if failed:
                 return Refusal(failed[0])
-            surplus = len(present) - instances
-            if surplus > 0:
-                rows = {row.instance_id: row for row in self._server.instances()}
-                by_load = sorted(
-                    present, key=lambda i: (rows[i].running + rows[i].waiting if i in rows else 0, i)
-                )
-                refusals = await asyncio.gather(*(self._retire(i) for i in by_load[:surplus]))
-                for refusal in filter(None, refusals):
-                    return refusal
-            return self._server.summary()
+            surplus = sorted(staying, key=self._load_of)[: max(0, len(staying) - instances)]
+            self._leaving.update(surplus)
+        refusals = await asyncio.gather(*(self._retire(instance_id) for instance_id in surplus))
+        return next(filter(None, refusals), self._server.summary())
+
+    def _load_of(self, instance_id: str) -> tuple[int, str]:
+        """Fewest requests first."""
+        rows = (row for row in self._server.instances() if row.instance_id == instance_id)
+        return next((row.running + row.waiting for row in rows), 0), instance_id
 
     async def _start_instance(self, instance_id: str) -> str:
         """Start one and wait until it serves. Returns the reason in one line if it cannot."""
@@ -205,25 +216,35 @@ class ManagerActor:
         return ""
 
     async def _retire(self, instance_id: str) -> Refusal | None:
-        """Drain by migration, wait until empty, stop."""
+        """Drain by migration, wait until empty, stop; unless it is taken back meanwhile."""
         outcome = self._server.set_draining(instance_id, True)
         if isinstance(outcome, Refusal):
+            self._leaving.discard(instance_id)
             return outcome
         give_up_at = time.monotonic() + EMPTY_TIMEOUT_S
-        while True:
+        while instance_id in self._leaving:
             row = next((row for row in self._server.instances() if row.instance_id == instance_id), None)
             if row is None or row.state is InstanceState.DOWN or row.running + row.waiting == 0:
-                break
+                await self._stop_emptied(instance_id)
+                return None
             if time.monotonic() > give_up_at:
+                self._leaving.discard(instance_id)
                 self._server.set_draining(instance_id, False)
                 return Refusal(f"{instance_id} was not empty after {EMPTY_TIMEOUT_S:.0f} s and serves again")
             await asyncio.sleep(EMPTY_POLL_S)
-        await asyncio.to_thread(self._stop_instance, instance_id)
-        hello = self._hellos.pop(instance_id, None)
-        if hello is not None:
-            self._server.instance_retired(instance_id, hello.incarnation)
-        self._server.note("stopped", f"{instance_id} was emptied and stopped", instance=instance_id)
         return None
+
+    async def _stop_emptied(self, instance_id: str) -> None:
+        """Nobody can take it back any more: the lock is held until it is gone."""
+        async with self._scaling:
+            if instance_id not in self._leaving:
+                return
+            self._leaving.discard(instance_id)
+            await asyncio.to_thread(self._stop_instance, instance_id)
+            hello = self._hellos.pop(instance_id, None)
+            if hello is not None:
+                self._server.instance_retired(instance_id, hello.incarnation)
+            self._server.note("stopped", f"{instance_id} was emptied and stopped", instance=instance_id)
 
     def _stop_instance(self, instance_id: str) -> None:
         try:

@@ -132,8 +132,8 @@ def priorities(
     return cases
 
 
-SCALED_RATE, SCALED_CVS, SCALED_START = 2.0, (1.0, 4.0), 4
-SCALED_LOWS, SCALED_BAND = (2.0, 10.0, 30.0, 60.0, 120.0), 50.0
+SCALED_RATE, SCALED_CVS, SCALED_START, SCALED_MAX = 2.0, (1.0, 4.0), 4, 16
+SCALED_LOWS, SCALED_BAND, SCALED_SPARES = (10.0, 30.0, 60.0, 120.0), 50.0, (0.0, 1.0, 2.0, 4.0)
 
 
 def autoscaling(
@@ -146,12 +146,26 @@ def autoscaling(
     config: Config,
 ) -> list[Case]:
     """``osdi24-autoscaling``: the number of instances follows the load, up to 16; with and without moves,
-    each with several bands of freeness, so that policies can be compared at equal latency (savings.py)."""
+    scaled as the paper does and by demand, each with several settings, so that policies can be compared at
+    equal latency (savings.py)."""
     cluster = replace(config.cluster, instances=SCALED_START)
+    scaled = replace(config.scheduler, scale_instances_max=SCALED_MAX)
+    ways = [
+        *(
+            replace(
+                scaled,
+                scaling_policy="freeness",
+                scale_low_freeness=low,
+                scale_high_freeness=low + SCALED_BAND,
+            )
+            for low in SCALED_LOWS
+        ),
+        *(replace(scaled, scaling_policy="demand", scale_spare=spare) for spare in SCALED_SPARES),
+    ]
     return [
         Case(
             policy,
-            with_policy(replace(config, cluster=cluster, scheduler=_scaled(config.scheduler, low)), policy),
+            with_policy(replace(config, cluster=cluster, scheduler=way), policy),
             LLAMA_7B_A10,
             Synthetic(trace, rate, count, seed, cv=cv),
             seed,
@@ -159,16 +173,6 @@ def autoscaling(
         for trace in traces or ("L-L",)
         for rate in rates or (SCALED_RATE,)
         for cv in SCALED_CVS
-        for low in SCALED_LOWS
+        for way in ways
         for policy in policies or ("load", "llumnix")
     ]
-
-
-def _scaled(scheduler: SchedulerConfig, low: float) -> SchedulerConfig:
-    return replace(
-        scheduler,
-        scaling_policy="freeness",
-        scale_instances_max=16,
-        scale_low_freeness=low,
-        scale_high_freeness=low + SCALED_BAND,
-    )

@@ -230,6 +230,24 @@ def test_the_cluster_grows_and_shrinks_without_losing_a_request(served: Served) 
     assert "instances must be within" in served.cli("scale", "100000", fails=True)
 
 
+def test_it_grows_under_load_and_shrinks_after_it_by_itself(served: Served) -> None:
+    """With a spare of a hundred typical changes whatever runs makes it grow; without, it soon shrinks."""
+    settings = ("scale_spare=100", "scale_horizon_s=1", "scale_cooldown_s=2", "scale_instances_min=2")
+    given = [part for one in (*settings, "scale_instances_max=3") for part in ("--setting", one)]
+
+    async def play() -> None:
+        grown = asyncio.ensure_future(asyncio.to_thread(served.wait_serving, 3))
+        await burst(served, 6, 1500, grown)
+
+    served.cli("policy", "set", "scaling", "demand", *given)
+    asyncio.run(play())
+    served.cli("policy", "set", "scaling", "demand", "--setting", "scale_spare=0")
+    served.wait_serving(2)
+    served.cli("policy", "set", "scaling", "none")
+    events = served.cli("events")
+    assert "2 to 3 instances" in events and "3 to 2 instances" in events, events
+
+
 def test_the_ray_api_example_runs(served: Served) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "ray_api.py")],

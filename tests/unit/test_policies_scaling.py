@@ -9,7 +9,7 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import InstanceState
 from llumnix.core.views import ClusterSnapshot, InstanceView, ScalingDecision
-from llumnix.policies.scaling import FreenessScaling
+from llumnix.policies.scaling import DemandScaling, FreenessScaling
 
 CONFIG = SchedulerConfig(
     scaling_policy="freeness", pairing_policy="none", scale_cooldown_s=10.0, scale_instances_max=3
@@ -80,10 +80,77 @@ def test_off_unless_asked_for_and_switched_on_at_run_time() -> None:
     assert cluster.wanted(1.0) == [1]
 
 
+DEMAND = SchedulerConfig(
+    scaling_policy="demand",
+    pairing_policy="none",
+    scale_spare=1.0,
+    scale_horizon_s=10.0,
+    scale_cooldown_s=20.0,
+)
+
+
+def watched(policy: DemandScaling, seconds: range, *views: InstanceView, coming: int = 0) -> ScalingDecision:
+    """The last decision of those made once a second."""
+    decision = ScalingDecision(0, "")
+    for second in seconds:
+        decision = policy.scale(ClusterSnapshot(float(second), views, frozenset(), coming=coming))
+    return decision
+
+
+def test_demand_grows_by_as_many_as_are_missing_and_counts_those_coming() -> None:
+    policy = DemandScaling(DEMAND)
+    queued = view("a", used_blocks=90, running=9, waiting=9, waiting_blocks=180)
+    wanted = watched(policy, range(1), queued)
+    assert (wanted.change, wanted.at_once) == (2, True), "270 blocks on instances of 95 usable ones"
+    assert "270 blocks wanted" in wanted.reason
+    assert watched(policy, range(1, 2), queued, coming=2).change == 0
+    assert watched(policy, range(2, 3)).change == 0, "nobody serves"
+
+
+def test_demand_shrinks_by_as_many_as_were_too_many_all_the_time() -> None:
+    policy = DemandScaling(DEMAND)
+    views = [running(name, 9) for name in "abcd"]
+    assert watched(policy, range(0, 5), *views).change == 0, "it has not looked long enough"
+    watched(policy, range(5, 6), *views[:3], running("d", 99, 99))
+    assert watched(policy, range(6, 20), *views).change == 0, "it has not looked long enough"
+    assert watched(policy, range(20, 24), *views).change == -1, "three were needed less than 20 s ago"
+    assert watched(policy, range(24, 60), *views).change == -3
+
+
+def test_demand_keeps_more_room_where_demand_has_changed_more() -> None:
+    steady, bursty = DemandScaling(DEMAND), DemandScaling(DEMAND)
+    calm, full = (running("a", 40), running("b", 45)), (running("a", 60), running("b", 125))
+    watched(steady, range(0, 200), *calm)
+    for second in range(0, 200):
+        watched(bursty, range(second, second + 1), *(full if second // 25 % 2 else calm))
+    assert watched(steady, range(200, 240), *calm).change == -1, "85 blocks fit one instance"
+    assert watched(bursty, range(200, 240), *calm).change == 0, "but may be 185 soon"
+
+
+def test_requests_of_an_instance_being_emptied_are_still_wanted() -> None:
+    leaving = view("b", state=InstanceState.DRAINING, used_blocks=90, running=3)
+    assert watched(DemandScaling(DEMAND), range(1), running("a", 60), leaving).change == 1
+
+
+def test_a_wish_at_once_waits_for_no_cool_down_nor_for_a_drain_and_is_ordered_once() -> None:
+    cluster = Cluster(DEMAND, a=100, b=100)
+    cluster.report()
+    cluster.do(cluster.core.set_draining("b", True, cluster.now))  # type: ignore[arg-type]
+    cluster.instances["a"].running = {f"a{n}": 9 for n in range(11)}
+    cluster.instances["b"].running = {f"b{n}": 9 for n in range(11)}
+    assert cluster.wanted(5.0) == [3], "198 blocks; two more are on their way from then on"
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"scale_low_freeness": 70.0}, {"scale_instances_min": 0}, {"scale_instances_min": 9}],
+    [
+        {"scale_low_freeness": 70.0},
+        {"scale_instances_min": 0},
+        {"scale_instances_min": 9},
+        {"scale_horizon_s": 0.5},
+        {"scale_spare": -1.0},
+    ],
 )
 def test_a_band_or_bound_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError, match=r"scale_(high|instances)"):
+    with pytest.raises(ConfigurationError, match=r"scale_(high|instances|horizon|spare)"):
         SchedulerConfig(**wrong)  # type: ignore[arg-type]
