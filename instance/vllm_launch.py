@@ -21,6 +21,9 @@ ENVIRONMENT: Final = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor speaks the first one's language
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several instances share a machine's cores
 }
+PLAIN_ENVIRONMENT: Final = {
+    name: value for name, value in ENVIRONMENT.items() if name != "VLLM_USE_V2_MODEL_RUNNER"
+}
 DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 STARTING_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, AssertionError, MemoryError)
 ERROR_CHARS_MAX: Final = 500
@@ -29,13 +32,26 @@ NULL_BLOCKS: Final = 1
 """Blocks of its pool that vLLM never gives out."""
 
 
+OURS_ALONE: Final = ("async_scheduling", "kv_transfer_config", "logits_processors", "scheduling_policy")
+"""What vLLM is asked for Llumnix's sake."""
+
+
+def start_plain_vllm(config: EngineConfig) -> Any:
+    """vLLM with the same settings but without all that Llumnix adds, for benchmarks to compare with."""
+    return _start(config, "", plain=True)
+
+
 def start_vllm(config: EngineConfig, exchange_name: str) -> Any:
     """A vLLM engine of its own for this process. Raises ConfigurationError, in one line, with the reason why
     there is none."""
+    return _start(config, exchange_name, plain=False)
+
+
+def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     check_version()
     given = parse_arguments(config.engine_args)
     model = str(resolve_model(config.model))
-    _prepare_process(config)
+    _prepare_process(config, ENVIRONMENT if not plain else PLAIN_ENVIRONMENT)
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -43,9 +59,11 @@ def start_vllm(config: EngineConfig, exchange_name: str) -> Any:
     for name in given:
         if name not in known:
             raise ConfigurationError(f"engine_args: vLLM has no argument {name}")
-    if unshared(config):
+    if unshared(config) and not plain:
         given[PREFIX_CACHING] = True
     arguments = {**_arguments(config, model, exchange_name, given), **given}
+    if plain:
+        arguments = {name: value for name, value in arguments.items() if name not in OURS_ALONE}
     return _in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
 
 
@@ -94,9 +112,9 @@ def _arguments(
     return arguments
 
 
-def _prepare_process(config: EngineConfig) -> None:
+def _prepare_process(config: EngineConfig, environment: Mapping[str, str]) -> None:
     """What vLLM reads from the environment. It concerns this process alone, which runs nothing else."""
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if config.threads:

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llumnix.bench import vllm_layer
 from llumnix.bench.engine_comparison import measure_vllm, with_ratios
 from llumnix.bench.machine import describe_machine
 from llumnix.core.config import EngineConfig
@@ -284,6 +285,8 @@ def _show(report: dict[str, Any]) -> None:
 
 @click.command(name="engine")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="write the results to this file")
+@click.option("--engine", "kind", type=click.Choice(["torch", "vllm"]), default="torch", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=6, show_default=True, help="with --engine vllm")
 @click.option("--model", default="smollm2", show_default=True, help="a folder, a hub id, or smollm2")
 @click.option("--dtype", default="bfloat16", show_default=True, help="format of weights and KV")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
@@ -295,6 +298,8 @@ def _show(report: dict[str, Any]) -> None:
 )
 def command(
     json_path: Path | None,
+    kind: str,
+    repeats: int,
     model: str,
     dtype: str,
     device: str,
@@ -303,12 +308,22 @@ def command(
     seed: int,
     against_vllm: str | None,
 ) -> None:
-    """Tokens per second and decode step times of one engine, without a cluster."""
+    """Tokens per second and decode step times of one engine, without a cluster; with --engine vllm, those of
+    an instance over vLLM and of plain vLLM, in turns."""
     try:
+        if kind == "vllm":
+            report = vllm_layer.measure(model, dtype, threads, steps=steps, repeats=repeats, seed=seed)
+            vllm_layer.show(report)
+            _write(json_path, report)
+            return
         config = EngineConfig(model=model, dtype=dtype, device=device, threads=threads)
         report = run(config, steps, seed, against_vllm)
     except LlumnixError as error:
         raise click.ClickException(str(error)) from error
     _show(report)
+    _write(json_path, report)
+
+
+def _write(json_path: Path | None, report: dict[str, Any]) -> None:
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")

@@ -6,9 +6,9 @@ import multiprocessing
 import os
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,57 +36,93 @@ from llumnix.runtime.instance_factory import KvHolder
 from llumnix.runtime.instance_server import InstanceServer
 from llumnix.runtime.loop_thread import LoopThread
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
+RANDOM = "random"
 STOP_TIMEOUT_S = 20.0
+
+
+class Listener:
+    """A bus of this process: what instances say goes to ``heard``."""
+
+    def __init__(self, config: Config, heard: Heard) -> None:
+        self._loop = LoopThread("benchmark")
+        self._bus = self._loop.run(_make_bus(config.cluster.bind_host, heard))
+        self.address = self._bus.address
+
+    def send(self, address: str, message: object) -> None:
+        self._loop.run(_send(self._bus, address, message))
+
+    def close(self) -> None:
+        self._loop.run(_close(self._bus))
+        self._loop.stop()
+
+
+class InstanceProcess:
+    """One instance in a process of its own, started but not waited for."""
+
+    def __init__(self, config: Config, name: str, seed: int, manager_address: str) -> None:
+        self._name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_instance, args=(theirs, config, name, seed, manager_address))
+        self._process.start()
+
+    def hello(self) -> InstanceHello:
+        """Once it serves. Raises TransportError if that takes too long, or it has ended."""
+        try:
+            if self._pipe.poll(START_TIMEOUT_S):
+                hello: InstanceHello = self._pipe.recv()
+                return hello
+        except EOFError:
+            raise TransportError(f"instance {self._name} did not start") from None
+        raise TransportError(f"instance {self._name} did not start within {START_TIMEOUT_S:g} s")
+
+    def ask(self, order: str | int) -> Any:
+        """Its answer to ``reads`` or to a size in bytes; see ``_serve``."""
+        self._pipe.send(order)
+        return self._pipe.recv()
+
+    def begin_stop(self) -> None:
+        with suppress(OSError):  # it has ended already
+            self._pipe.send("stop")
+
+    def stop(self) -> None:
+        self.begin_stop()
+        self._process.join(STOP_TIMEOUT_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
 
 class ProcessPair:
     """See the module."""
 
     def __init__(self, config: Config, seed: int, heard: Heard) -> None:
-        self._loop = LoopThread("benchmark")
-        self._bus = self._loop.run(_make_bus(config.cluster.bind_host, heard))
-        self.my_address = self._bus.address
-        context = multiprocessing.get_context("spawn")
-        self._pipes: dict[str, Connection] = {}
-        self._processes: list[BaseProcess] = []
-        for name in NAMES:
-            self._pipes[name], theirs = context.Pipe()
-            process = context.Process(target=_instance, args=(theirs, config, name, seed, self.my_address))
-            process.start()
-            self._processes.append(process)
-        self.hellos: dict[str, InstanceHello] = {}
-        for name, pipe in self._pipes.items():
-            if not pipe.poll(START_TIMEOUT_S):
-                self.close()
-                raise TransportError(f"instance {name} did not start within {START_TIMEOUT_S:g} s")
-            self.hellos[name] = pipe.recv()
+        self._listener = Listener(config, heard)
+        self.my_address = self._listener.address
+        self._instances = {name: InstanceProcess(config, name, seed, self.my_address) for name in NAMES}
+        try:
+            self.hellos = {name: instance.hello() for name, instance in self._instances.items()}
+        except TransportError:
+            self.close()
+            raise
 
     def send(self, name: str, message: object) -> None:
-        self._loop.run(_send(self._bus, self.hellos[name].address, message))
+        self._listener.send(self.hellos[name].address, message)
 
     def reads(self, name: str) -> list[ReadStats]:
-        self._pipes[name].send("reads")
-        stats: list[ReadStats] = self._pipes[name].recv()
+        stats: list[ReadStats] = self._instances[name].ask("reads")
         return stats
 
     def memcpy_gb_s(self, name: str, size_bytes: int) -> float:
-        self._pipes[name].send(size_bytes)
-        return float(self._pipes[name].recv())
+        return float(self._instances[name].ask(size_bytes))
 
     def close(self) -> None:
-        for pipe in self._pipes.values():
-            try:
-                pipe.send("stop")
-            except OSError:
-                continue  # it has ended already
-        for process in self._processes:
-            process.join(STOP_TIMEOUT_S)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._loop.run(_close(self._bus))
-        self._loop.stop()
+        for instance in self._instances.values():
+            instance.begin_stop()
+        for instance in self._instances.values():
+            instance.stop()
+        self._listener.close()
 
 
 async def _make_bus(host: str, heard: Heard) -> Bus:
@@ -113,10 +149,14 @@ def _instance(pipe: Connection, config: Config, name: str, seed: int, manager_ad
 
 
 def _engine(config: Config, seed: int, pool_name: str) -> tuple[SteppedEngine, KvHolder]:
-    """An engine with a random model of the benchmark's shape. vLLM makes up weights for a configuration."""
+    """An engine with a random model of the benchmark's shape, or vLLM with the model that is asked for. vLLM
+    makes up weights for a configuration."""
     if config.engine.kind == "vllm":
         from llumnix.instance.vllm_engine import VllmEngine
 
+        if config.engine.model != RANDOM:
+            vllm = VllmEngine(config.engine, pool_name)
+            return vllm, vllm
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(llama_json(MODEL)))
             vllm = VllmEngine(replace(config.engine, model=folder), pool_name)

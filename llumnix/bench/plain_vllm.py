@@ -39,7 +39,7 @@ def main(workload_path: str, result_path: str) -> None:
             distributed_executor_backend="uni",
         )
     )
-    bench = _Bench(engine, workload, np.random.default_rng(workload["seed"]))
+    bench = PlainBench(engine, workload, np.random.default_rng(workload["seed"]))
     result = {
         "version": vllm.__version__,
         "results": [bench.decode(batch, prompt) for batch, prompt in workload["decodes"]],
@@ -48,7 +48,7 @@ def main(workload_path: str, result_path: str) -> None:
     Path(result_path).write_text(json.dumps(result))
 
 
-class _Bench:
+class PlainBench:
     """An engine with the requests to drive it."""
 
     def __init__(self, engine: Any, workload: dict[str, Any], rng: Any) -> None:
