@@ -4,7 +4,6 @@ Two processes with the same settings, one step loop each: an instance with its e
 connector, whose tokens this process hears as a frontend would; and vLLM's own LLMEngine, called directly,
 with vLLM's defaults where an instance has its own. They take turns, so that slow changes of the machine
 meet both. Rates are those of a full batch that has prefilled. Called by ``llumnix bench engine``.
-
 """
 
 import multiprocessing
