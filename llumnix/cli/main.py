@@ -25,6 +25,7 @@ BENCHMARKS = {
     "simulator": "time and memory of a simulated cluster",
     "swap": "copies, bandwidth and bookkeeping of swapping KV to host memory",
     "validation": "one workload on a real cluster and in the simulator",
+    "vllm_serving": "vLLM's own benchmark client against two vLLM instances, migration off and on",
 }
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
