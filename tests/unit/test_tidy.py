@@ -48,7 +48,7 @@ LIBRARY_HOMES = {
     "torch": r"kernels/|instance/(models/|\w*executor\.py|sampler\w*\.py|kv_pool\.py|smollm2\.py"
     r"|swap_calibration\.py|vllm_\w+\.py)|migration/transports/|bench/",
     "triton": r"kernels/",
-    "vllm": r"instance/vllm_|bench/plain_vllm\.py",
+    "vllm": r"instance/vllm_|bench/(plain_vllm|vllm_client)\.py",
     "fastapi": r"api/",
     "click": r"cli/|bench/",
 }
