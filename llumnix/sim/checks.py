@@ -49,6 +49,8 @@ def check_idle(instances: Iterable[tuple[str, EngineCore, Agent]]) -> None:
         engine.check()
         agent.check()
         load = engine.load()
+        if load.swap is not None and load.swap.host_leased:
+            raise InvariantError(f"{address} still keeps {load.swap.host_leased} host blocks for a migration")
         held = (load.running, load.waiting, load.used_blocks, load.reserved_blocks)
         if any(held) or engine.rows(address, 0.0) or agent.migrating:
             raise InvariantError(

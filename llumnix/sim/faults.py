@@ -19,9 +19,11 @@ from llumnix.core.config import (
     FrontendConfig,
     MigrationConfig,
     SchedulerConfig,
+    SwapConfig,
 )
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.migration import Commit, Committed
+from llumnix.core.messages.control import MigrationEnded, MigrationOutcome, RequestStatus
+from llumnix.core.messages.migration import Commit, Committed, Reserve
 from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.instance import Instance
 from llumnix.sim.network import MessageFaults
@@ -32,6 +34,10 @@ FAULTS_S, HEALED_S = 4.0, 120.0
 CHECK_S = 0.1
 REQUESTS = 14
 CRASHES_MAX = 4
+SWAPPING_SHARE, SWAPPING_BLOCKS = (
+    0.4,
+    36,
+)  # of stories in which instances have host memory, and less on devices
 STORIES_AHEAD = 100  # told by other processes before the first of them is looked at
 
 Deed = Callable[[], None]
@@ -67,6 +73,7 @@ class Story:
     crashes: int
     manager_restarts: int
     preemptions: int
+    moved_from_host: int
     virtual_s: float
 
 
@@ -75,6 +82,8 @@ class Trouble:
 
     def __init__(self, simulation: Simulation, seed: int) -> None:
         self.crashes = 0
+        self.reserved_from_host: set[str] = set()
+        self.moved_from_host = 0
         self.manager_restarts = 0
         self._simulation = simulation
         self._clock = simulation.clock
@@ -146,6 +155,10 @@ class Trouble:
         return self._random.choice(list(self._simulation.instances.values()))
 
     def _watch(self, address: str, message: object) -> None:
+        if isinstance(message, Reserve) and message.swapped:
+            self.reserved_from_host.add(message.migration_id)
+        if isinstance(message, MigrationEnded) and message.outcome is MigrationOutcome.COMMITTED:
+            self.moved_from_host += message.migration_id in self.reserved_from_host
         if isinstance(message, Commit | Committed) and self._random.random() < self._near_commit:
             at = self._clock.now + self._random.uniform(0, 0.05)
             self._clock.at(at, self._crash_at, address)
@@ -194,8 +207,9 @@ class Trouble:
     def _move(self) -> None:
         simulation, source, target = self._simulation, self._any(), self._any()
         rows = source.engine.rows(source.hello.instance_id, self._clock.now)
-        if rows:
-            request_id = self._random.choice(rows).request_id
+        swapped = [row for row in rows if row.status is RequestStatus.SWAPPED]
+        if rows:  # the rare ones first
+            request_id = self._random.choice(swapped or rows).request_id
             simulation.scheduler.migrate(request_id, target.hello.instance_id)
 
     def _drain(self) -> None:
@@ -230,6 +244,17 @@ def run_seed(seed: int) -> Story:
         conversations=Conversations(2.0, 0.2) if chance.random() < 0.3 else None,
     )
     config = replace(CONFIG, cluster=replace(CONFIG.cluster, instances=chance.choice((2, 3, 4))))
+    if chance.random() < SWAPPING_SHARE:
+        config = replace(
+            config,
+            engine=replace(config.engine, kv_blocks=SWAPPING_BLOCKS),
+            scheduler=replace(config.scheduler, preemption_policy="swap"),
+            swap=SwapConfig(
+                host_blocks=chance.choice((20, 60, 200)),
+                rerank_frequency=chance.choice((0.0, 0.1, 0.5)),
+                rerank_by="random",
+            ),
+        )
     simulation = Simulation(
         Settings(config, LLAMA_7B_A10, workload, seed, frontends=chance.choice((1, 2)), quiet=False)
     )
@@ -258,5 +283,6 @@ def run_seed(seed: int) -> Story:
         crashes=trouble.crashes,
         manager_restarts=trouble.manager_restarts,
         preemptions=int(sum(recorder.columns["preemptions"])),
+        moved_from_host=trouble.moved_from_host,
         virtual_s=simulation.finished_at,
     )

@@ -32,6 +32,10 @@ def test_stories_are_eventful_and_repeat_themselves() -> None:
     assert len({(story.virtual_s, story.migrations) for story in stories}) == len(stories)
 
 
+def test_swapped_out_requests_move_in_some_stories() -> None:
+    assert sum(run_seed(seed).moved_from_host for seed in range(60)) > 0
+
+
 def stories_that_fail(seeds: int) -> list[str]:
     """What the first stories complain of."""
     complaints = []
