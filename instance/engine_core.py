@@ -14,18 +14,18 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import RequestRow, TenantTotals
-from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec, TokenDelta
+from llumnix.core.messages.serving import FinishReason, RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.batch import QuietStretch
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.engine import EngineLoad, KvInPlace, MovableState, StepResult, SubmitRefusal
 from llumnix.instance.executor import SampledToken, StepPlan
-from llumnix.instance.finished_outputs import FinishedOutputs, last_logprobs
 from llumnix.instance.local_scheduler import LocalScheduler
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.movable import host_blocks, movable_state
 from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.request import Request
+from llumnix.instance.request_table import RequestTable
 from llumnix.instance.shortage import shortage
 from llumnix.instance.step_times import StepTimes
 from llumnix.instance.swap import SwapDone
@@ -33,7 +33,7 @@ from llumnix.instance.switching import HostMemory, Switching
 from llumnix.policies.registry import preemption_policy, selection_policy
 
 
-class EngineCore(KvInPlace):
+class EngineCore(RequestTable, KvInPlace):
     """See the module. ``selection`` says which requests a load report offers to move; by default the
     cheapest; ``host`` where KV can be swapped to, None: nowhere."""
 
@@ -46,8 +46,6 @@ class EngineCore(KvInPlace):
         host: HostMemory | None = None,
     ) -> None:
         swap = swap or SwapConfig()
-        self._limits = limits
-        self._waiting_max = config.waiting_max
         self._offers = MoveOffers(selection)
         self._times = StepTimes()
         self._blocks = BlockManager(limits.capacity_blocks, grouped=swap.block_groups)
@@ -68,20 +66,10 @@ class EngineCore(KvInPlace):
             batch_max=config.batch_max,
             prefill_alone=config.prefill == "alone",
         )
-        self._requests: dict[str, Request] = {}
-        self._finished = FinishedOutputs()
+        super().__init__(limits, config.waiting_max, self._scheduler.waiting, self._scheduler.tenants)
         self._preempted: list[str] = []
         self._tokens_total = 0
         self._preemptions_total = 0
-        self._finished_total = 0
-
-    @property
-    def block_size(self) -> int:
-        return self._limits.block_size
-
-    @property
-    def max_model_len(self) -> int:
-        return self._limits.max_model_len
 
     # Steps.
 
@@ -179,69 +167,15 @@ class EngineCore(KvInPlace):
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request)
-        self._leaves(request)
-        self._finished.add(request, reason)
-        self._finished_total += 1
+        self._ended(request, reason)
 
-    # Requests in and out.
+    # Where requests are.
 
-    def submit(self, spec: RequestSpec, now: float) -> SubmitRefusal | None:
-        refusal = self._refusal(spec) or self._queue_refusal(spec)
-        if refusal is None:
-            self._scheduler.enqueue(self._take(spec, now))
-        return refusal
+    def _enqueue(self, request: Request) -> None:
+        self._scheduler.enqueue(request)
 
-    def abort(self, request_id: str, epoch: int) -> bool:
-        ended = self._finished.get(request_id)
-        if ended is not None and ended.epoch <= epoch:
-            self._finished.drop(request_id)
-        request = self._requests.get(request_id)
-        if request is None or request.epoch > epoch:
-            return False
-        self._forget(request)
-        return True
-
-    def requests_of(self, frontend_address: str) -> tuple[str, ...]:
-        held = self._requests.values()
-        return tuple(request.request_id for request in held if request.frontend_address == frontend_address)
-
-    def holds(self, request_id: str) -> bool:
-        return request_id in self._requests
-
-    def _take(self, spec: RequestSpec, now: float) -> Request:
-        """Enter an accepted request into the table, in place of an older self."""
-        older = self._requests.get(spec.request_id)
-        if older is not None:
-            self._forget(older)
-        self._finished.drop(spec.request_id)
-        request = Request.from_spec(spec, now)
-        self._requests[request.request_id] = request
-        self._scheduler.tenants.came(request.tenant)
-        return request
-
-    def _forget(self, request: Request) -> None:
+    def _drop(self, request: Request) -> None:
         self._scheduler.drop(request)
-        self._leaves(request)
-
-    def _leaves(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        self._scheduler.tenants.left(request.tenant)
-
-    def _queue_refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
-        waiting = len(self._scheduler.waiting) - (spec.request_id in self._scheduler.waiting)
-        if waiting < self._waiting_max:
-            return None
-        return SubmitRefusal(RejectCode.QUEUE_FULL, f"{waiting} requests are waiting here already")
-
-    def _refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
-        """Why a request cannot be run here at all, ever or in this epoch."""
-        reason = self._limits.fault(spec)
-        held, ended = self._requests.get(spec.request_id), self._finished.get(spec.request_id)
-        if held is not None and held.epoch >= spec.epoch:
-            reason = f"request is held here at epoch {held.epoch}, not below {spec.epoch}"
-        elif ended is not None and ended.epoch >= spec.epoch:
-            reason = f"request has finished here at epoch {ended.epoch}, not below {spec.epoch}"
-        return None if reason is None else SubmitRefusal(RejectCode.INVALID, reason)
 
     # What is going on.
 
@@ -286,15 +220,6 @@ class EngineCore(KvInPlace):
     def rows(self, instance_id: str, now: float) -> tuple[RequestRow, ...]:
         return tuple(request.row(instance_id, now) for request in self._scheduler.held())
 
-    def output_since(self, request_id: str, index: int) -> TokenDelta | None:
-        request = self._requests.get(request_id)
-        if request is not None:
-            tokens = request.tokens[request.prompt_len + index :]
-            logprobs = last_logprobs(request.logprobs, len(tokens))
-            return TokenDelta(request_id, request.epoch, index, tuple(tokens), None, logprobs)
-        ended = self._finished.get(request_id)
-        return None if ended is None else ended.since(request_id, index)
-
     def check(self) -> None:
         """Raise InvariantError unless every block is accounted for and every request is in one place."""
         self._blocks.check()
@@ -312,9 +237,6 @@ class EngineCore(KvInPlace):
         if request is None or self._scheduler.is_aside(request_id):
             return None
         return movable_state(request, self._switching, self.block_size)
-
-    def spec_of(self, request_id: str, now: float) -> RequestSpec:
-        return self._held(request_id).to_spec(now)
 
     def take_out(self, request_id: str) -> MovableState:
         request = self._held(request_id)
@@ -336,11 +258,6 @@ class EngineCore(KvInPlace):
         if request is not None:
             self._forget(request)
 
-    def _held(self, request_id: str) -> Request:
-        request = self._requests.get(request_id)
-        if request is None:
-            raise InvariantError(f"request {request_id} is not held here")
-        return request
 
     # A migration's target.
 
@@ -359,20 +276,13 @@ class EngineCore(KvInPlace):
         self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float
     ) -> SubmitRefusal | None:
         """Blocks beyond those that the known tokens fill are freed."""
-        refusal = self._refusal(spec)
+        refusal = self._adopt_refusal(spec, computed_tokens, self._blocks.reserved(migration_id))
         if refusal is not None:
             return refusal
         if computed_tokens == 0:
-            refusal = self._queue_refusal(spec)
-            if refusal is None:
-                self._blocks.cancel(migration_id)
-                self._scheduler.enqueue(self._take(spec, now))
-            return refusal
-        room = self._blocks.reserved(migration_id) * self.block_size
-        known = len(spec.prompt_tokens) + len(spec.output_tokens)
-        if not 0 < computed_tokens < known or computed_tokens > room:
-            reason = f"KV of {computed_tokens} of {known} tokens cannot lie in room for {room}"
-            return SubmitRefusal(RejectCode.INVALID, reason)
+            self._blocks.cancel(migration_id)
+            self._enqueue(self._take(spec, now))
+            return None
         request = self._take(spec, now)
         request.computed_tokens = computed_tokens
         self._blocks.adopt(migration_id, request.request_id)

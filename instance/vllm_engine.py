@@ -15,10 +15,9 @@ from dataclasses import replace
 
 from llumnix.core.config import EngineConfig
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.serving import RejectCode, RequestSpec
+from llumnix.core.messages.serving import RequestSpec
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.engine import MovableState, SubmitRefusal
-from llumnix.instance.request import Request
 from llumnix.instance.vllm_arrivals import LoadingReaders
 from llumnix.instance.vllm_requests import VllmRequests
 from llumnix.migration.transports.base import ReaderFactory
@@ -74,9 +73,6 @@ class VllmEngine(VllmRequests):
             lagging=copied < full,
         )
 
-    def spec_of(self, request_id: str, now: float) -> RequestSpec:
-        return self._held(request_id).to_spec(now)
-
     def take_out(self, request_id: str) -> MovableState:
         request, state = self._held(request_id), self.movable(request_id)
         if state is None:
@@ -118,12 +114,6 @@ class VllmEngine(VllmRequests):
         tokens = len(entered.request.tokens) + GROWTH_BLOCKS * self._limits.block_size
         return self._staging.begin(request_id, tokens)
 
-    def _held(self, request_id: str) -> Request:
-        request = self._requests.get(request_id)
-        if request is None:
-            raise InvariantError(f"request {request_id} is not held here")
-        return request
-
     # A migration's target.
 
     def readers(self, readers: ReaderFactory) -> ReaderFactory:
@@ -152,20 +142,14 @@ class VllmEngine(VllmRequests):
         self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float
     ) -> SubmitRefusal | None:
         """Pool blocks are freed once vLLM has taken their KV in."""
-        refusal = self._refusal(spec)
+        staging = self._staging.blocks
+        refusal = self._adopt_refusal(spec, computed_tokens, staging.reserved(migration_id))
         if refusal is not None:
             return refusal
         if computed_tokens == 0:
-            refusal = self._queue_refusal(spec)
-            if refusal is None:
-                self.cancel_reservation(migration_id)
-                self._enqueue(self._take(spec, now))
-            return refusal
-        room = self._staging.blocks.reserved(migration_id) * self._limits.block_size
-        known = len(spec.prompt_tokens) + len(spec.output_tokens)
-        if not 0 < computed_tokens < known or computed_tokens > room:
-            reason = f"KV of {computed_tokens} of {known} tokens cannot lie in room for {room}"
-            return SubmitRefusal(RejectCode.INVALID, reason)
+            self.cancel_reservation(migration_id)
+            self._enqueue(self._take(spec, now))
+            return None
         request = self._take(spec, now)
         self._new_kv(request)
         blocks = self._staging.adopt(migration_id, request.request_id, computed_tokens)

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.control import KvLayout, MoveCandidate, RequestRow, RequestStatus, TenantTotals
-from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
+from llumnix.core.messages.serving import TokenDelta
 from llumnix.core.views import SelectionPolicy
-from llumnix.instance.engine import EngineLoad, StepResult, SubmitRefusal
-from llumnix.instance.finished_outputs import FinishedOutputs
+from llumnix.instance.engine import EngineLoad, StepResult
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.ranking import Ranking
 from llumnix.instance.request import Request
+from llumnix.instance.request_table import RequestTable
 from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.vllm_core import Entered, Produced, VllmCore
 from llumnix.instance.vllm_staging import Staging
@@ -26,25 +26,22 @@ WAITING_CANDIDATES_MAX = 2
 STEP_MEAN_WEIGHT = 0.1
 
 
-class VllmRequests:
+class VllmRequests(RequestTable):
     """See the module. Raises ConfigurationError if vLLM does not start."""
 
     def __init__(
         self, config: EngineConfig, pool_name: str, selection: SelectionPolicy | None = None
     ) -> None:
         self._core = VllmCore(config, pool_name)
-        self._limits = self._core.limits
         self._staging = Staging(self._core.exchange)
-        self._waiting_max = config.waiting_max
         self._offers = MoveOffers(selection)
-        self._tenants = TenantCounters(SchedulerConfig())
-        self._waiting = WaitingQueue(self._limits.block_size, Ranking(self._tenants, SwapConfig()))
-        self._requests: dict[str, Request] = {}
+        limits, tenants = self._core.limits, TenantCounters(SchedulerConfig())
+        waiting = WaitingQueue(limits.block_size, Ranking(tenants, SwapConfig()))
+        super().__init__(limits, config.waiting_max, waiting, tenants)
         self._taken_out: dict[str, tuple[int, ...]] = {}
-        self._finished = FinishedOutputs()
         self._kv_versions = 0
         self._step_s = 0.0
-        self._tokens_total = self._preemptions_total = self._finished_total = 0
+        self._tokens_total = self._preemptions_total = 0
 
     @property
     def pool(self) -> KvPool:
@@ -60,14 +57,6 @@ class VllmRequests:
     def kv_layout(self) -> KvLayout:
         """Of the pool."""
         return self.pool.layout
-
-    @property
-    def block_size(self) -> int:
-        return self._limits.block_size
-
-    @property
-    def max_model_len(self) -> int:
-        return self._limits.max_model_len
 
     def close(self) -> None:
         """End copying, vLLM and the pool."""
@@ -89,9 +78,8 @@ class VllmRequests:
             deltas.setdefault(request.frontend_address, []).append(self._take_tokens(one))
             if one.reason is not None:
                 finished.append(request.request_id)
-                self._forget(request)
-                self._finished.add(request, one.reason)
-                self._finished_total += 1
+                self._drop(request)
+                self._ended(request, one.reason)
         for entered in self._core.taken_in():
             self._staging.stop(entered.request.request_id)
         preempted = self._note_preemptions()
@@ -109,6 +97,7 @@ class VllmRequests:
         request = one.entered.request
         first = request.output_len
         request.tokens.extend(one.tokens)
+        request.logprobs.extend(one.logprobs)
         self._tenants.generated(request.tenant, len(one.tokens))
         self._tokens_total += len(one.tokens)
         return TokenDelta(request.request_id, request.epoch, first, one.tokens, one.reason, one.logprobs)
@@ -150,73 +139,20 @@ class VllmRequests:
         kept = (self._staging.blocks.reserved_blocks + len(self._core.entered)) * size
         return self._core.free_tokens() - kept
 
-    # Requests in and out.
-
-    def submit(self, spec: RequestSpec, now: float) -> SubmitRefusal | None:
-        refusal = self._refusal(spec) or self._queue_refusal(spec)
-        if refusal is None:
-            self._enqueue(self._take(spec, now))
-        return refusal
-
-    def abort(self, request_id: str, epoch: int) -> bool:
-        ended = self._finished.get(request_id)
-        if ended is not None and ended.epoch <= epoch:
-            self._finished.drop(request_id)
-        request = self._requests.get(request_id)
-        if request is None or request.epoch > epoch:
-            return False
-        self._forget(request)
-        return True
-
-    def requests_of(self, frontend_address: str) -> tuple[str, ...]:
-        held = self._requests.values()
-        return tuple(request.request_id for request in held if request.frontend_address == frontend_address)
-
-    def holds(self, request_id: str) -> bool:
-        return request_id in self._requests
-
-    def _take(self, spec: RequestSpec, now: float) -> Request:
-        """Enter an accepted request into the table, in place of an older self."""
-        older = self._requests.get(spec.request_id)
-        if older is not None:
-            self._forget(older)
-        self._finished.drop(spec.request_id)
-        request = Request.from_spec(spec, now)
-        self._requests[request.request_id] = request
-        self._tenants.came(request.tenant)
-        return request
+    # Where requests are.
 
     def _enqueue(self, request: Request) -> None:
         self._new_kv(request)
         self._waiting.push(request)
 
-    def _forget(self, request: Request) -> None:
-        """Drop a request wherever it is."""
+    def _drop(self, request: Request) -> None:
         request_id = request.request_id
-        del self._requests[request_id]
         entered = self._core.entered.get(request_id)
         if entered is not None:
             self._core.leave(entered)
         elif self._taken_out.pop(request_id, None) is None and request_id in self._waiting:
             self._waiting.remove(request)
         self._staging.stop(request_id)
-        self._tenants.left(request.tenant)
-
-    def _queue_refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
-        waiting = len(self._waiting) - (spec.request_id in self._waiting)
-        if waiting < self._waiting_max:
-            return None
-        return SubmitRefusal(RejectCode.QUEUE_FULL, f"{waiting} requests are waiting here already")
-
-    def _refusal(self, spec: RequestSpec) -> SubmitRefusal | None:
-        """Why a request cannot be run here at all, ever or in this epoch."""
-        reason = self._limits.fault(spec)
-        held, ended = self._requests.get(spec.request_id), self._finished.get(spec.request_id)
-        if held is not None and held.epoch >= spec.epoch:
-            reason = f"request is held here at epoch {held.epoch}, not below {spec.epoch}"
-        elif ended is not None and ended.epoch >= spec.epoch:
-            reason = f"request has finished here at epoch {ended.epoch}, not below {spec.epoch}"
-        return None if reason is None else SubmitRefusal(RejectCode.INVALID, reason)
 
     # What is going on.
 
@@ -270,16 +206,6 @@ class VllmRequests:
                 blocks, status = len(self._taken_out[request.request_id]), RequestStatus.MIGRATING
             rows.append(replace(request.row(instance_id, now), status=status, blocks=blocks))
         return tuple(rows)
-
-    def output_since(self, request_id: str, index: int) -> TokenDelta | None:
-        request = self._requests.get(request_id)
-        if request is not None:
-            tokens = tuple(request.tokens[request.prompt_len + index :])
-            return TokenDelta(request_id, request.epoch, index, tokens)
-        ended = self._finished.get(request_id)
-        if ended is None:
-            return None
-        return TokenDelta(request_id, ended.epoch, index, tuple(ended.tokens[index:]), ended.reason)
 
     def _entered(self) -> Iterator[Entered]:
         yield from self._core.entered.values()

@@ -58,7 +58,7 @@ PURE = (
     r"core/|policies/|control/|api/streams\.py|api/stream_state\.py|api/directory\.py|api/alarms\.py"
     r"|migration/(source|target|events|engine_sides)\.py|instance/(agent\w*|engine_core|local_scheduler"
     r"|block_manager|block_groups|free_runs|request|swap|swap_order|swap_ledger|switching|host_cache|batch"
-    r"|ranking|priority_trace|step_times|waiting_queue|tenant_counters|copy_ladder|simulated_executor)\.py"
+    r"|ranking|priority_trace|step_times|waiting_queue|request_table|tenant_counters|copy_ladder|simulated_executor)\.py"
 )
 IMPURE_MODULES = {"time", "random", "uuid", "secrets", "socket", "threading", "asyncio", "datetime", "os"}
 IMPURE_ALLOWED = {
