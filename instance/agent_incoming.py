@@ -167,6 +167,7 @@ class IncomingMigrations:
 
     def _objection(self, message: Reserve, draining: bool) -> Refused | None:
         spec, longest = message.spec, len(message.spec.prompt_tokens) + message.spec.sampling.max_tokens
+        objection = self._engine.objection(spec, with_kv=message.blocks > 0)
         code, reason = None, ""
         if message.target_incarnation != self._me.incarnation:
             code, reason = RefusalCode.WRONG_TARGET, f"this is {self._me.incarnation}"
@@ -184,6 +185,8 @@ class IncomingMigrations:
                 RefusalCode.TOO_LONG,
                 f"{longest} tokens may come, {self._engine.max_model_len} fit",
             )
+        elif objection:
+            code, reason = RefusalCode.ADAPTER, objection
         elif self._engine.holds(spec.request_id) or self._coming(spec.request_id):
             code, reason = RefusalCode.DUPLICATE, "the request is here or on its way here"
         return None if code is None else Refused(message.migration_id, code, reason)

@@ -97,5 +97,6 @@ class LoadReporter:
             shortage=load.shortage,
             swap=load.swap,
             waiting_urgent=load.waiting_urgent,
+            adapters=load.adapters,
         )
         return Send(self._manager_address, report)

@@ -70,7 +70,12 @@ class AgentRole:
                 continue
             spec = self._engine.spec_of(request_id, now)
             candidate = MoveCandidate(
-                request_id, len(state.blocks), spec.execution_priority, False, state.known_tokens
+                request_id,
+                len(state.blocks),
+                spec.execution_priority,
+                waiting=False,
+                tokens=state.known_tokens,
+                adapter=spec.adapter,
             )
             wanted = MoveWanted(self._me.instance_id, self._me.incarnation, MoveCause.PREFILLED, candidate)
             sends.append(Send(self._manager_address, wanted))

@@ -51,6 +51,7 @@ class EngineLoad:
     swap: SwapTotals | None = None
     shortage: Shortage | None = None
     waiting_urgent: tuple[int, int] = (0, 0)
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,11 @@ class Engine(Protocol):
     def output_since(self, request_id: str, index: int) -> TokenDelta | None:
         """Tokens of a held or lately finished request from output ``index`` on (with its finish reason if it
         has ended). None: unknown here."""
+        ...
+
+    def objection(self, spec: RequestSpec, *, with_kv: bool) -> str:
+        """Why the LoRA adapter of a request of another instance, with KV or waiting, keeps it from going on
+        here, however much room there is; empty if it can."""
         ...
 
     # A migration's source.

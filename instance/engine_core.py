@@ -258,7 +258,6 @@ class EngineCore(RequestTable, KvInPlace):
         if request is not None:
             self._forget(request)
 
-
     # A migration's target.
 
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:

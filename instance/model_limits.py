@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 from llumnix.core.config import EngineConfig
 from llumnix.core.messages.serving import RequestSpec
+from llumnix.core.sampling import GREEDY_ONLY
 from llumnix.instance.executor import Executor
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
     """``max_model_len`` is the least of what model, settings and KV pool allow, so that every request within
-    it can run to its end, if need be alone. ``block_bytes`` are those of a KV block."""
+    it can run to its end, if need be alone. ``block_bytes`` are those of a KV block, ``adapters`` the LoRA
+    adapters by name. ``greedy_only``: the engine cannot draw tokens that would be the same elsewhere."""
 
     capacity_blocks: int
     block_size: int
@@ -18,6 +20,8 @@ class ModelLimits:
     vocab_size: int
     eos_token_ids: frozenset[int]
     block_bytes: int
+    adapters: frozenset[str] = frozenset()
+    greedy_only: bool = False
 
     @classmethod
     def of(cls, executor: Executor, config: EngineConfig) -> "ModelLimits":
@@ -51,4 +55,6 @@ class ModelLimits:
             )
         if len(spec.output_tokens) >= max_tokens:
             return f"all of its max_tokens of {max_tokens} are generated already"
+        if self.greedy_only and not spec.sampling.greedy:
+            return GREEDY_ONLY
         return None

@@ -64,6 +64,7 @@ def _candidate(request: Request, blocks: int, host_blocks: int = 0) -> MoveCandi
         known - request.prompt_len,
         request.arrived_at,
         host_blocks,
+        request.adapter,
     )
 
 

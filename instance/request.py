@@ -33,6 +33,7 @@ class Request:
     arrived_at: float
     tokens: list[int]
     prompt_len: int
+    adapter: str = ""
     status: RequestStatus = RequestStatus.WAITING
     computed_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Request:
             arrived_at=now - spec.waited_s,
             tokens=[*spec.prompt_tokens, *spec.output_tokens],
             prompt_len=len(spec.prompt_tokens),
+            adapter=spec.adapter,
             charged=bool(spec.output_tokens),
         )
 
@@ -73,6 +75,7 @@ class Request:
             execution_priority=self.execution_priority,
             tenant=self.tenant,
             waited_s=max(0.0, now - self.arrived_at),
+            adapter=self.adapter,
         )
 
     def sampled(self, token: int, logprob: TokenLogprob | None) -> None:
@@ -96,6 +99,7 @@ class Request:
             blocks=len(self.blocks),
             preemptions=self.preemptions,
             age_s=max(0.0, now - self.arrived_at),
+            adapter=self.adapter,
         )
 
     @property

@@ -84,6 +84,11 @@ class RequestTable(ABC):
     def spec_of(self, request_id: str, now: float) -> RequestSpec:
         return self._held(request_id).to_spec(now)
 
+    def objection(self, spec: RequestSpec, *, with_kv: bool) -> str:
+        if spec.adapter and spec.adapter not in self._limits.adapters:
+            return f"the LoRA adapter {spec.adapter} is not here"
+        return ""
+
     def _held(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
         if request is None:
@@ -129,7 +134,10 @@ class RequestTable(ABC):
             reason = f"request is held here at epoch {held.epoch}, not below {spec.epoch}"
         elif ended is not None and ended.epoch >= spec.epoch:
             reason = f"request has finished here at epoch {ended.epoch}, not below {spec.epoch}"
-        return None if reason is None else SubmitRefusal(RejectCode.INVALID, reason)
+        if reason is not None:
+            return SubmitRefusal(RejectCode.INVALID, reason)
+        lacking = self.objection(spec, with_kv=False)
+        return SubmitRefusal(RejectCode.NO_ADAPTER, lacking) if lacking else None
 
     def _adopt_refusal(
         self, spec: RequestSpec, computed_tokens: int, reserved_blocks: int
@@ -141,6 +149,9 @@ class RequestTable(ABC):
             return refusal
         if computed_tokens == 0:
             return self._queue_refusal(spec)
+        objection = self.objection(spec, with_kv=True)
+        if objection:
+            return SubmitRefusal(RejectCode.NO_ADAPTER, objection)
         room = reserved_blocks * self.block_size
         known = len(spec.prompt_tokens) + len(spec.output_tokens)
         if 0 < computed_tokens < known and computed_tokens <= room:

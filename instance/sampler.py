@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from llumnix.core.messages.serving import TokenLogprob
-from llumnix.core.sampling import LOGPROBS_OFF, SamplingParams
+from llumnix.core.sampling import GREEDY_BELOW, LOGPROBS_OFF, SamplingParams
 from llumnix.instance.executor import SampledToken
 from llumnix.instance.request import Request
 
 GROUP: Final = (
     256  # tokens per group of the two-level draw; part of what a seed means, so never to be changed
 )
-GREEDY_BELOW: Final = 1e-5  # a lower temperature overflows float32 and means greedy anyway
 CANDIDATES: Final = (256, 2048)  # likeliest tokens looked at for truncation before all are sorted
 STRIPE: Final = 16  # tokens that are compared as one when looking for the likeliest
 NO_LIMIT: Final = 1 << 60

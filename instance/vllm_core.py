@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.v1.request import RequestStatus as VllmStatus
 
 from llumnix.core.config import EngineConfig
@@ -18,6 +19,7 @@ from llumnix.core.messages.serving import FinishReason, TokenLogprob
 from llumnix.instance.kv_pool import GIB, KvPool
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.request import Request
+from llumnix.instance.vllm_adapters import read_adapters
 from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
 from llumnix.instance.vllm_launch import start_vllm, unshared
@@ -79,6 +81,9 @@ class VllmCore:
         self._by_name: dict[str, Entered] = {}
         self._names = 0
         self._salted = unshared(config)
+        self._adapters = {
+            one.name: LoRARequest(one.name, one.number, one.folder) for one in read_adapters(config)
+        }
         self._eos = end_tokens(self._vllm.vllm_config.model_config.model)
         self.block_size = self.exchange.copier.shape.block_size
         self._blocks = self.exchange.copier.shape.blocks - 1  # vLLM never gives out one of them
@@ -91,7 +96,11 @@ class VllmCore:
             max_model_len=min(longest, self._blocks * self.block_size),
             vocab_size=int(self._vllm.vllm_config.model_config.get_vocab_size()),
             eos_token_ids=self._eos,
+            adapters=frozenset(self._adapters),
+            greedy_only=self._vllm.vllm_config.speculative_config is not None,
         )
+        lora = self._vllm.vllm_config.lora_config
+        self._adapters_max = int(lora.max_loras) if lora is not None else 0
         self.batch_max = int(self._vllm.vllm_config.scheduler_config.max_num_seqs)
 
     def close(self) -> None:
@@ -114,6 +123,7 @@ class VllmCore:
             tokens_input(list(request.tokens), cache_salt=name if self._salted else None),
             vllm_params(request, self._eos),
             arrival_time=request.arrived_at,
+            lora_request=self._adapters.get(request.adapter),
             priority=-request.execution_priority,
         )
         entered = Entered(request, name, vllm_id, self.exchange.live[vllm_id], computed > 0)
@@ -164,6 +174,20 @@ class VllmCore:
         for one in hit:
             one.preemptions = one.live.num_preemptions
         return hit
+
+    # LoRA adapters.
+
+    def adapters_loaded(self) -> set[str]:
+        """Those in vLLM's memory now."""
+        if not self._adapters:
+            return set()
+        numbers = self._vllm.list_loras()
+        return {name for name, adapter in self._adapters.items() if adapter.lora_int_id in numbers}
+
+    def has_slot_for(self, adapter: str) -> bool:
+        """Whether a request with this adapter can join the batch beside the adapters there."""
+        used = {one.request.adapter for one in self.entered.values() if one.request.adapter}
+        return not adapter or adapter in used or len(used) < self._adapters_max
 
     # Room, in tokens that whole blocks of vLLM hold.
 

@@ -14,7 +14,8 @@ from llumnix.core.config import EngineConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.instance.kv_pool import GIB
 from llumnix.instance.model_loader import resolve_model
-from llumnix.instance.vllm_arguments import check_version, parse_arguments
+from llumnix.instance.vllm_adapters import read_adapters, room_for
+from llumnix.instance.vllm_arguments import check_version, parse_arguments, speculates
 
 ENVIRONMENT: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler must be in this process
@@ -55,6 +56,7 @@ def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    adapters = read_adapters(config)
     known = {field.name for field in fields(EngineArgs)}
     for name in given:
         if name not in known:
@@ -64,6 +66,8 @@ def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     arguments = {**_arguments(config, model, exchange_name, given), **given}
     if plain:
         arguments = {name: value for name, value in arguments.items() if name not in OURS_ALONE}
+    if adapters:
+        arguments = {"enable_lora": True, "max_lora_rank": room_for(adapters), **arguments}
     return _in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
 
 
@@ -98,10 +102,11 @@ def _arguments(
         "scheduling_policy": "priority",
         "async_scheduling": False,
         "distributed_executor_backend": "uni",
-        "logits_processors": ["llumnix.instance.vllm_sampling:LlumnixLogitsProcessor"],
         "kv_transfer_config": connector,
         "disable_log_stats": True,
     }
+    if not speculates(given):
+        arguments["logits_processors"] = ["llumnix.instance.vllm_sampling:LlumnixLogitsProcessor"]
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         arguments["kv_cache_memory_bytes"] = int(config.kv_gib * GIB)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.control import KvLayout, MoveCandidate, RequestRow, RequestStatus, TenantTotals
-from llumnix.core.messages.serving import TokenDelta
+from llumnix.core.messages.serving import RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.engine import EngineLoad, StepResult
 from llumnix.instance.kv_pool import KvPool
@@ -139,6 +139,19 @@ class VllmRequests(RequestTable):
         kept = (self._staging.blocks.reserved_blocks + len(self._core.entered)) * size
         return self._core.free_tokens() - kept
 
+    # LoRA adapters.
+
+    def objection(self, spec: RequestSpec, *, with_kv: bool) -> str:
+        """One that brings KV joins the batch at once, so there must be a slot for its adapter; one that waits
+        finds one in its turn."""
+        lacking = super().objection(spec, with_kv=with_kv)
+        if lacking or not with_kv or self._core.has_slot_for(spec.adapter):
+            return lacking
+        return f"all of vLLM's slots are taken by other LoRA adapters than {spec.adapter}"
+
+    def _adapters_wanted(self) -> set[str]:
+        return {request.adapter for request in self._requests.values() if request.adapter}
+
     # Where requests are.
 
     def _enqueue(self, request: Request) -> None:
@@ -186,6 +199,7 @@ class VllmRequests(RequestTable):
             finished_total=self._finished_total,
             policy_fault=self._offers.fault,
             tenants=self._tenants.report(),
+            adapters=tuple(sorted(self._core.adapters_loaded() | self._adapters_wanted())),
         )
 
     def configure(self, config: SchedulerConfig) -> None:
@@ -226,6 +240,7 @@ class VllmRequests(RequestTable):
             len(request.tokens),
             request.output_len,
             request.arrived_at,
+            adapter=request.adapter,
         )
 
     def _new_kv(self, request: Request) -> None:

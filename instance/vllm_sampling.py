@@ -20,7 +20,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from llumnix.core.sampling import LOGPROBS_OFF, SamplingParams
 from llumnix.instance.request import Request
-from llumnix.instance.sampler import GREEDY_BELOW, Sampler
+from llumnix.instance.sampler import Sampler
 
 OURS = "llumnix"
 
@@ -39,16 +39,7 @@ def vllm_params(request: Request, eos_token_ids: frozenset[int]) -> VllmSampling
         logprobs=None if sampling.logprobs == LOGPROBS_OFF else sampling.logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={OURS: ours} if _chosen_by_us(sampling) else None,
-    )
-
-
-def _chosen_by_us(sampling: SamplingParams) -> bool:
-    return (
-        sampling.temperature >= GREEDY_BELOW
-        or sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
+        extra_args=None if sampling.greedy else {OURS: ours},
     )
 
 

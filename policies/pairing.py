@@ -176,7 +176,9 @@ class _Round:
             if candidate.request_id in source.taken or candidate.request_id in self._resting:
                 continue
             for target in _suiting_first(ranked, candidate) if apart else ranked:
-                if target.instance_id != source.instance_id and self._try(source, target, candidate, allowed):
+                if target.instance_id == source.instance_id or not target.view.serves(candidate.adapter):
+                    continue
+                if self._try(source, target, candidate, allowed):
                     return True
         return False
 

@@ -28,18 +28,23 @@ from llumnix.core.sampling import SamplingParams
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The model a cluster serves. ``tokenizer_folder`` is empty for the simulated engine without a model,
-    which is read and written with the built-in byte tokenizer. ``vocab_size`` bounds token ids in prompts."""
+    which is read and written with the built-in byte tokenizer. ``vocab_size`` bounds token ids in prompts.
+    ``adapters`` are the LoRA adapters, each offered as a model of its own. ``greedy_only``: nothing that
+    samples or has penalties is served."""
 
     name: str
     max_model_len: int
     tokenizer_folder: str
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+    adapters: tuple[str, ...] = ()
+    greedy_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StreamCall:
-    """One sequence to generate. Priorities: higher is more urgent."""
+    """One sequence to generate. Priorities: higher is more urgent. ``adapter`` is a LoRA adapter's name,
+    empty for the model alone."""
 
     request_id: str
     prompt_tokens: tuple[int, ...]
@@ -47,6 +52,7 @@ class StreamCall:
     scheduling_priority: int = 0
     execution_priority: int = 0
     tenant: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from llumnix.api.openai_schema import ChatBody, CompletionBody, Generation, Mess
 from llumnix.api.tokenizer import PromptRefused, TextTokenizer
 from llumnix.core.config import FrontendConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.sampling import SEED_MAX, SamplingParams
+from llumnix.core.sampling import GREEDY_ONLY, SEED_MAX, SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 THREAD_CHARS = 8192  # longer texts are tokenized off the event loop
@@ -42,16 +42,18 @@ class Intake:
         self._config = config
         self._vocab_size = max(model.vocab_size, tokenizer.vocab_size)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise 404 unless ``name`` is served here; a body without a name means the one model there is."""
-        if name is not None and name != self._model.name:
-            raise ApiError(
-                404, f"the model {name!r} does not exist here", param="model", code="model_not_found"
-            )
+    def adapter(self, name: str | None) -> str:
+        """The LoRA adapter that a body's model names, empty for the model itself, which is also meant by a
+        body without a name. Raises 404 unless it is served here."""
+        if name is None or name == self._model.name:
+            return ""
+        if name in self._model.adapters:
+            return name
+        raise ApiError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
 
     async def completion(self, answer_id: str, body: CompletionBody) -> list[Choice]:
         """The choices of /v1/completions: n for each prompt, in order."""
-        self.check_model(body.model)
+        adapter = self.adapter(body.model)
         prompts = body.prompts
         if not prompts:
             raise refused("the prompt is empty", "prompt", "empty_prompt")
@@ -65,17 +67,19 @@ class Intake:
                 echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(tokens)
             room = self._room(tokens, body.max_tokens, "prompt", "max_tokens")
             max_tokens = body.max_tokens or min(COMPLETION_TOKENS, room)
-            choices += self._choices(answer_id, body, tokens, max_tokens, len(choices), echo, len(prompts))
+            choices += self._choices(
+                answer_id, body, adapter, tokens, max_tokens, len(choices), echo, len(prompts)
+            )
         return choices
 
     async def chat(self, answer_id: str, body: ChatBody) -> list[Choice]:
         """The choices of /v1/chat/completions."""
-        self.check_model(body.model)
+        adapter = self.adapter(body.model)
         tokens = await self.chat_tokens(body.messages)
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         room = self._room(tokens, wanted, "messages", name)
-        return self._choices(answer_id, body, tokens, wanted or room, 0, "", 1)
+        return self._choices(answer_id, body, adapter, tokens, wanted or room, 0, "", 1)
 
     async def chat_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A conversation through the model's chat template."""
@@ -123,6 +127,7 @@ class Intake:
         self,
         answer_id: str,
         body: Generation,
+        adapter: str,
         tokens: tuple[int, ...],
         max_tokens: int,
         first_index: int,
@@ -141,15 +146,22 @@ class Intake:
                 call=StreamCall(
                     request_id=answer_id if alone else f"{answer_id}-{first_index + number}",
                     prompt_tokens=tokens,
-                    sampling=_sampling(body, max_tokens, (seed + number) % (SEED_MAX + 1)),
+                    sampling=self._sampling(body, max_tokens, (seed + number) % (SEED_MAX + 1)),
                     scheduling_priority=priority,
                     execution_priority=priority,
                     tenant=body.user or "",
+                    adapter=adapter,
                 ),
                 echo=echo,
             )
             for number in range(count)
         ]
+
+    def _sampling(self, body: Generation, max_tokens: int, seed: int) -> SamplingParams:
+        sampling = _sampling(body, max_tokens, seed)
+        if self._model.greedy_only and not sampling.greedy:
+            raise refused(GREEDY_ONLY, "temperature")
+        return sampling
 
 
 def _or(value: T | None, default: T) -> T:

@@ -42,13 +42,15 @@ class OpenAiRoutes:
         self.router.add_api_route("/tokenize", self.tokenize, methods=["POST"])
 
     async def models(self) -> Response:
-        """The one model there is."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """The model, and its LoRA adapters as models of their own."""
+        model = self._backend.model
+        cards = [self._card(name) for name in (model.name, *model.adapters)]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, name: str) -> Response:
-        """That model, by name."""
-        self._intake.check_model(name)
-        return JSONResponse(self._card())
+        """One of them, by name."""
+        self._intake.adapter(name)
+        return JSONResponse(self._card(name))
 
     async def completions(self, request: Request) -> Response:
         """Continue one or more prompts."""
@@ -67,7 +69,7 @@ class OpenAiRoutes:
     async def tokenize(self, request: Request) -> Response:
         """A text's or a conversation's tokens, as the model would get them."""
         body = await self._body(request, TokenizeBody)
-        self._intake.check_model(body.model)
+        self._intake.adapter(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise refused("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -77,14 +79,15 @@ class OpenAiRoutes:
         limit = self._backend.model.max_model_len
         return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": list(tokens)})
 
-    def _card(self) -> dict[str, str | int]:
+    def _card(self, name: str) -> dict[str, str | int]:
         model = self._backend.model
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "llumnix",
             "max_model_len": model.max_model_len,
+            **({} if name == model.name else {"parent": model.name}),
         }
 
     def _answer(
@@ -97,7 +100,7 @@ class OpenAiRoutes:
         renderer = kind(
             answer_id,
             int(time.time()),
-            self._backend.model.name,
+            body.model or self._backend.model.name,
             self._tokenizer.table,
             wants_usage=body.wants_usage,
             wants_logprobs=body.logprobs_wanted != LOGPROBS_OFF,

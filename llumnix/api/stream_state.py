@@ -118,6 +118,7 @@ class Stream:
             execution_priority=call.execution_priority,
             tenant=call.tenant,
             waited_s=max(0.0, now - self.opened_at),
+            adapter=call.adapter,
         )
 
     def place(self, frontend_address: str) -> Place:
@@ -132,6 +133,7 @@ class Stream:
             execution_priority=call.execution_priority,
             tenant=call.tenant,
             exclude=self.exclude,
+            adapter=call.adapter,
         )
 
     def retry_s(self, at_least: float = 0.0) -> float:

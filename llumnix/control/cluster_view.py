@@ -98,19 +98,33 @@ class ClusterView:
             self.refresh(record)
 
     def candidates(
-        self, tokens: int, exclude: tuple[str, ...], *, decode: bool, urgent: bool = False
+        self,
+        tokens: int,
+        exclude: tuple[str, ...],
+        *,
+        decode: bool,
+        urgent: bool = False,
+        adapter: str = "",
     ) -> Sequence[InstanceView]:
-        """Instances whose role is to decode, or all others, that may take a request of so many tokens now, in
-        order of `rank_by`'s score. For an ``urgent`` request those others are as it would find them. Good
-        until the next change."""
-        ranking = self._decode if decode else self._urgent_ranking() if urgent else self._entry
-        if not exclude and tokens <= self._tokens_max_least:
+        """Instances whose role is to decode, or all others, that may take a request of so many tokens with
+        this LoRA adapter (empty: none) now, in order of `rank_by`'s score. For an ``urgent`` request those
+        others are as it would find them. Good until the next change."""
+        ranking = self._ranking(decode, urgent)
+        if not exclude and not adapter and tokens <= self._tokens_max_least:
             return ranking
-        return [
-            ranking.view_of(record)
-            for record in ranking.records
-            if record.instance_id not in exclude and record.tokens_max >= tokens
-        ]
+        return [ranking.view_of(record) for record in self._able(ranking, tokens, exclude, adapter)]
+
+    def with_adapter_at_hand(
+        self, tokens: int, exclude: tuple[str, ...], *, decode: bool, urgent: bool, adapter: str
+    ) -> tuple[list[InstanceView], int]:
+        """Those of `candidates` that have the adapter at hand and whose queue freeness is at most
+        ``adapter_share`` of the highest below that, in the same order; and how many candidates there are."""
+        ranking = self._ranking(decode, urgent)
+        able = self._able(ranking, tokens, exclude, adapter)
+        best = max((record.queue_freeness for record in able), default=0.0)
+        least = best - self._config.adapter_share * abs(best)
+        near = [one for one in able if one.queue_freeness >= least and one.has_at_hand(adapter)]
+        return [ranking.view_of(record) for record in near], len(able)
 
     def waiting_to_leave(self) -> list[InstanceRecord]:
         """Live decode instances at which requests wait, ordered by id."""
@@ -200,9 +214,11 @@ class ClusterView:
         del self._records[record.instance_id]
         self._ids.remove(record.instance_id)
 
-    def place(self, record: InstanceRecord, request_id: str, tokens: int, now: float) -> None:
+    def place(
+        self, record: InstanceRecord, request_id: str, tokens: int, now: float, adapter: str = ""
+    ) -> None:
         """A request goes there."""
-        placement = Placement(request_id, record.instance_id, record.blocks(tokens), now)
+        placement = Placement(request_id, record.instance_id, record.blocks(tokens), now, adapter)
         displaced = self.placements.add(placement)
         if displaced is not None:
             self._drop_placement(displaced)
@@ -259,6 +275,9 @@ class ClusterView:
 
     # Inside.
 
+    def _ranking(self, decode: bool, urgent: bool) -> Ranking:
+        return self._decode if decode else self._urgent_ranking() if urgent else self._entry
+
     def _urgent_ranking(self) -> Ranking:
         """Kept from the first urgent request on: a cluster without priorities does not pay for it."""
         if self._urgent is None:
@@ -271,6 +290,15 @@ class ClusterView:
         if self._score is None:
             return record.urgent_load.queue_freeness(0)
         return self._score(record.urgent_view)
+
+    def _able(
+        self, ranking: Ranking, tokens: int, exclude: tuple[str, ...], adapter: str
+    ) -> list[InstanceRecord]:
+        return [
+            record
+            for record in ranking.records
+            if record.instance_id not in exclude and record.tokens_max >= tokens and record.serves(adapter)
+        ]
 
     def _over_capacity(self, record: InstanceRecord) -> bool:
         capacity = 0 if record.load is None else record.load.capacity_blocks

@@ -5,6 +5,7 @@ the others, is made anew each time; its view, several times dearer, when somebod
 the cluster view and, to read, by the rest of the global scheduler.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from llumnix.control.ledger import MoveEntry, Placement
@@ -40,6 +41,7 @@ class InstanceRecord:
     arriving_requests: int = 0
     leaving_blocks: int = 0
     leaving_requests: int = 0
+    placed_adapters: Counter[str] = field(default_factory=Counter)
     ended_at: float = 0.0
     end_gap_s: float = 0.0
     instance_id: str = field(init=False)
@@ -139,6 +141,15 @@ class InstanceRecord:
         if ended > 0 or not last.running or not self.ended_at:
             self.ended_at = now
 
+    def serves(self, adapter: str) -> bool:
+        """Whether requests with this LoRA adapter (empty: none) can run there."""
+        return not adapter or adapter in self.hello.adapters
+
+    def has_at_hand(self, adapter: str) -> bool:
+        """Whether it has this adapter loaded, or soon must for a request that is there or on its way."""
+        loaded = self.report is not None and adapter in self.report.adapters
+        return loaded or self.placed_adapters[adapter] > 0
+
     def blocks(self, tokens: int) -> int:
         """KV blocks that so many tokens take there."""
         return -(-tokens // self.hello.kv_layout.block_size)
@@ -147,6 +158,9 @@ class InstanceRecord:
         """One more (or, with -1, one less) on its way there."""
         self.placed_blocks += sign * placement.blocks
         self.placed_requests += sign
+        if placement.adapter:
+            self.placed_adapters[placement.adapter] += sign
+            self.placed_adapters += Counter()  # drops what has come down to nothing
 
     def count_move(self, move: MoveEntry, sign: int) -> None:
         """One more (or less) of its requests is moving, to or from it."""
@@ -160,6 +174,7 @@ class InstanceRecord:
     def forget_ledgers(self) -> None:
         """Nothing is on its way there or from there any more."""
         self.placed_blocks = self.placed_requests = 0
+        self.placed_adapters.clear()
         self.arriving_blocks = self.arriving_requests = 0
         self.leaving_blocks = self.leaving_requests = 0
 
@@ -214,4 +229,5 @@ class InstanceRecord:
             self.load.freeness(self.headroom_blocks),
             self.queue_freeness,
             self.headroom_blocks,
+            self.hello.adapters,
         )

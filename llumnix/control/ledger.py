@@ -23,6 +23,7 @@ class Placement:
     instance_id: str
     blocks: int
     placed_at: float
+    adapter: str = ""
 
 
 class PlacementLedger:

@@ -103,7 +103,7 @@ class Orders:
         if row is None:
             return [] if inquiry.waiting_for else self._answer_refusal(inquiry, self._not_found(inquiry))
         move = Move(inquiry.request_id, row.instance_id, inquiry.target_id, "ordered by an administrator")
-        wrong = self._rescheduler.unfit(move)
+        wrong = self._rescheduler.unfit(move, row.adapter)
         if wrong:
             return self._answer_refusal(inquiry, f"{inquiry.request_id} cannot move: {wrong}")
         source = self._cluster.get(row.instance_id)

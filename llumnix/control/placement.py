@@ -1,7 +1,9 @@
 """Answers a frontend's Place: which instance takes this request, or why none does.
 
 The hot path of the manager: one policy decision over an order that is kept up to date, and one instance's
-view made anew. Called by the global scheduler only.
+view made anew. Only for a request with a LoRA adapter all instances are looked at: those that have it at hand
+and are not much busier than the freest are what the policy, whichever it is, chooses from. Called by the
+global scheduler only.
 """
 
 from llumnix.control.cluster_view import ClusterView
@@ -10,7 +12,7 @@ from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.policy_guard import GuardedDispatch, GuardedRoles
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import InstanceRole, InstanceState, NotPlaced, Place, Placed
-from llumnix.core.views import RequestView
+from llumnix.core.views import InstanceView, RequestView
 
 RETRY_SOON_S = 0.1
 RETRY_LATER_S = 1.0
@@ -36,9 +38,9 @@ class Placer:
     def place(self, place: Place, now: float) -> Placed | NotPlaced:
         """The answer. It is in the decision log."""
         tokens = place.prompt_tokens + 1  # a request that can make no token is of no use anywhere
-        urgent = place.scheduling_priority > 0 and place.execution_priority > 0
-        entry = self._cluster.candidates(tokens, place.exclude, decode=False, urgent=urgent)
-        decode = self._cluster.candidates(tokens, place.exclude, decode=True)
+        urgent, adapter = place.scheduling_priority > 0 and place.execution_priority > 0, place.adapter
+        entry = self._cluster.candidates(tokens, place.exclude, decode=False, urgent=urgent, adapter=adapter)
+        decode = self._cluster.candidates(tokens, place.exclude, decode=True, adapter=adapter)
         candidates = entry or decode
         if not candidates:
             return self._refused(self._nobody(place, tokens), "", now)
@@ -53,23 +55,28 @@ class Placer:
             place.scheduling_priority,
             place.execution_priority,
             place.tenant,
+            adapter,
         )
-        role_reason = ""
+        reasons, decoding = [], not entry
         if entry and decode:
             entered = self._roles.enter(request, entry[0], decode[0], now)
-            role_reason = entered.reason
-            candidates = decode if entered.decode else entry
+            reasons, decoding = [entered.reason], entered.decode
+            candidates = decode if decoding else entry
+        considered = len(candidates)
+        if adapter:
+            near, reason = self._near(place, tokens, decoding, urgent)
+            candidates, reasons = near or candidates, [reason, *reasons]
         decision = self._policy.place(request, candidates, now)
         if decision.instance_id is None:
             answer = NotPlaced(place.request_id, decision.reason, RETRY_LATER_S)
             return self._refused(answer, self._policy.name, now)
-        chosen = self._candidate(decision.instance_id, place, tokens, candidates is decode)
+        chosen = self._candidate(decision.instance_id, place, tokens, decoding)
         if chosen is None:
             fault = f"chose {decision.instance_id!r}, which was no candidate"
             decision = self._policy.overrule(request, candidates, fault, now)
-            chosen = self._candidate(decision.instance_id, place, tokens, candidates is decode) or first
+            chosen = self._candidate(decision.instance_id, place, tokens, decoding) or first
         instance_id = chosen.instance_id
-        self._cluster.place(chosen, place.request_id, tokens, now)
+        self._cluster.place(chosen, place.request_id, tokens, now, adapter)
         self._log.add(
             place.request_id,
             Decision(
@@ -78,12 +85,22 @@ class Placer:
                 "",
                 instance_id,
                 self._policy.name,
-                f"{decision.reason}; {role_reason}" if role_reason else decision.reason,
+                "; ".join([decision.reason, *filter(None, reasons)]),
                 decision.scores,
-                len(candidates),
+                considered,
             ),
         )
         return Placed(place.request_id, instance_id, chosen.hello.address)
+
+    def _near(self, place: Place, tokens: int, decode: bool, urgent: bool) -> tuple[list[InstanceView], str]:
+        """The candidates, if any, that have the request's adapter at hand and are not much busier than the
+        freest, and what there is to say of them."""
+        near, able = self._cluster.with_adapter_at_hand(
+            tokens, place.exclude, decode=decode, urgent=urgent, adapter=place.adapter
+        )
+        if near:
+            return near, f"{len(near)} of {able} have adapter {place.adapter} at hand"
+        return [], f"adapter {place.adapter} is to be loaded: nobody free enough has it"
 
     def _candidate(
         self, instance_id: object, place: Place, tokens: int, decode: bool
@@ -96,6 +113,7 @@ class Placer:
             or (record.role is InstanceRole.DECODE) is not decode
             or instance_id in place.exclude
             or tokens > record.tokens_max
+            or not record.serves(place.adapter)
         ):
             return None
         return record
@@ -112,6 +130,10 @@ class Placer:
             starting = any(record.state is InstanceState.STARTING for record in live)
             reason = "no instance is serving"
             return NotPlaced(place.request_id, reason, RETRY_SOON_S if starting else RETRY_LATER_S)
+        if not any(record.serves(place.adapter) for record in serving):
+            reason = f"no serving instance has the LoRA adapter {place.adapter}"
+            known = any(record.serves(place.adapter) for record in self._cluster.records())
+            return NotPlaced(place.request_id, reason, RETRY_LATER_S if known else NO_USE_S)
         longest = max(record.tokens_max for record in live)
         if tokens > longest:
             reason = (

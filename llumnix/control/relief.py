@@ -41,8 +41,9 @@ class Relief:
         candidate, source_id = shortage.candidate, record.instance_id
         if self._cluster.moves.running_out(source_id) or self._rescheduler.resting(candidate.request_id, now):
             return []
-        first = self._cluster.candidates(0, (), decode=True)[:TARGETS_MAX]
-        views = [*first, *self._cluster.candidates(0, (), decode=False)[:TARGETS_MAX]]
+        adapter = candidate.adapter
+        first = self._cluster.candidates(0, (), decode=True, adapter=adapter)[:TARGETS_MAX]
+        views = [*first, *self._cluster.candidates(0, (), decode=False, adapter=adapter)[:TARGETS_MAX]]
         targets = tuple(
             view
             for view in views
@@ -64,7 +65,7 @@ class Relief:
                 self._log.add(candidate.request_id, entry)
             return []
         move = Move(candidate.request_id, source_id, decision.instance_id, decision.reason, decision.scores)
-        if self._rescheduler.unfit(move):
+        if self._rescheduler.unfit(move, candidate.adapter):
             return []
         return self._rescheduler.order(move, candidate.blocks, now, policy=self.policy.name)[1]
 

@@ -76,7 +76,7 @@ class Rescheduler:
         closed = frozenset(self._targets.resting(now))
         effects: list[Send | Logged] = []
         for move in self._policy.pair(self._cluster.snapshot(now, resting, closed)):
-            wrong = self.unfit(move)
+            wrong = self.unfit(move, self._adapter(move))
             if wrong:
                 effects.append(Logged("move_ignored", f"{move.request_id} not moved: {wrong}"))
                 self._requests.failed(move.request_id, now)
@@ -118,7 +118,9 @@ class Rescheduler:
         }
         return migration_id, [Send(source.hello.address, order), Logged("migration_ordered", text, fields)]
 
-    def _unfit_target(self, source: InstanceRecord, target: InstanceRecord | None, target_id: str) -> str:
+    def _unfit_target(
+        self, source: InstanceRecord, target: InstanceRecord | None, target_id: str, adapter: str
+    ) -> str:
         if target is None:
             return f"there is no instance {target_id}"
         if target is source:
@@ -129,6 +131,8 @@ class Rescheduler:
         same_shape = _shape(source) == _shape(target)
         if ours.model != theirs.model or not same_shape:
             return f"{ours.instance_id} and {target_id} hold different models or KV layouts"
+        if not target.serves(adapter):
+            return f"{target_id} does not have the LoRA adapter {adapter}"
         return ""
 
     def resting(self, request_id: str, now: float) -> bool:
@@ -176,8 +180,9 @@ class Rescheduler:
                 ended.append(self._give_up(move, "its source never began it", now))
         return ended
 
-    def unfit(self, move: Move) -> str:
-        """Why this migration cannot be ordered; empty if it can."""
+    def unfit(self, move: Move, adapter: str) -> str:
+        """Why this migration, of a request with this LoRA adapter (empty: none), cannot be ordered; empty if
+        it can."""
         source, target = self._cluster.get(move.source_id), self._cluster.get(move.target_id)
         if source is None or source.state not in SOURCES:
             return f"{move.source_id} cannot give it away"
@@ -185,7 +190,7 @@ class Rescheduler:
             return "it is moving already"
         if self._cluster.moves.running_count >= MOVES_MAX:
             return f"{MOVES_MAX} migrations are running"
-        return self._unfit_target(source, target, move.target_id)
+        return self._unfit_target(source, target, move.target_id, adapter)
 
     def _blocks(self, move: Move) -> int:
         source = self._cluster.get(move.source_id)
@@ -194,6 +199,11 @@ class Rescheduler:
         load = Load.of(source.view)
         named = (one for one in source.view.candidates if one.request_id == move.request_id)
         return next((load.demand(candidate) for candidate in named), 0)
+
+    def _adapter(self, move: Move) -> str:
+        source = self._cluster.get(move.source_id)
+        offered = source.report.candidates if source is not None and source.report is not None else ()
+        return next((one.adapter for one in offered if one.request_id == move.request_id), "")
 
     def _never_heard(self, move: MoveEntry) -> bool:
         source = self._cluster.get(move.source_id)

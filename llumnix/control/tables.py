@@ -60,4 +60,5 @@ def _row(record: InstanceRecord, now: float) -> InstanceRow:
         report_age_s=max(0.0, now - record.heard_at),
         pid=record.hello.kv_endpoint.pid,
         swap=report.swap if report else None,
+        adapters=report.adapters if report else (),
     )

@@ -129,11 +129,11 @@ class WantedMoves:
             or moves.running_out(source.instance_id) >= self._config.moves_per_instance_max
         ):
             return []
-        targets = self._targets(source, now)
+        targets = self._targets(source, candidate.adapter, now)
         move = self._roles.leave(candidate, source.seen, targets, now) if targets else None
         if move is None:
             return []
-        wrong = self._rescheduler.unfit(move)
+        wrong = self._rescheduler.unfit(move, candidate.adapter)
         self._wanted.pop(request_id, None)
         if wrong:
             return [Logged("move_ignored", f"{request_id} not moved: {wrong}")]
@@ -144,11 +144,12 @@ class WantedMoves:
         blocks = Load.of(source.seen).demand(candidate)
         return self._rescheduler.order(move, blocks, now, policy=self._roles.name)[1]
 
-    def _targets(self, source: InstanceRecord, now: float) -> tuple[InstanceView, ...]:
-        """The freest few of the decode instances, then of the others, that may take one more migration."""
+    def _targets(self, source: InstanceRecord, adapter: str, now: float) -> tuple[InstanceView, ...]:
+        """The freest few of the decode instances, then of the others, that may take one more migration of a
+        request with this LoRA adapter (empty: none)."""
         targets: list[InstanceView] = []
         for decode in (True, False):
-            first = self._cluster.candidates(0, (), decode=decode)[:TARGETS_MAX]
+            first = self._cluster.candidates(0, (), decode=decode, adapter=adapter)[:TARGETS_MAX]
             able = [
                 view
                 for view in first

@@ -9,7 +9,8 @@ from llumnix.core.messages.control import InstanceRole, InstanceState, Migration
 @dataclass(frozen=True, slots=True)
 class InstanceRow:
     """One instance. Blocks in blocks; ``step_ms`` is its recent mean step time; ages in seconds;
-    ``pid`` of its process on its host; ``swap``: None without host memory for KV."""
+    ``pid`` of its process on its host; ``swap``: None without host memory for KV; ``adapters``: LoRA adapters
+    in its memory or wanted by requests it holds."""
 
     instance_id: str
     incarnation: str
@@ -30,6 +31,7 @@ class InstanceRow:
     report_age_s: float
     pid: int
     swap: SwapTotals | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llumnix.core.errors import ConfigurationError
 
+LORA_MODULES_MAX = 128
 TENANT_WEIGHTS_MAX = 1000
 
 
@@ -65,6 +66,11 @@ class EngineConfig(Leaf):
     staging_gib: float = setting(
         0.5, "vllm engine: GiB of host memory through which the KV of moving requests passes"
     )
+    lora_modules: str = setting(
+        "",
+        "vllm engine: a LoRA adapter as name=folder, offered as a model of that name; in a file several are "
+        "separated by semicolons",
+    )
     simulated_step_ms: float = setting(20.0, "simulated engine: time of a decode step")
     simulated_token_ms: float = setting(0.05, "simulated engine: added time per token in a step")
 
@@ -78,7 +84,24 @@ class EngineConfig(Leaf):
         self.need(self.waiting_max >= 1, "waiting_max", "at least 1")
         self.need(0 < self.gpu_memory_share <= 1, "gpu_memory_share", "above 0 and at most 1")
         self.need(self.staging_gib > 0, "staging_gib", "above 0")
+        if parse_lora_modules(self.lora_modules) and self.kind != "vllm":
+            raise ConfigurationError(f"lora_modules need engine vllm: engine {self.kind} has no adapters")
         self.need(self.kv_blocks > 0 or self.kv_gib > 0, "kv_gib", "above 0 when kv_blocks is 0")
+
+
+def parse_lora_modules(text: str) -> dict[str, str]:
+    """``lora_modules`` as folder by name. Raises ConfigurationError naming the part that is wrong."""
+    folders: dict[str, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(";"))):
+        name, _, folder = (piece.strip() for piece in part.partition("="))
+        if not name or not folder:
+            raise ConfigurationError(f"lora_modules: {part!r} is not name=folder")
+        if name in folders:
+            raise ConfigurationError(f"lora_modules: {name!r} is named twice")
+        folders[name] = folder
+    if len(folders) > LORA_MODULES_MAX:
+        raise ConfigurationError(f"lora_modules: more than {LORA_MODULES_MAX} adapters")
+    return folders
 
 
 @dataclass(frozen=True)
@@ -191,6 +214,11 @@ class SchedulerConfig(Leaf):
     roles_policy: str = setting(
         "disaggregate", "how requests pass from prefill to decode instances: a name or module:Class"
     )
+    adapter_share: float = setting(
+        0.5,
+        "share of the freest instance's freeness that dispatch gives up for one that has the request's LoRA "
+        "adapter at hand; 0 only breaks ties",
+    )
     placement_memory_s: float = setting(3.0, "how long a placement no report has confirmed still counts")
     queue_blocks_factor: float = setting(
         4.0, "queued demand, in multiples of an instance's KV, at which it is full"
@@ -230,6 +258,7 @@ class SchedulerConfig(Leaf):
             "tenant_output_weight",
             "above 0 where tenant_input_weight is 0",
         )
+        self.need(self.adapter_share <= 1, "adapter_share", "within 0 and 1")
         parse_weights(self.tenant_weights)
         self.need(
             self.scale_high_freeness > self.scale_low_freeness,

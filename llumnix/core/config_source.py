@@ -21,7 +21,7 @@ Value = bool | int | float | str
 
 FLAG_NAMES = {("engine", "kind"): "engine", ("engine", "engine_args"): "engine-arg"}
 """Flags not called like their field: its name would say too little, or a flag gives one of several."""
-SEPARATORS = {("engine", "engine_args"): ";"}
+SEPARATORS = {("engine", "engine_args"): ";", ("engine", "lora_modules"): ";"}
 """Settings whose flag may be given several times, and what separates the values in the setting."""
 SECRETS = frozenset({("frontend", "admin_token")})
 KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -12,6 +12,8 @@ LOGPROBS_OFF = -1
 LOGPROBS_MAX = 20
 SEED_MAX = 2**63 - 1
 STOP_TOKENS_MAX = 64
+GREEDY_BELOW = 1e-5  # a lower temperature overflows float32 and means greedy anyway
+GREEDY_ONLY = "speculative decoding is on: only temperature 0 without penalties is served"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int = LOGPROBS_OFF
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is simply the likeliest: nothing is drawn, and no penalty changes the scores."""
+        return (
+            self.temperature < GREEDY_BELOW
+            and self.repetition_penalty == 1.0
+            and self.presence_penalty == 0.0
+            and self.frequency_penalty == 0.0
+        )
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, allowed: str) -> None:

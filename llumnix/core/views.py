@@ -23,7 +23,8 @@ class InstanceView(NamedTuple):
     ``freeness`` is the virtual-usage score (policies/freeness.py): higher is freer, negative is overloaded.
     ``queue_freeness`` counts all queued demand, not the queue's head alone: what a newcomer would find.
     ``headroom_blocks`` are kept free beside requests of each execution priority above 0 that runs there.
-    ``reported_at`` is the manager's clock when the last report came in.
+    ``reported_at`` is the manager's clock when the last report came in. ``adapters`` are the LoRA adapters it
+    can serve; a request that needs another must not go there.
     """
 
     instance_id: str
@@ -48,6 +49,11 @@ class InstanceView(NamedTuple):
     freeness: float
     queue_freeness: float
     headroom_blocks: int = 0
+    adapters: tuple[str, ...] = ()
+
+    def serves(self, adapter: str) -> bool:
+        """Whether a request with this LoRA adapter (empty: none) can run there."""
+        return not adapter or adapter in self.adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,8 @@ class ClusterSnapshot:
 
 
 class RequestView(NamedTuple):
-    """A request to be placed. ``blocks`` is what its prefill needs."""
+    """A request to be placed. ``blocks`` is what its prefill needs, ``adapter`` the LoRA adapter; candidates
+    serve it."""
 
     request_id: str
     blocks: int
@@ -73,6 +80,7 @@ class RequestView(NamedTuple):
     scheduling_priority: int
     execution_priority: int
     tenant: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from llumnix.core.config import ClusterConfig, Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason
-from llumnix.core.sampling import SEED_MAX, SamplingParams
+from llumnix.core.sampling import GREEDY_ONLY, SEED_MAX, SamplingParams
 from llumnix.runtime.actors import on_this_host
 from llumnix.runtime.frontend import Frontend
 from llumnix.runtime.launch import find_manager, start_ray
@@ -102,12 +102,14 @@ class Cluster:
         max_tokens: int = 128,
         priority: int = 0,
         tenant: str = "",
+        adapter: str = "",
         request_id: str = "",
         **sampling: Any,
     ) -> AsyncIterator[Generated]:
         """Continue a text or a list of token ids, piece by piece. ``sampling`` takes the other fields of
-        SamplingParams (temperature, top_p, seed, …). Leaving the loop early stops the request. Raises
-        ConfigurationError for settings out of range, StreamFailed if the cluster cannot take the request."""
+        SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. Leaving the loop
+        early stops the request. Raises ConfigurationError for settings out of range, StreamFailed if the
+        cluster cannot take the request."""
         tokens = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
             limit = self.model.max_model_len
@@ -116,15 +118,21 @@ class Cluster:
                 f"and both together have room for {limit} tokens"
             )
         sampling.setdefault("seed", secrets.randbelow(SEED_MAX))
+        params = SamplingParams(max_tokens=max_tokens, **sampling)
+        if adapter and adapter not in self.model.adapters:
+            raise ConfigurationError(f"there is no LoRA adapter {adapter!r}")
+        if self.model.greedy_only and not params.greedy:
+            raise ConfigurationError(GREEDY_ONLY)
         name = request_id or f"gen-{uuid.uuid4().hex}"
         stream = self._frontend.open(
             StreamCall(
                 request_id=name,
                 prompt_tokens=tokens,
-                sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+                sampling=params,
                 scheduling_priority=priority,
                 execution_priority=priority,
                 tenant=tenant,
+                adapter=adapter,
             )
         )
         text = TextStream(self._tokenizer.table)

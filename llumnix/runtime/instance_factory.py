@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from llumnix.core.config import Config, EngineConfig
+from llumnix.core.config import Config, EngineConfig, parse_lora_modules
 from llumnix.core.messages.control import InstanceHello, KvEndpoint, KvLayout
 from llumnix.core.roles import starting_role
 from llumnix.instance.agent import Agent
@@ -108,6 +108,7 @@ class Instance:
                 kv_layout=holder.kv_layout,
                 kv_endpoint=kv_endpoint(holder.pool, self._blocks.address),
                 host_endpoint=None if host is None else kv_endpoint(host, self._blocks.address),
+                adapters=tuple(sorted(parse_lora_modules(config.engine.lora_modules))),
             )
             return Agent(
                 hello, engine, config.migration, config.cluster.report_interval_s, identity.manager_address

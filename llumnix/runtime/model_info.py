@@ -2,9 +2,11 @@
 
 from llumnix.api.backend import ModelInfo
 from llumnix.core.config import EngineConfig
+from llumnix.core.errors import ConfigurationError
 from llumnix.instance.model_loader import read_model_folder, resolve_model
 from llumnix.instance.simulated_executor import EOS_TOKEN, MAX_MODEL_LEN_DEFAULT, VOCAB_SIZE
-from llumnix.instance.vllm_arguments import check_version, parse_arguments
+from llumnix.instance.vllm_adapters import read_adapters
+from llumnix.instance.vllm_arguments import check_version, parse_arguments, speculates
 from llumnix.instance.vllm_model import read_facts
 
 SIMULATED_NAME = "simulated"
@@ -25,11 +27,22 @@ def model_info(config: EngineConfig, served_model_name: str = "", longest: int =
         return ModelInfo(name, limit, "", (EOS_TOKEN,), VOCAB_SIZE)
     if config.kind == "vllm":
         check_version()
-        parse_arguments(config.engine_args)
+        greedy_only = speculates(parse_arguments(config.engine_args))
+        adapters = tuple(adapter.name for adapter in read_adapters(config))
+        if name in adapters:
+            raise ConfigurationError(f"lora_modules: {name!r} is the model's own name")
         path = resolve_model(config.model)
         facts = read_facts(path)
         limit = longest or config.max_model_len or facts.max_model_len
-        return ModelInfo(name, limit, str(path), tuple(sorted(facts.eos_token_ids)), facts.vocab_size)
+        return ModelInfo(
+            name,
+            limit,
+            str(path),
+            tuple(sorted(facts.eos_token_ids)),
+            facts.vocab_size,
+            adapters,
+            greedy_only,
+        )
     folder = read_model_folder(resolve_model(config.model))
     limit = longest or folder.config.usable_len(config.max_model_len)
     return ModelInfo(

@@ -44,22 +44,28 @@ def hello(
     model_len: int = 8192,
     layers: int = 2,
     role: InstanceRole = InstanceRole.NEUTRAL,
+    adapters: tuple[str, ...] = (),
 ) -> InstanceHello:
     """An instance's introduction. Its address carries the incarnation, as a new process has a new port."""
     layout = KvLayout(100, layers, 2, 16, 8, "float32")
     endpoint = KvEndpoint("host", 1, -1, f"pool-{instance_id}", "tcp://kv:1")
     address = f"tcp://{instance_id}:{incarnation}"
-    return InstanceHello(instance_id, incarnation, address, role, "tiny", model_len, layout, endpoint)
+    return InstanceHello(
+        instance_id, incarnation, address, role, "tiny", model_len, layout, endpoint, adapters=adapters
+    )
 
 
-def place(request_id: str, prompt_tokens: int = 31, exclude: tuple[str, ...] = ()) -> Place:
+def place(
+    request_id: str, prompt_tokens: int = 31, exclude: tuple[str, ...] = (), adapter: str = ""
+) -> Place:
     """A placement asked for by the one frontend."""
-    return Place(FRONTEND, request_id, prompt_tokens, 64, 0, 0, "", exclude)
+    return Place(FRONTEND, request_id, prompt_tokens, 64, 0, 0, "", exclude, adapter)
 
 
 @dataclass
 class ToyInstance:
-    """Requests by id: ``running`` hold blocks, ``waiting`` need them."""
+    """Requests by id: ``running`` hold blocks, ``waiting`` need them; ``adapters`` says which need a LoRA
+    adapter. ``loaded`` adapters are in its memory."""
 
     instance_id: str
     incarnation: str = "a"
@@ -67,6 +73,8 @@ class ToyInstance:
     running: dict[str, int] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)
     priorities: dict[str, int] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
+    loaded: tuple[str, ...] = ()
     draining: bool = False
     role: InstanceRole = InstanceRole.NEUTRAL
     sequence: int = 0
@@ -85,7 +93,13 @@ class ToyInstance:
             priority = self.priorities.get(request_id, 0)
             counts[priority] = counts.get(priority, 0) + 1
         rows = [
-            MoveCandidate(request_id, blocks, self.priorities.get(request_id, 0), waiting)
+            MoveCandidate(
+                request_id,
+                blocks,
+                self.priorities.get(request_id, 0),
+                waiting,
+                adapter=self.adapters.get(request_id, ""),
+            )
             for held, waiting in ((self.running, False), (self.waiting, True))
             for request_id, blocks in held.items()
         ]
@@ -112,6 +126,7 @@ class ToyInstance:
             finished_total=0,
             address=self.address,
             role=self.role,
+            adapters=self.loaded,
         )
 
     def admit(self) -> None:
@@ -124,7 +139,10 @@ class ToyInstance:
     def rows(self) -> tuple[RequestRow, ...]:
         """Every request held."""
         return tuple(
-            RequestRow(request_id, self.instance_id, status, "", 0, 0, 31, 1, 64, blocks, 0, 0.0)
+            RequestRow(
+                *(request_id, self.instance_id, status, "", 0, 0, 31, 1, 64, blocks, 0, 0.0),
+                adapter=self.adapters.get(request_id, ""),
+            )
             for held, status in ((self.running, RequestStatus.RUNNING), (self.waiting, RequestStatus.WAITING))
             for request_id, blocks in held.items()
         )
@@ -152,10 +170,11 @@ class ToyCluster:
         capacity: int = 100,
         incarnation: str = "a",
         role: InstanceRole = InstanceRole.NEUTRAL,
+        adapters: tuple[str, ...] = (),
     ) -> ToyInstance:
         """A new process says hello and reports."""
         instance = self.instances[instance_id] = ToyInstance(instance_id, incarnation, capacity, role=role)
-        self.do(self.core.handle(hello(instance_id, incarnation, role=role), self.now))
+        self.do(self.core.handle(hello(instance_id, incarnation, role=role, adapters=adapters), self.now))
         self.report(instance_id)
         return instance
 
@@ -165,10 +184,10 @@ class ToyCluster:
             self.do(self.core.handle(self.instances[instance_id].report(), self.now))
 
     def place(
-        self, request_id: str, prompt_tokens: int = 31, exclude: tuple[str, ...] = ()
+        self, request_id: str, prompt_tokens: int = 31, exclude: tuple[str, ...] = (), adapter: str = ""
     ) -> Placed | NotPlaced:
         """The answer to a placement."""
-        effects = self.core.handle(place(request_id, prompt_tokens, exclude), self.now)
+        effects = self.core.handle(place(request_id, prompt_tokens, exclude, adapter), self.now)
         self.do(effects)
         answers = [
             e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Placed | NotPlaced)
@@ -179,7 +198,8 @@ class ToyCluster:
     def wants(self, instance_id: str, request_id: str) -> list[MigrateOrder]:
         """An instance says that a request's prefill has ended; the migrations ordered at once."""
         instance, before = self.instances[instance_id], len(self.orders)
-        row = MoveCandidate(request_id, instance.running[request_id], 0, False)
+        adapter = instance.adapters.get(request_id, "")
+        row = MoveCandidate(request_id, instance.running[request_id], 0, False, adapter=adapter)
         wanted = MoveWanted(instance_id, instance.incarnation, MoveCause.PREFILLED, row)
         self.do(self.core.handle(wanted, self.now))
         return self.orders[before:]

@@ -70,7 +70,7 @@ class InstanceHello:
     """Instance to manager, at start and whenever asked: who I am. ``incarnation`` differs for every process
     that ever carried ``instance_id``, so a newer one proves that the older process has ended.
     ``host_endpoint`` is where KV that is swapped out can be read; None: peers cannot read it, or there is
-    none."""
+    none. ``adapters`` are the LoRA adapters it can serve, by name, sorted."""
 
     instance_id: str
     incarnation: str
@@ -81,6 +81,7 @@ class InstanceHello:
     kv_layout: KvLayout
     kv_endpoint: KvEndpoint
     host_endpoint: KvEndpoint | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class MoveCandidate:
     """A request its instance would give away first, by the selection policy. ``blocks`` it holds or, if it is
     ``waiting``, those that its tokens need. ``tokens`` of prompt + output are known, the last
     ``output_tokens`` of them generated. ``arrived_at`` is on the instance's own clock: compare it only with
-    others of the same report. ``host_blocks`` of one that waits lie in host memory and go along."""
+    others of the same report. ``host_blocks`` of one that waits lie in host memory and go along.
+    ``adapter``: it can only go where that LoRA adapter is served."""
 
     request_id: str
     blocks: int
@@ -98,6 +100,7 @@ class MoveCandidate:
     output_tokens: int = 0
     arrived_at: float = 0.0
     host_blocks: int = 0
+    adapter: str = ""
 
     @property
     def prefills(self) -> bool:
@@ -165,7 +168,8 @@ class LoadReport:
     instance's hello. ``policy_fault``, if not empty, says what
     its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
     most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the
-    role it works in, ``swap`` None without host memory, ``shortage`` there when blocks are about to run out.
+    role it works in, ``swap`` None without host memory, ``shortage`` there when blocks are about to run out,
+    ``adapters`` are the LoRA adapters in its memory or wanted by requests it holds, sorted.
     Reports repeat about every second while nothing changes: silence is how a hung instance is noticed.
     """
 
@@ -197,6 +201,7 @@ class LoadReport:
     swap: SwapTotals | None = None
     shortage: Shortage | None = None
     waiting_urgent: tuple[int, int] = (0, 0)
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +220,8 @@ class FrontendHello:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it."""
+    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it,
+    ``adapter`` is the LoRA adapter it needs."""
 
     frontend_address: str
     request_id: str
@@ -225,6 +231,7 @@ class Place:
     execution_priority: int
     tenant: str
     exclude: tuple[str, ...] = ()
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +396,7 @@ class RequestRow:
     blocks: int
     preemptions: int
     age_s: float
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ class RefusalCode(StrEnum):
     TOO_LONG = "request_too_long"
     DUPLICATE = "request_already_here"
     WRONG_TARGET = "not_the_named_process"
+    ADAPTER = "adapter_not_there"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ class FinishReason(StrEnum):
 
 class RejectCode(StrEnum):
     """Why an instance will not run a request. Only INVALID is the client's fault; the rest may be retried
-    elsewhere."""
+    elsewhere. NO_ADAPTER: the instance does not have the request's LoRA adapter."""
 
     INVALID = "invalid"
     QUEUE_FULL = "queue_full"
     DRAINING = "draining"
+    NO_ADAPTER = "no_adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class RequestSpec:
     migration's source. ``output_tokens`` are those generated so far (empty for a fresh request), so a
     continuation prefills prompt + output and goes on at the next position. ``waited_s`` is how long it has
     waited already, since clocks of two hosts are never compared. Priorities: higher is more urgent;
-    ``scheduling_priority`` orders queues, ``execution_priority`` keeps room free beside it.
+    ``scheduling_priority`` orders queues, ``execution_priority`` keeps room free beside it. ``adapter`` is
+    the name of the LoRA adapter that computes it, empty for the model alone.
     """
 
     request_id: str
@@ -42,6 +44,7 @@ class RequestSpec:
     execution_priority: int = 0
     tenant: str = ""
     waited_s: float = 0.0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
