@@ -7,8 +7,7 @@ TENANTS_REPORTED_MAX = 64
 
 
 class InstanceRole(StrEnum):
-    """PREFILL: new requests go there, and leave once their prefill is done. DECODE: takes those. NEUTRAL does
-    both."""
+    """PREFILL: takes new requests, which leave once prefilled. DECODE: takes those. NEUTRAL does both."""
 
     NEUTRAL = "neutral"
     PREFILL = "prefill"
@@ -156,22 +155,20 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Instance to manager, pushed on change. Blocks in blocks, times in seconds, ``*_total`` count since
-    start.
+    """Instance to manager, pushed on change. Times in seconds, ``*_total`` count since start.
 
     ``used_blocks`` are owned by running requests, ``reserved_blocks`` held for incoming migrations, the rest
     of ``capacity_blocks`` is free. ``head_blocks`` is what the prefill of the queue's head needs,
     ``waiting_blocks`` what all waiting requests need. ``execution_priorities`` are (priority, running
     requests of it), ascending, ``waiting_urgent`` (requests, blocks) of those that wait with a scheduling
-    priority above 0. ``accepted`` are requests taken since the previous report, so that the manager
-    can drop them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
-    instance's hello. ``policy_fault``, if not empty, says what
-    its selection policy did wrong lately. ``tenants`` are those it holds requests of or served lately, at
-    most TENANTS_REPORTED_MAX. ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the
-    role it works in, ``swap`` None without host memory, ``shortage`` there when blocks are about to run out,
-    ``adapters`` are the LoRA adapters in its memory or wanted by requests it holds, sorted.
-    Reports repeat about every second while nothing changes: silence is how a hung instance is noticed.
-    """
+    priority above 0. ``accepted`` are requests taken since the previous report, so that the manager can drop
+    them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
+    instance's hello. ``policy_fault``, if not empty, says what its selection policy did wrong lately.
+    ``tenants`` are those it holds requests of or served lately, at most TENANTS_REPORTED_MAX.
+    ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the role it works in, ``swap``
+    None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
+    adapters in its memory or wanted by requests it holds, sorted. Reports repeat about every second while
+    nothing changes: silence is how a hung instance is noticed."""
 
     instance_id: str
     incarnation: str
@@ -206,8 +203,7 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class HelloWanted:
-    """Manager to instance or frontend it heard from but does not know (it has restarted): introduce
-    yourself."""
+    """Manager to an instance or frontend that it does not know (it has restarted): introduce yourself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +216,7 @@ class FrontendHello:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it,
-    ``adapter`` is the LoRA adapter it needs."""
+    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it."""
 
     frontend_address: str
     request_id: str
@@ -245,8 +240,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class NotPlaced:
-    """Manager to frontend: no instance can take the request now; try again after ``retry_after_s``. 0: trying
-    again is no use, the request fits no instance."""
+    """Manager to frontend: no instance can take it; try again after ``retry_after_s`` (0: it never will)."""
 
     request_id: str
     reason: str
@@ -267,8 +261,7 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """Manager to every frontend: at once when an instance comes, goes, drains; otherwise every second or
-    so."""
+    """Manager to every frontend: when an instance comes, goes or drains; else every second or so."""
 
     sequence: int
     instances: tuple[InstanceStatus, ...]
@@ -337,8 +330,7 @@ class MoveCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MoveWanted:
-    """Instance to manager: this request had better go elsewhere, now rather than at the next round. A wish
-    that is lost costs time only."""
+    """Instance to manager: this request had better go elsewhere at once. A lost wish costs time only."""
 
     instance_id: str
     incarnation: str
