@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ class Mode:
 
 DISPATCH_ONLY = Mode("migration off", "none", priorities=False)
 MIGRATING = Mode("migration on", "freeness", priorities=False)
-PRIORITIES = Mode("migration on, priorities", "freeness", priorities=True)
+PRIORITIES = Mode("priorities", "freeness", priorities=True)
 COMPARISONS = {
     "migration": ((DISPATCH_ONLY, MIGRATING), ("all",)),
     "priorities": ((MIGRATING, PRIORITIES), ("all", "high", "normal")),
@@ -133,6 +134,22 @@ def results_of(runs: Sequence[Run], compared: str) -> list[dict[str, Any]]:
     return rows
 
 
+def requests_of(run: Run) -> list[dict[str, Any]]:
+    """Every request of a run, in order of arrival: a P99 of so few is one or two of them."""
+    return [
+        {
+            "at_s": round(answer.arrival.at_s, 3),
+            "prompt": answer.arrival.prompt_tokens,
+            "output": answer.tokens,
+            "high": high,
+            "ttft_ms": round(answer.ttft_s * 1e3, 1),
+            "tpot_ms": round(answer.tpot_s * 1e3, 2),
+            "longest_gap_ms": round(answer.longest_gap_s * 1e3, 1),
+        }
+        for answer, high in zip(run.answers, run.high, strict=True)
+    ]
+
+
 def gains_of(rows: Sequence[dict[str, Any]], compared: str) -> list[dict[str, Any]]:
     """How many times smaller each latency is with what is compared than without."""
     gains = []
@@ -148,9 +165,9 @@ def gains_of(rows: Sequence[dict[str, Any]], compared: str) -> list[dict[str, An
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['load']['name']}; times in ms")
+    table = Table(title=f"{report['load']['name']}; times in ms", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    for title in ("requests", "TTFT P50", "P99", "TPOT P50", "P99", "gap P99", "preempted", "moved"):
+    for title in ("count", "TTFT P50", "P99", "TPOT P50", "P99", "gap P99", "preempted", "moved"):
         table.add_column(title, justify="right")
     for row in report["results"]:
         for which in COMPARISONS[report["compared"]][1]:
@@ -197,7 +214,8 @@ def command(
     count: int,
     **given: Value | None,
 ) -> None:
-    """Bursts on a real cluster: migration off and on, or priorities ignored and used.
+    """Bursts on a real cluster: migration off and on, or priorities ignored and used
+    (with migration on).
 
     Settings are those of serve, from four instances of SmolLM2 with one thread and little KV each on. Takes
     about five minutes, on a machine that has nothing else to do."""
@@ -220,6 +238,7 @@ def command(
         "config": {name: asdict(getattr(config, name)) for name in ("engine", "scheduler", "cluster")},
         "results": rows,
         "gains": gains_of(rows, compare),
+        "runs": [{"mode": run.mode.name, "requests": requests_of(run)} for run in runs],
     }
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
