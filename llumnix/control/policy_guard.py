@@ -26,6 +26,7 @@ from llumnix.policies.dispatch import FreenessDispatch
 from llumnix.policies.guard import attempt
 from llumnix.policies.pairing import DrainPairing, FreenessPairing
 from llumnix.policies.registry import (
+    NO_MOVES,
     dispatch_policy,
     pairing_policy,
     relief_policy,
@@ -119,8 +120,11 @@ class GuardedPairing:
 
     def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
         """The policy's moves, or the default's; at most ``moves_per_round_max``. A drain is an order and no
-        matter of balance: what the policy leaves on draining instances moves as well."""
+        matter of balance: what a policy leaves on draining instances moves as well, unless it is the one by
+        which nothing moves."""
         moves = self._chosen(cluster)
+        if self.name == NO_MOVES:
+            return moves
         left = {view.instance_id for view in cluster.instances if view.state is InstanceState.DRAINING}
         left.difference_update(move.source_id for move in moves)
         if left:

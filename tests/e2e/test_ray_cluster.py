@@ -88,7 +88,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         process = subprocess.Popen(
             [
                 *(LLUMNIX, "serve", "--engine", "simulated", "--simulated-step-ms", "10", "--instances", "2"),
-                *("--port", str(port), "--pairing-policy", "none"),
+                *("--port", str(port), "--pairing-policy", "drain"),
             ],
             stdout=out,
             stderr=subprocess.STDOUT,

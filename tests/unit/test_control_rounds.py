@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MigrateOrder, MigrationEnded, MigrationOutcome, Placed
+from llumnix.core.views import ClusterSnapshot, Move
 
 MARKS = SchedulerConfig(low_freeness=4.0, high_freeness=8.0)
 
@@ -125,7 +126,17 @@ def test_a_target_that_refuses_is_left_alone_for_a_moment() -> None:
     assert {order.target_id for order in cluster.step()} == {"c"}  # though b is freer
 
 
-@pytest.mark.parametrize("pairing", ["freeness", "none", "drain"])
+class NothingMoves:
+    """A plug-in that does not think of drains."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        pass
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        return ()
+
+
+@pytest.mark.parametrize("pairing", ["freeness", "drain", f"{__name__}:NothingMoves"])
 def test_draining_empties_an_instance_by_migration_and_says_so(pairing: str) -> None:
     cluster = ToyCluster(replace(MARKS, pairing_policy=pairing), a=100, b=1000)
     cluster.instances["a"].running = {f"r{number}": 2 for number in range(20)}
@@ -146,6 +157,17 @@ def test_draining_empties_an_instance_by_migration_and_says_so(pairing: str) -> 
     ]
     assert isinstance(cluster.place("x"), Placed)
     assert cluster.place("y").instance_id == "b"  # type: ignore[union-attr]
+
+
+def test_where_nothing_moves_a_draining_instance_serves_what_it_has_to_the_end() -> None:
+    cluster = ToyCluster(replace(MARKS, pairing_policy="none"), a=100, b=1000)
+    cluster.instances["a"].running = {"r": 2}
+    cluster.report()
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    for _ in range(20):
+        assert not cluster.step()
+    assert list(cluster.instances["a"].running) == ["r"]
+    assert cluster.place("x").instance_id == "b"  # type: ignore[union-attr]
 
 
 def test_an_order_nobody_answers_does_not_count_for_ever() -> None:
