@@ -98,5 +98,6 @@ class LoadReporter:
             swap=load.swap,
             waiting_urgent=load.waiting_urgent,
             adapters=load.adapters,
+            kept_tokens_max=load.kept_tokens_max,
         )
         return Send(self._manager_address, report)

@@ -52,6 +52,7 @@ class EngineLoad:
     shortage: Shortage | None = None
     waiting_urgent: tuple[int, int] = (0, 0)
     adapters: tuple[str, ...] = ()
+    kept_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)

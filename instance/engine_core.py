@@ -203,6 +203,7 @@ class EngineCore(RequestTable, KvInPlace):
             shortage=shortage(
                 scheduler, self._blocks.free_blocks * self._limits.block_size, self._times.mean_s
             ),
+            kept_tokens_max=self._switching.kept_tokens_max,
         )
 
     def _host_blocks(self, request: Request) -> int:

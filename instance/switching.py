@@ -117,6 +117,11 @@ class Switching:
         """Whether a copy is under way or to be begun."""
         return len(self._ledger) > 0
 
+    @property
+    def kept_tokens_max(self) -> int:
+        """Of how many tokens the KV can be kept after their requests have ended."""
+        return self.host.blocks.capacity * self._block_size if self._config.swap_reuse else 0
+
     def use(self, policy: PreemptionPolicy) -> None:
         """Decide by this policy from now on."""
         self._policy = policy

@@ -22,6 +22,7 @@ from llumnix.core.views import (
     ScalingPolicy,
     SelectionPolicy,
 )
+from llumnix.policies.affinity import AffinityDispatch
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
 from llumnix.policies.preemption import AlwaysRecompute, AlwaysSwap, CheapestPreemption
@@ -34,6 +35,7 @@ ENTRY_POINT_GROUP = "llumnix.policies"
 
 NO_MOVES = "none"
 DISPATCH: dict[str, type[DispatchPolicy]] = {
+    "affinity": AffinityDispatch,
     "freeness": FreenessDispatch,
     "least-requests": LeastRequests,
     "load": LeastLoaded,

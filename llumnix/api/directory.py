@@ -1,5 +1,5 @@
-"""The instances as one frontend knows them: addresses, last reported freeness, and how many of its own
-streams each holds. Used by the stream table to reach senders, to notice deaths, and to place requests by
+"""The instances as one frontend knows them: addresses, last reported freeness, how many of its own streams
+each holds, and whose KV each is likely to keep. Used by the stream table to reach senders, to notice deaths, and to place requests by
 itself while the manager is away.
 
 Everything here is a hint. A wrong one costs a needless continuation or a refused placement, never a token.
@@ -8,6 +8,7 @@ Everything here is a hint. A wrong one costs a needless continuation or a refuse
 from dataclasses import replace
 from math import inf
 
+from llumnix.api.kept_prefixes import KeptPrefixes
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import ClusterStatus, InstanceRole, InstanceState, InstanceStatus
 
@@ -16,6 +17,7 @@ class InstanceDirectory:
     """Last known instances. Bounded by the cluster's size plus the owners of live streams."""
 
     def __init__(self) -> None:
+        self.kept = KeptPrefixes()
         self._statuses: dict[str, InstanceStatus] = {}
         self._addresses: dict[str, str] = {}
         self._answered: dict[str, float] = {}
@@ -27,6 +29,7 @@ class InstanceDirectory:
         a manager that has just restarted lists nobody."""
         self._statuses = {entry.instance_id: entry for entry in status.instances}
         self._held_at_status = dict(self._held)
+        self.kept.update(status.instances)
         for instance_id in [one for one in self._addresses if one not in self._statuses]:
             if instance_id not in self._held:
                 del self._addresses[instance_id]
@@ -64,6 +67,7 @@ class InstanceDirectory:
         """The process has ended: nothing is placed there until a status names its successor."""
         if self.incarnation(instance_id) == incarnation:
             del self._statuses[instance_id]
+            self.kept.forget(instance_id)
 
     def suspect(self, address: str) -> None:
         """The connection to ``address`` broke: nothing is placed there before the next status."""

@@ -13,6 +13,7 @@ from enum import StrEnum
 from math import inf
 
 from llumnix.api.backend import FailKind, StreamCall
+from llumnix.api.kept_prefixes import KeptPrefixes
 from llumnix.core.admin import MoveSeen
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH, HOP_BITS
@@ -121,7 +122,7 @@ class Stream:
             adapter=call.adapter,
         )
 
-    def place(self, frontend_address: str) -> Place:
+    def place(self, frontend_address: str, kept: KeptPrefixes) -> Place:
         """The question to the manager where to run what is left of the request."""
         call = self.call
         return Place(
@@ -134,6 +135,7 @@ class Stream:
             tenant=call.tenant,
             exclude=self.exclude,
             adapter=call.adapter,
+            kept=() if call.adapter else kept.find(call.prompt_tokens, self.tokens),
         )
 
     def retry_s(self, at_least: float = 0.0) -> float:

@@ -152,7 +152,7 @@ class StreamTable:
     def _ask_place(self, stream: Stream, now: float) -> list[Effect]:
         self._set(stream, Phase.PLACING, now + self._config.place_timeout_s)
         stream.tries += 1
-        return [Send(self.manager_address, stream.place(self._address))]
+        return [Send(self.manager_address, stream.place(self._address, self._directory.kept))]
 
     def _placed(self, message: Placed, now: float) -> list[Effect]:
         stream = self._streams.get(message.request_id)
@@ -240,8 +240,7 @@ class StreamTable:
         known = len(stream.tokens)
         if delta.first_index > known:
             self.stats.gaps += 1
-            waited = now - stream.probed_at >= self._requick_s
-            return self._probe_now(stream, now) if waited else []
+            return self._probe_now(stream, now) if now - stream.probed_at >= self._requick_s else []
         tokens, logprobs = delta.tokens, delta.logprobs
         overlap = known - delta.first_index
         if overlap:
@@ -256,6 +255,7 @@ class StreamTable:
         stream.begin()
         if ends:
             self.stats.finished += 1
+            self._directory.kept.ended(stream.owner_id, stream.call.prompt_tokens, stream.tokens)
             self._forget(stream)
         return [Deliver(delta.request_id, known, tokens, logprobs, delta.finish_reason if ends else None)]
 

@@ -126,6 +126,10 @@ class ClusterView:
         near = [one for one in able if one.queue_freeness >= least and one.has_at_hand(adapter)]
         return [ranking.view_of(record) for record in near], len(able)
 
+    def is_ranked(self, record: InstanceRecord) -> bool:
+        """Whether an instance is among the candidates for requests that it is long enough for."""
+        return (self._decode if record.role is InstanceRole.DECODE else self._entry).has(record.instance_id)
+
     def waiting_to_leave(self) -> list[InstanceRecord]:
         """Live decode instances at which requests wait, ordered by id."""
         return [
@@ -152,6 +156,7 @@ class ClusterView:
                 record.state,
                 record.shown_queue_freeness,
                 record.role,
+                0 if record.report is None else record.report.kept_tokens_max,
             )
             for record in self.records()
         )

@@ -150,9 +150,14 @@ class InstanceRecord:
         loaded = self.report is not None and adapter in self.report.adapters
         return loaded or self.placed_adapters[adapter] > 0
 
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block."""
+        return self.hello.kv_layout.block_size
+
     def blocks(self, tokens: int) -> int:
         """KV blocks that so many tokens take there."""
-        return -(-tokens // self.hello.kv_layout.block_size)
+        return -(-tokens // self.block_size)
 
     def count_placement(self, placement: Placement, sign: int) -> None:
         """One more (or, with -1, one less) on its way there."""

@@ -12,11 +12,12 @@ from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.policy_guard import GuardedDispatch, GuardedRoles
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import InstanceRole, InstanceState, NotPlaced, Place, Placed
-from llumnix.core.views import InstanceView, RequestView
+from llumnix.core.views import InstanceView, KeptPrefix, RequestView
 
 RETRY_SOON_S = 0.1
 RETRY_LATER_S = 1.0
 NO_USE_S = 0.0
+KEPT_CONSIDERED_MAX = 4
 
 
 class Placer:
@@ -66,6 +67,8 @@ class Placer:
         if adapter:
             near, reason = self._near(place, tokens, decoding, urgent)
             candidates, reasons = near or candidates, [reason, *reasons]
+        if place.kept:
+            request = request._replace(kept=self._kept(place, tokens, decoding))
         decision = self._policy.place(request, candidates, now)
         if decision.instance_id is None:
             answer = NotPlaced(place.request_id, decision.reason, RETRY_LATER_S)
@@ -117,6 +120,15 @@ class Placer:
         ):
             return None
         return record
+
+    def _kept(self, place: Place, tokens: int, decode: bool) -> tuple[KeptPrefix, ...]:
+        """Which of the instances that a frontend names may be chosen, and what each has."""
+        kept = []
+        for instance_id, prefix_tokens in place.kept[:KEPT_CONSIDERED_MAX]:
+            record = self._candidate(instance_id, place, tokens, decode)
+            if record is not None and self._cluster.is_ranked(record):
+                kept.append(KeptPrefix(record.seen, max(0, min(prefix_tokens, tokens)) // record.block_size))
+        return tuple(kept)
 
     def _refused(self, answer: NotPlaced, policy: str, now: float) -> NotPlaced:
         self._log.add(answer.request_id, Decision(now, "not placed", "", "", policy, answer.reason))

@@ -56,6 +56,10 @@ class Ranking(Sequence[InstanceView]):
             del self._keys[place]
             del self._records[place]
 
+    def has(self, instance_id: str) -> bool:
+        """Whether an instance is entered."""
+        return instance_id in self._key_of
+
     @property
     def records(self) -> Sequence[InstanceRecord]:
         """The same in the manager's own form. Read only."""

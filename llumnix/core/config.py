@@ -180,7 +180,7 @@ class MigrationConfig(Leaf):
 class SchedulerConfig(Leaf):
     """The global scheduler in the manager."""
 
-    dispatch_policy: str = setting("freeness", "where new requests go: a policy's name or module:Class")
+    dispatch_policy: str = setting("affinity", "where new requests go: a policy's name or module:Class")
     pairing_policy: str = setting(
         "freeness",
         "which instances exchange requests: a name or module:Class; with none nothing moves by itself",

@@ -69,9 +69,17 @@ class ClusterSnapshot:
     coming: int = 0
 
 
+class KeptPrefix(NamedTuple):
+    """An instance that may take a request and is likely to keep the KV of its first ``blocks`` blocks in host
+    memory, from where it is copied instead of computed."""
+
+    view: InstanceView
+    blocks: int
+
+
 class RequestView(NamedTuple):
     """A request to be placed. ``blocks`` is what its prefill needs, ``adapter`` the LoRA adapter; candidates
-    serve it."""
+    serve it. ``kept`` says who has a part of that already."""
 
     request_id: str
     blocks: int
@@ -81,6 +89,7 @@ class RequestView(NamedTuple):
     execution_priority: int
     tenant: str
     adapter: str = ""
+    kept: tuple[KeptPrefix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,7 +209,7 @@ def test_a_request_is_explained_from_its_placement_to_its_moves() -> None:
     assert (placed.kind, placed.instance_id, placed.policy, placed.candidates) == (
         "placed",
         "a",
-        "freeness",
+        "affinity",
         2,
     )
     assert placed.scores == (("a", 100.0), ("b", 100.0)) and placed.reason == "freest"

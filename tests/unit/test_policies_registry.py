@@ -8,6 +8,7 @@ import pytest
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.views import ClusterSnapshot, Move
+from llumnix.policies.affinity import AffinityDispatch
 from llumnix.policies.dispatch import FreenessDispatch, RoundRobin
 from llumnix.policies.pairing import NoPairing
 from llumnix.policies.registry import dispatch_policy, pairing_policy, selection_policy
@@ -29,7 +30,7 @@ class WithoutConfig:
 
 
 def test_built_in_policies_by_name() -> None:
-    assert isinstance(dispatch_policy(SchedulerConfig()), FreenessDispatch)
+    assert isinstance(dispatch_policy(SchedulerConfig()), AffinityDispatch)
     assert isinstance(dispatch_policy(SchedulerConfig(dispatch_policy="round-robin")), RoundRobin)
     assert isinstance(pairing_policy(SchedulerConfig(pairing_policy="none")), NoPairing)
     assert selection_policy(SchedulerConfig()).select((), 1) == ()

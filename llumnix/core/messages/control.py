@@ -167,8 +167,9 @@ class LoadReport:
     ``tenants`` are those it holds requests of or served lately, at most TENANTS_REPORTED_MAX.
     ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the role it works in, ``swap``
     None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
-    adapters in its memory or wanted by requests it holds, sorted. Reports repeat about every second while
-    nothing changes: silence is how a hung instance is noticed."""
+    adapters in its memory or wanted by requests it holds, sorted, ``kept_tokens_max``: of so many tokens it can keep the KV
+    after their requests have ended. Reports repeat about every second while nothing changes: silence is how a
+    hung instance is noticed."""
 
     instance_id: str
     incarnation: str
@@ -199,6 +200,7 @@ class LoadReport:
     shortage: Shortage | None = None
     waiting_urgent: tuple[int, int] = (0, 0)
     adapters: tuple[str, ...] = ()
+    kept_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,8 @@ class FrontendHello:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it."""
+    """Frontend to manager: where should this request go? ``exclude`` lists instances that just failed it,
+    ``kept`` those likely to keep the KV of so many of its first tokens."""
 
     frontend_address: str
     request_id: str
@@ -227,6 +230,7 @@ class Place:
     tenant: str
     exclude: tuple[str, ...] = ()
     adapter: str = ""
+    kept: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +253,8 @@ class NotPlaced:
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """One instance as a frontend needs it for placing on its own when the manager is away."""
+    """One instance as a frontend needs it for placing on its own when the manager is away.
+    ``kept_tokens_max`` as in LoadReport."""
 
     instance_id: str
     incarnation: str
@@ -257,6 +262,7 @@ class InstanceStatus:
     state: InstanceState
     freeness: float
     role: InstanceRole = InstanceRole.NEUTRAL
+    kept_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
