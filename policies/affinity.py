@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
 from llumnix.policies.dispatch import CONSIDERED_MAX, SCORES_MAX, FreenessDispatch
-from llumnix.policies.freeness import free_blocks
+from llumnix.policies.freeness import free_blocks, headroom
 
 
 class AffinityDispatch:
     """As `freeness`, but an instance that keeps the beginning of the request is preferred if that makes for
-    fewer blocks before its first token."""
+    fewer blocks before its first token. An urgent request goes where it decodes best, whatever is kept."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._freest = FreenessDispatch(config)
@@ -26,7 +26,7 @@ class AffinityDispatch:
     def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """See the class. Looks at the first CONSIDERED_MAX candidates and at those that keep something."""
         freest = self._freest.place(request, candidates)
-        if not request.kept:
+        if not request.kept or request.execution_priority > 0:
             return freest
         saved = {kept.view.instance_id: kept.blocks for kept in request.kept}
         first = next(view for view in candidates[:CONSIDERED_MAX] if view.instance_id == freest.instance_id)
@@ -48,6 +48,8 @@ class AffinityDispatch:
 
 def blocks_before(request: RequestView, view: InstanceView) -> int:
     """Blocks that are computed there, or have to become free, before the request has its first token, if
-    nothing of it is kept there: its own, those of requests ahead of it, and those that it lacks."""
-    missing = max(0, request.blocks - free_blocks(view))
+    nothing of it is kept there: its own, those of requests ahead of it, and those that it lacks beside the
+    headroom of urgent ones."""
+    reserve = headroom(view.execution_priorities, view.headroom_blocks)
+    missing = max(0, request.blocks + reserve - free_blocks(view))
     return request.blocks + view.waiting_blocks + view.placed_blocks + missing

@@ -1,6 +1,6 @@
 """The instances as one frontend knows them: addresses, last reported freeness, how many of its own streams
-each holds, and whose KV each is likely to keep. Used by the stream table to reach senders, to notice deaths, and to place requests by
-itself while the manager is away.
+each holds, and whose KV each is likely to keep. Used by the stream table to reach senders, to notice deaths,
+and to place requests by itself while the manager is away.
 
 Everything here is a hint. A wrong one costs a needless continuation or a refused placement, never a token.
 """

@@ -2,7 +2,7 @@
 goes on from one of them, the next turn of a conversation for one.
 
 A frontend knows every token it delivered and which instance made the last one, after however many moves; that
-instance keeps the KV in its host memory. Conversations are told apart by hashes over their first 64, 128, 256, …
+instance keeps the KV in its host memory. Conversations are told apart by hashes over the first 64, 128, 256 …
 tokens, so a few entries find one of any length. What an instance has room to keep is in the cluster's status;
 what was kept longest ago is forgotten when that is full, as the instance does. Everything here is a hint: a
 wrong one costs a needless preference, never a token. Used by the instance directory only.
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from llumnix.api.backend import StreamCall
 from llumnix.core.messages.control import InstanceStatus
 
 MARK_MIN = 64
@@ -66,18 +67,18 @@ class KeptPrefixes:
         for kept in shelf.kept if shelf is not None else ():
             self._unlist(kept)
 
-    def ended(self, instance_id: str, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """A request with these tokens has ended well on that instance."""
+    def ended(self, instance_id: str, call: StreamCall, output: Sequence[int]) -> None:
+        """A request has ended well on that instance. KV made under a LoRA adapter is not remembered."""
         shelf = self._shelves.get(instance_id)
-        if shelf is None:
+        if shelf is None or call.adapter:
             return
-        marks = tuple(_marks(prompt, output))
+        marks = tuple(_marks(call.prompt_tokens, output))
         if not marks:
             return
         before = self._deepest(instance_id, marks)
         if before is not None and before.marks == marks[: len(before.marks)]:
             self._drop(shelf, before)  # this one goes on from it
-        kept = Kept(instance_id, len(prompt) + len(output), marks)
+        kept = Kept(instance_id, len(call.prompt_tokens) + len(output), marks)
         shelf.kept[kept] = None
         shelf.tokens += kept.tokens
         for key in marks:
@@ -87,14 +88,14 @@ class KeptPrefixes:
         while shelf.tokens > shelf.tokens_max or len(shelf.kept) > KEPT_MAX:
             self._drop(shelf, next(iter(shelf.kept)))
 
-    def find(self, prompt: Sequence[int], output: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    def find(self, call: StreamCall, output: Sequence[int]) -> tuple[tuple[str, int], ...]:
         """Instances that are likely to have the KV of this beginning, and of about how many of its tokens;
         those that share most first, at most HINTS_MAX."""
-        if not self._index:
+        if not self._index or call.adapter:
             return ()
-        last = len(prompt) + len(output) - 1  # the KV of the last token is never of use
+        last = len(call.prompt_tokens) + len(output) - 1  # the KV of the last token is never of use
         found: dict[str, int] = {}
-        marks = _marks(prompt, output)
+        marks = _marks(call.prompt_tokens, output)
         for place in range(len(marks) - 1, -1, -1):
             holders = self._index.get(marks[place], {})
             for instance_id in reversed(holders):  # whoever came to it last

@@ -135,7 +135,7 @@ class Stream:
             tenant=call.tenant,
             exclude=self.exclude,
             adapter=call.adapter,
-            kept=() if call.adapter else kept.find(call.prompt_tokens, self.tokens),
+            kept=kept.find(call, self.tokens),
         )
 
     def retry_s(self, at_least: float = 0.0) -> float:

@@ -255,7 +255,7 @@ class StreamTable:
         stream.begin()
         if ends:
             self.stats.finished += 1
-            self._directory.kept.ended(stream.owner_id, stream.call.prompt_tokens, stream.tokens)
+            self._directory.kept.ended(stream.owner_id, stream.call, stream.tokens)
             self._forget(stream)
         return [Deliver(delta.request_id, known, tokens, logprobs, delta.finish_reason if ends else None)]
 

@@ -74,7 +74,7 @@ CPU_MODEL = ModelConfig(
     head_dim=64,
     max_len=8192,
 )
-"""A small Llama with much KV for its size, 8 KiB a token in bfloat16: a step of a few ms is to copying a block
+"""A small Llama with much KV for its size, 8 KiB a token in bfloat16: a step of few ms is to copying a block
 about what it is on a GPU."""
 CPU_ENGINE = EngineConfig(
     kind="torch",

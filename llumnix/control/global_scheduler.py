@@ -38,11 +38,11 @@ from llumnix.core.messages.control import (
     InstanceState,
     LoadReport,
     MigrationEnded,
-    MoveWanted,
     Place,
     RequestList,
     SchedulerSettings,
 )
+from llumnix.core.messages.migration import MoveWanted
 
 __all__ = ["Answered", "Effect", "GlobalScheduler", "Logged"]
 

@@ -43,7 +43,7 @@ TAGS: dict[int, type] = {
     34: control.SetRole,
     35: control.SchedulerSettings,
     36: control.TenantTotals,
-    37: control.MoveWanted,
+    37: migration.MoveWanted,
     40: migration.Reserve,
     41: migration.Reserved,
     42: migration.Refused,

@@ -19,8 +19,6 @@ from llumnix.core.messages.control import (
     MigrationEnded,
     MigrationOutcome,
     MoveCandidate,
-    MoveCause,
-    MoveWanted,
     NotPlaced,
     Place,
     Placed,
@@ -30,6 +28,7 @@ from llumnix.core.messages.control import (
     SetDraining,
     SetRole,
 )
+from llumnix.core.messages.migration import MoveCause, MoveWanted
 from llumnix.policies.selection import Cheapest
 
 MANAGER = "tcp://manager:1"

@@ -34,57 +34,70 @@ def talk(number: int, tokens: int) -> tuple[int, ...]:
     return tuple(number * 1000 + place % 1000 for place in range(tokens))
 
 
+def call(prompt: tuple[int, ...], adapter: str = "") -> StreamCall:
+    return StreamCall("r", prompt, SamplingParams(max_tokens=2, seed=5), adapter=adapter)
+
+
+def test_kv_made_under_an_adapter_is_neither_remembered_nor_looked_for() -> None:
+    kept = remembering(status("a"))
+    kept.ended("a", call(talk(1, 400), adapter="x"), ())
+    assert kept.find(call(talk(1, 900)), ()) == ()
+    kept.ended("a", call(talk(1, 400)), ())
+    assert kept.find(call(talk(1, 900), adapter="x"), ()) == ()
+    assert kept.find(call(talk(1, 900)), ()) == (("a", 400),)
+
+
 def test_the_next_turn_finds_where_the_one_before_ended() -> None:
     kept = remembering(status("a"), status("b"))
-    kept.ended("b", talk(1, 300), talk(1, 400)[300:])
-    assert kept.find(talk(1, 900), ()) == (("b", 400),)
-    assert kept.find(talk(2, 900), ()) == ()
+    kept.ended("b", call(talk(1, 300)), talk(1, 400)[300:])
+    assert kept.find(call(talk(1, 900)), ()) == (("b", 400),)
+    assert kept.find(call(talk(2, 900)), ()) == ()
 
 
 def test_a_shared_beginning_counts_as_far_as_it_can_be_told() -> None:
     kept = remembering(status("a"), status("b"))
-    kept.ended("a", talk(1, 1000), ())
-    kept.ended("b", talk(1, 300) + talk(2, 700), ())
-    assert kept.find(talk(1, 300) + talk(3, 500), ()) == (("b", 256), ("a", 256))
-    assert kept.find(talk(1, 700), ()) == (("a", 699), ("b", 256))
+    kept.ended("a", call(talk(1, 1000)), ())
+    kept.ended("b", call(talk(1, 300) + talk(2, 700)), ())
+    assert kept.find(call(talk(1, 300) + talk(3, 500)), ()) == (("b", 256), ("a", 256))
+    assert kept.find(call(talk(1, 700)), ()) == (("a", 699), ("b", 256))
 
 
 def test_an_instance_that_keeps_nothing_is_never_named() -> None:
     kept = remembering(status("a", room=0))
-    kept.ended("a", talk(1, 500), ())
-    assert kept.find(talk(1, 900), ()) == ()
+    kept.ended("a", call(talk(1, 500)), ())
+    assert kept.find(call(talk(1, 900)), ()) == ()
 
 
 def test_what_was_kept_longest_ago_is_forgotten_when_the_room_is_used_up() -> None:
     kept = remembering(status("a", room=1000))
     for number in (1, 2, 3):
-        kept.ended("a", talk(number, 400), ())
-    assert [bool(kept.find(talk(number, 900), ())) for number in (1, 2, 3)] == [False, True, True]
+        kept.ended("a", call(talk(number, 400)), ())
+    assert [bool(kept.find(call(talk(number, 900)), ())) for number in (1, 2, 3)] == [False, True, True]
 
 
 def test_a_conversation_takes_the_room_of_its_last_turn_only() -> None:
     kept = remembering(status("a", room=1000))
-    kept.ended("a", talk(9, 200), ())
+    kept.ended("a", call(talk(9, 200)), ())
     for tokens in (200, 400, 800):
-        kept.ended("a", talk(1, tokens), ())
-    assert kept.find(talk(1, 900), ()) == (("a", 800),)
-    assert kept.find(talk(9, 900), ()) == (("a", 200),)
+        kept.ended("a", call(talk(1, tokens)), ())
+    assert kept.find(call(talk(1, 900)), ()) == (("a", 800),)
+    assert kept.find(call(talk(9, 900)), ()) == (("a", 200),)
 
 
 def test_a_process_that_has_ended_keeps_nothing() -> None:
     kept = remembering(status("a"), status("b"))
-    kept.ended("a", talk(1, 400), ())
-    kept.ended("b", talk(2, 400), ())
+    kept.ended("a", call(talk(1, 400)), ())
+    kept.ended("b", call(talk(2, 400)), ())
     kept.update(())  # a manager that has just restarted: says nothing
-    assert kept.find(talk(1, 900), ())
+    assert kept.find(call(talk(1, 900)), ())
     kept.update((status("a", incarnation="q"),))
-    assert not kept.find(talk(1, 900), ()) and not kept.find(talk(2, 900), ())
+    assert not kept.find(call(talk(1, 900)), ()) and not kept.find(call(talk(2, 900)), ())
 
 
 def test_memory_is_bounded_and_empty_again_when_all_is_forgotten() -> None:
     kept = remembering(status("a", room=1 << 40))
     for number in range(KEPT_MAX + 100):
-        kept.ended("a", talk(number, 70), ())
+        kept.ended("a", call(talk(number, 70)), ())
     assert len(kept._index) == KEPT_MAX
     kept.forget("a")
     assert not kept._index
@@ -100,8 +113,8 @@ def test_the_question_for_a_place_names_who_ended_the_turn_before_also_after_a_m
     table.handle(TokenBatch("b", (ends,)), 0.2)
 
     def asked(request_id: str) -> tuple[tuple[str, int], ...]:
-        call = StreamCall(request_id, (*talk(1, 200), 7, 8, 9), SamplingParams(max_tokens=2, seed=5))
-        (sent,) = table.open(call, 0.3)
+        asking = StreamCall(request_id, (*talk(1, 200), 7, 8, 9), SamplingParams(max_tokens=2, seed=5))
+        (sent,) = table.open(asking, 0.3)
         assert isinstance(sent.message, Place)  # type: ignore[union-attr]
         return sent.message.kept  # type: ignore[union-attr]
 

@@ -9,7 +9,7 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.views import ClusterSnapshot, Move
 from llumnix.policies.affinity import AffinityDispatch
-from llumnix.policies.dispatch import FreenessDispatch, RoundRobin
+from llumnix.policies.dispatch import RoundRobin
 from llumnix.policies.pairing import NoPairing
 from llumnix.policies.registry import dispatch_policy, pairing_policy, selection_policy
 

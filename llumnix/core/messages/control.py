@@ -167,9 +167,9 @@ class LoadReport:
     ``tenants`` are those it holds requests of or served lately, at most TENANTS_REPORTED_MAX.
     ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the role it works in, ``swap``
     None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
-    adapters in its memory or wanted by requests it holds, sorted, ``kept_tokens_max``: of so many tokens it can keep the KV
-    after their requests have ended. Reports repeat about every second while nothing changes: silence is how a
-    hung instance is noticed."""
+    adapters in its memory or wanted by requests it holds, sorted, ``kept_tokens_max``: of so many tokens it
+    can keep the KV after their requests have ended. Reports repeat about every second while nothing changes:
+    silence is how a hung instance is noticed."""
 
     instance_id: str
     incarnation: str
@@ -253,8 +253,7 @@ class NotPlaced:
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """One instance as a frontend needs it for placing on its own when the manager is away.
-    ``kept_tokens_max`` as in LoadReport."""
+    """One instance as a frontend needs it to place alone; ``kept_tokens_max`` as in LoadReport."""
 
     instance_id: str
     incarnation: str
@@ -326,22 +325,6 @@ class SetRole:
     """Manager to instance: work in this role from now on. What it holds stays; the manager moves it."""
 
     role: InstanceRole
-
-
-class MoveCause(StrEnum):
-    """PREFILLED: a request's prefill has ended on an instance whose role is to prefill."""
-
-    PREFILLED = "prefilled"
-
-
-@dataclass(frozen=True, slots=True)
-class MoveWanted:
-    """Instance to manager: this request had better go elsewhere at once. A lost wish costs time only."""
-
-    instance_id: str
-    incarnation: str
-    cause: MoveCause
-    candidate: MoveCandidate
 
 
 @dataclass(frozen=True, slots=True)

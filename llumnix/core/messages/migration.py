@@ -1,4 +1,5 @@
-"""Messages between the two sides of one migration. DESIGN of the protocol: migration/source.py, target.py.
+"""Messages between the two sides of one migration, and the wish for one. The protocol: migration/source.py,
+target.py.
 
 The target always reads from the source's pool, never the other way: a side that gives up can free its own
 blocks at once, and no late write of a peer can ever land in them.
@@ -7,7 +8,7 @@ blocks at once, and no late write of a peer can ever land in them.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llumnix.core.messages.control import KvEndpoint, KvLayout
+from llumnix.core.messages.control import KvEndpoint, KvLayout, MoveCandidate
 from llumnix.core.messages.serving import RequestSpec
 
 
@@ -142,3 +143,20 @@ class AbortMigration:
 
     migration_id: str
     reason: str
+
+
+class MoveCause(StrEnum):
+    """PREFILLED: a request's prefill has ended on an instance whose role is to prefill."""
+
+    PREFILLED = "prefilled"
+
+
+@dataclass(frozen=True, slots=True)
+class MoveWanted:
+    """Instance to manager: this request had better go elsewhere, now rather than at the next round. A wish
+    that is lost costs time only."""
+
+    instance_id: str
+    incarnation: str
+    cause: MoveCause
+    candidate: MoveCandidate
