@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from llumnix.kernels import ops
-from llumnix.kernels.cpu import library
+from llumnix.kernels.cpu import compiled
 from llumnix.kernels.reference import ReferenceKernels
 
 
@@ -49,8 +49,8 @@ def test_rope_keeps_lengths_and_depends_on_distance_only() -> None:
 def test_without_a_compiler_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
-    monkeypatch.setattr(ops, "load_library", library.load_library.__wrapped__)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ops, "load_library", compiled.load_library.__wrapped__)
     with caplog.at_level("WARNING"):
         assert isinstance(ops.best_kernels("cpu"), ReferenceKernels)
     assert "no C compiler" in caplog.text
