@@ -79,7 +79,7 @@ def test_a_swapped_out_request_that_moves_away_leaves_no_copy() -> None:
     while not step(engine).preempted:
         pass
     moved = engine.spec_of("b", 5.0)
-    assert engine.take_out("b").waiting and len(moved.output_tokens) > 0
+    assert engine.take_out("b").swapped and len(moved.output_tokens) > 0
     engine.put_back("b", moved.epoch)
     assert [row.status for row in engine.rows("i", 0.0)] == [RequestStatus.RUNNING, RequestStatus.SWAPPED]
     engine.take_out("b")
