@@ -177,12 +177,15 @@ class OutgoingMigrations:
         return [effect for migration in migrations for effect in self._feed(migration, event, now)]
 
     def _feed(self, migration: SourceMigration, event: object, now: float) -> list[Send]:
+        began_as = migration.migration_id
         effects = migration.handle(event, now)
+        if migration.ended or migration.migration_id != began_as:
+            self._ended.remember(began_as, None)
+            self._running[migration.migration_id] = self._running.pop(began_as)
         if migration.ended:
             order = migration.order
-            del self._running[order.migration_id]
+            del self._running[migration.migration_id]
             del self._by_request[order.request_id]
-            self._ended.remember(order.migration_id, None)
             self._engine.end_move(order.request_id)
             if migration.state is SourceState.COMMITTED:
                 departure = Departure(migration.moved, order.target_incarnation)

@@ -6,10 +6,15 @@ copied counts only while ``kv_version`` stays as it was at the beginning.
 """
 
 from llumnix.core.messages.control import InstanceHello, KvEndpoint
-from llumnix.core.messages.migration import StageCopied
+from llumnix.core.messages.migration import RefusalCode, StageCopied
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.migration.engine_sides import Movable
 from llumnix.migration.pace import CopySpeeds
+
+NO_PLACE_FOR_KV = (RefusalCode.NO_BLOCKS, RefusalCode.LAYOUT)
+
+WITHOUT_KV = "/without-kv"
+"""Follows the id of a migration that goes on without KV, as a second exchange with its target."""
 
 
 class Copying:
@@ -29,6 +34,14 @@ class Copying:
             copy_s = speeds.copy_s(target, len(movable.blocks) * self._layout.block_bytes, now)
             self.swapped = self.swapped and not 0 < movable.recompute_s < copy_s
             self.endpoint = me.host_endpoint if self.swapped else None
+
+    def leaves_kv(self, refused: RefusalCode, movable: Movable) -> bool:
+        """Whether the request goes without KV after all, since the target has no place for what of it lies in
+        host memory; from now on, if so."""
+        leaves = self.swapped and refused in NO_PLACE_FOR_KV and not self.lost(movable)
+        if leaves:
+            self.endpoint, self.swapped = None, False
+        return leaves
 
     def lost(self, movable: Movable | None) -> str:
         """Why what was copied does not count any more; empty: it does."""

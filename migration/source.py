@@ -18,7 +18,8 @@ leaving costs least (alignment.py), the last of them announced to the target. A 
 copy: it leaves with the Reserve, which then is its commit. A swapped-out one, whose KV the target reads from
 this side's host memory, is never READY: nothing is computed meanwhile, so it goes once its KV is over. Should
 it be swapped in before, or lose its KV, its kv_version has changed, and the migration is given up. If copying
-is known to take longer than computing again, it goes without KV.
+is known to take longer than computing again, it goes without KV; so it does if the target has no place for
+that, but by an exchange of its own: a repeat of that refusal must not be taken for the answer to its commit.
 
 The source resumes a request whose commit it has sent in two cases only. Denied or refused: the target never
 had it, so the source's own epoch still stands. Fenced: the target may have decoded at the next hop before it
@@ -53,7 +54,7 @@ from llumnix.core.messages.migration import (
 )
 from llumnix.core.messages.serving import Abort, Moved, RequestSpec
 from llumnix.migration.alignment import STEPS_MAX, Rhythm, steps_to_wait
-from llumnix.migration.copying import Copying
+from llumnix.migration.copying import WITHOUT_KV, Copying
 from llumnix.migration.engine_sides import GivingEngine, Movable
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
 from llumnix.migration.pace import CopySpeeds, Pace
@@ -99,14 +100,14 @@ class SourceMigration:
         manager_address: str,
     ) -> None:
         self.order = order
+        self.migration_id = order.migration_id
+        """Of the exchange with the target; the manager knows the order's."""
         self.state = SourceState.RESERVING
         self.deadline: float | None = None
         self.rhythm: Rhythm | None = None
         """The target's steps, as last heard; set by whoever knows when the message arrived."""
         self.spec: RequestSpec
-        self._me = me
-        self._engine = engine
-        self._config = config
+        self._me, self._engine, self._config = me, engine, config
         self._manager_address = manager_address
         self._story = Story()
         self._copying: Copying
@@ -137,12 +138,15 @@ class SourceMigration:
             raise InvariantError(f"not movable: {self.story()}")
         self.spec = self._engine.spec_of(self.order.request_id, now)
         self._tally = Tally(now)
-        target = self.order.target_incarnation
-        copying = self._copying = Copying(self._me, target, self._speeds, movable, now)
+        self._copying = Copying(self._me, self.order.target_incarnation, self._speeds, movable, now)
+        return self._reserve(movable, now)
+
+    def _reserve(self, movable: Movable, now: float) -> list[Send]:
+        copying = self._copying
         if copying.endpoint is None:
             self._take_out(now)
         reserve = Reserve(
-            migration_id=self.order.migration_id,
+            migration_id=self.migration_id,
             source_id=self._me.instance_id,
             source_incarnation=self._me.incarnation,
             source_address=self._me.address,
@@ -208,7 +212,7 @@ class SourceMigration:
         self._tally.blocks += len(blocks)
         self.state = SourceState.COPYING
         self._wait(now)
-        return [self._send(CopyStage(self.order.migration_id, self._tally.stages, blocks, wanted))]
+        return [self._send(CopyStage(self.migration_id, self._tally.stages, blocks, wanted))]
 
     def _leave_in_time(self, movable: Movable, now: float) -> list[Send]:
         """READY, between steps: go now, or say so if the request is to leave after the next one."""
@@ -218,7 +222,7 @@ class SourceMigration:
             return self._hand_over(movable, now)
         self._steps_left -= 1
         self._announced = steps == 1
-        return [self._send(CommitSoon(self.order.migration_id, self._pace.step_s))] if self._announced else []
+        return [self._send(CommitSoon(self.migration_id, self._pace.step_s))] if self._announced else []
 
     def _step_ended(self, event: StepEnded, now: float) -> list[Send]:
         """A step may have finished the request or given its KV up; if not, it may be the moment to go."""
@@ -241,11 +245,11 @@ class SourceMigration:
         first_index = len(self.spec.output_tokens)
         fresh, epoch = current.output_tokens[first_index:], next_hop(self.spec.epoch)
         where = (last, movable.computed_tokens)
-        commit = Commit(self.order.migration_id, epoch, *where, first_index, fresh, current.waited_s)
+        commit = Commit(self.migration_id, epoch, *where, first_index, fresh, current.waited_s)
         return [self._send(commit)]
 
     def _give_up(self, reason: str, now: float) -> list[Send]:
-        abort = AbortMigration(self.order.migration_id, reason)
+        abort = AbortMigration(self.migration_id, reason)
         return [self._send(abort), *self._end(S.ABORTED, reason, now)]
 
     def _no_answer(self, event: object, now: float) -> list[Send]:
@@ -260,6 +264,14 @@ class SourceMigration:
         if isinstance(event, Denied):
             return self._end(S.ABORTED, event.reason, now)
         return self._end(S.REFUSED, f"{event.code}: {event.reason}", now)
+
+    def _no_place(self, event: Refused, now: float) -> list[Send]:
+        """Swapped-out, it may still be queued there, if it has not begun to run here meanwhile."""
+        movable = self._engine.movable(self.order.request_id)
+        if movable is None or not self._copying.leaves_kv(event.code, movable):
+            return self._target_said_no(event, now)
+        self.migration_id += WITHOUT_KV
+        return self._reserve(movable, now)
 
     def _target_died(self, event: object, now: float) -> list[Send]:
         return self._end(S.ABORTED, "the target has ended", now)
@@ -296,7 +308,7 @@ class SourceMigration:
         self._asks_left -= 1
         self.state = SourceState.COMMIT_UNKNOWN
         self._wait(now)
-        return [self._send(QueryCommit(self.order.migration_id, self._me.address))]
+        return [self._send(QueryCommit(self.migration_id, self._me.address))]
 
     def _abort_everywhere(self, event: ClientAbort, now: float) -> list[Send]:
         """One that only tells a stale owner to stop says nothing about the next, and changes nothing."""
@@ -362,7 +374,11 @@ LATE: Rows = {
 """What is the same in both states after it."""
 
 TRANSITIONS: Mapping[SourceState, Rows] = {
-    S.RESERVING: {**EARLY, Reserved: (M._advance, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED))},
+    S.RESERVING: {
+        **EARLY,
+        Refused: (M._no_place, (S.COMMITTING, S.REFUSED)),
+        Reserved: (M._advance, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED)),
+    },
     S.COPYING: {
         **EARLY,
         StepEnded: (M._step_ended, (S.COPYING, S.READY, S.COMMITTING, S.ABORTED)),

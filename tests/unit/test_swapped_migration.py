@@ -20,7 +20,7 @@ from llumnix.core.messages.control import (
     MigrationOutcome,
     RequestStatus,
 )
-from llumnix.core.messages.migration import Commit, Committed, CopyStage, Reserve
+from llumnix.core.messages.migration import Commit, Committed, CopyStage, Refused, Reserve
 from llumnix.core.messages.serving import Abort
 from llumnix.instance.agent import StartRead
 from llumnix.instance.in_process_engine import InProcessEngine
@@ -284,11 +284,57 @@ def test_a_client_that_leaves_while_the_commit_is_open_frees_the_host() -> None:
     assert not two.target.holds(OUT)
 
 
-def test_a_target_without_room_refuses_and_nothing_has_happened() -> None:
-    two = Two(target_blocks=8)
+def crowded(*, fits_later: bool = True) -> Two:
+    """The target has no room for OUT's KV now: somebody else has it, or it never had so many blocks."""
+    two = Two(target_blocks=20 if fits_later else 8)
+    if fits_later:
+        two.requests["other"] = other = spec("other", prompt_len=50, max_tokens=6)
+        assert two.target.submit(other, 0.5) is None
+        step(two.target, two.client)
     two.swap_out()
     two.step()
     two.order()
+    return two
+
+
+def test_a_target_without_room_for_its_kv_queues_it_without() -> None:
+    two = crowded()
+    known = len(two.source._requests[OUT].tokens)
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert (two.ended.migration_id, two.ended.kv_bytes) == (ORDER.migration_id, 0)
+    assert not two.source.holds(OUT) and leased(two.source) == 0
+    assert known in two.finish(), "computed again, once there is room"
+
+
+def test_repeats_of_that_refusal_do_not_answer_the_second_question() -> None:
+    two = crowded()
+    two.carry_until(Reserve)
+    refused = next(message for _, message in two.mail if isinstance(message, Refused))
+    two.mail.extend([("source", refused), ("target", two.log[-1])])
+    two.carry_until(Committed)  # the repeated order and refusal come before the second answer does
+    two.post("source", refused)
+    two.post("source", ORDER)
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert [type(message) for message in two.log].count(Reserve) == 3
+    two.finish()
+
+
+def test_a_lost_second_answer_is_asked_for() -> None:
+    two = crowded()
+    two.carry_until(Refused)
+    two.carry_until(Reserve)
+    assert isinstance(two.mail.pop()[1], Committed)
+    two.now += 100.0
+    two.take("source", two.agents["source"].tick(two.now))
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    two.finish()
+
+
+def test_one_that_will_never_fit_there_stays_with_its_kv() -> None:
+    two = crowded(fits_later=False)
     two.carry_all()
     assert two.ended is not None and two.ended.outcome is MigrationOutcome.REFUSED
     assert leased(two.source) == 0 and two.source.movable(OUT).swapped  # type: ignore[union-attr]
