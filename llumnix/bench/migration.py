@@ -8,7 +8,6 @@ stands in migration_driver.py and migration_steps.py.
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,23 +18,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from llumnix.bench import migration_swapped
 from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
-from llumnix.bench.migration_driver import Driver, Ear, Moved
-from llumnix.bench.migration_pair import Heard, Pair, ThreadPair
+from llumnix.bench.migration_driver import BATCH, BATCH_TOKENS, Driver, Ear, Moved
+from llumnix.bench.migration_pair import PairMaker, ThreadPair
 from llumnix.bench.migration_steps import Steps
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, MigrationConfig
 from llumnix.core.errors import LlumnixError
 from llumnix.migration.transports.base import ReadStats
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-BATCH, BATCH_TOKENS = 4, 512
 POOL_TOKENS = 24_576
 MAX_MODEL_LEN = 10_240
 BULK_BYTES = 1 << 20
 LONG_RECOMPUTE = 2048
-
-PairMaker = Callable[[Config, int, Heard], Pair]
-
 
 VLLM_ARGS = "load_format=dummy;enforce_eager=true;enable_prefix_caching=false"
 """Made-up weights, a quick start; and what went away and comes back must be copied again."""
@@ -228,6 +224,7 @@ def _parse_lengths(context: click.Context, parameter: click.Parameter, text: str
     "--repeats", type=click.IntRange(2), default=24, show_default=True, help="migrations per length"
 )
 @click.option("--seed", default=0, show_default=True)
+@click.option("--swapped", is_flag=True, help="move requests that are swapped out, with KV and without")
 def command(
     json_path: Path | None,
     in_process: bool,
@@ -237,8 +234,11 @@ def command(
     lengths: tuple[int, ...],
     repeats: int,
     seed: int,
+    swapped: bool,
 ) -> None:
     """Downtime of live migration against a blocking copy and recompute, by sequence length."""
+    if swapped and kind == "vllm":
+        raise click.UsageError("--swapped needs host memory, which vLLM engines have none of")
     make_pair: PairMaker
     if in_process:
         if kind == "vllm":
@@ -250,9 +250,18 @@ def command(
         make_pair = ProcessPair
     config = benchmark_config(device, transport, kind)
     try:
+        if swapped:
+            report = migration_swapped.run(config, make_pair, lengths=lengths, repeats=repeats, seed=seed)
+            migration_swapped.show(report)
+            _write(json_path, report)
+            return
         report = run(config, make_pair, lengths=lengths, repeats=repeats, seed=seed)
     except LlumnixError as error:
         raise click.ClickException(str(error)) from error
     _show(report)
+    _write(json_path, report)
+
+
+def _write(json_path: Path | None, report: dict[str, Any]) -> None:
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=2) + "\n")

@@ -24,6 +24,7 @@ from llumnix.core.messages.serving import Abort, Rejected, RequestSpec, Submit, 
 from llumnix.core.sampling import SamplingParams
 
 WAIT_S = 240.0
+BATCH, BATCH_TOKENS = 4, 512
 OUTPUT_TOKENS_MAX = 2000
 REST_TOKENS = 16
 SETTLING_TOKENS = 2
@@ -94,6 +95,16 @@ class Moved:
     steps: Steps | None
 
 
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """One migration of a request that did not run: seconds from the order to its first token at the target,
+    and to the end of the migration."""
+
+    first_token_s: float
+    duration_s: float
+    kv_bytes: int
+
+
 class Driver:
     """Work for a pair. ``batch`` requests of ``batch_tokens`` stay on each instance all the time."""
 
@@ -162,6 +173,39 @@ class Driver:
             self._pair.send("b", Abort(request_id, FIRST_EPOCH))
         return times
 
+    def arrivals(self, length: int, repeats: int) -> list[Arrived]:
+        """Let a request of ``length`` tokens be displaced by a more urgent one, then move it; ``repeats``
+        times. An instance has room for ``batch`` requests and one. Raises BenchmarkFailed if a migration
+        does not succeed."""
+        here, there = NAMES
+        staying = [self._submit(there, self._batch_tokens) for _ in range(self._batch)]
+        urgent = [self._submit(here, self._batch_tokens, priority=1) for _ in range(self._batch)]
+        for request_id in staying + urgent:
+            self._ear.wait_tokens(request_id, 1)
+        arrived = []
+        for _ in range(repeats):
+            moving = self._submit(here, length)
+            self._ear.wait_tokens(moving, SETTLING_TOKENS)
+            displacing = self._submit(here, REST_TOKENS, priority=1)
+            self._ear.wait_tokens(displacing, REST_TOKENS)  # by then what is copied out has been
+            said = len(self._ear.tokens[moving])
+            time.sleep(self._random.uniform(0, 0.05))  # any phase of the target's steps
+            ordered = time.monotonic()
+            ended = self._migrate(moving, there)
+            if ended.outcome is not MigrationOutcome.COMMITTED:
+                raise BenchmarkFailed(f"a migration was {ended.outcome.value}: {ended.reason}")
+            self._ear.wait_tokens(moving, said + 1)
+            first = self._ear.tokens[moving][said]
+            if first.instance != there:
+                raise BenchmarkFailed(f"{moving} was not displaced")
+            arrived.append(Arrived(first.at - ordered, ended.duration_s, ended.kv_bytes))
+            self._pair.send(there, Abort(moving, next_generation(FIRST_EPOCH)))
+            self._pair.send(here, Abort(displacing, FIRST_EPOCH))
+        for name, request_ids in ((there, staying), (here, urgent)):
+            for request_id in request_ids:
+                self._pair.send(name, Abort(request_id, FIRST_EPOCH))
+        return arrived
+
     def _moved(
         self,
         request_id: str,
@@ -204,7 +248,7 @@ class Driver:
         self._pair.send(here, order)
         return self._ear.wait_ended(order.migration_id)
 
-    def _submit(self, name: str, prompt_tokens: int) -> str:
+    def _submit(self, name: str, prompt_tokens: int, priority: int = 0) -> str:
         self._count += 1
         spec = RequestSpec(
             request_id=f"bench-{self._count}",
@@ -213,6 +257,8 @@ class Driver:
             prompt_tokens=tuple(self._random.randrange(VOCABULARY) for _ in range(prompt_tokens)),
             output_tokens=(),
             sampling=SamplingParams(max_tokens=OUTPUT_TOKENS_MAX, seed=0, temperature=0.0, ignore_eos=True),
+            scheduling_priority=priority,
+            execution_priority=priority,
         )
         self._pair.send(name, Submit(spec))
         return spec.request_id

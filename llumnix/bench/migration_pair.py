@@ -77,6 +77,9 @@ class Pair(Protocol):
     def close(self) -> None: ...
 
 
+PairMaker = Callable[[Config, int, Heard], Pair]
+
+
 class RecordingReaders:
     """A ReaderFactory that keeps what each read cost."""
 
@@ -134,12 +137,15 @@ class PoolHolder(Protocol):
     @property
     def pool(self) -> KvPool: ...
 
+    @property
+    def host_pool(self) -> KvPool | None: ...
+
 
 def make_hello(
     name: str, address: str, max_model_len: int, holder: PoolHolder, blocks_address: str
 ) -> InstanceHello:
     """Who an instance of this process is; its pool's name serves as incarnation."""
-    pool = holder.pool
+    pool, host = holder.pool, holder.host_pool
     return InstanceHello(
         instance_id=name,
         incarnation=pool.pool_name,
@@ -148,8 +154,18 @@ def make_hello(
         model="random",
         max_model_len=max_model_len,
         kv_layout=pool.layout,
-        kv_endpoint=KvEndpoint(host_identity(), os.getpid(), pool.fd, pool.pool_name, blocks_address),
+        kv_endpoint=_endpoint(pool, blocks_address),
+        host_endpoint=None if host is None else _endpoint(host, blocks_address),
     )
+
+
+def _endpoint(pool: KvPool, address: str) -> KvEndpoint:
+    return KvEndpoint(host_identity(), os.getpid(), pool.fd, pool.pool_name, address)
+
+
+def pools_of(holder: PoolHolder) -> list[KvPool]:
+    """All that the other instance may read."""
+    return [holder.pool] if holder.host_pool is None else [holder.pool, holder.host_pool]
 
 
 class ThreadPair:
@@ -160,7 +176,9 @@ class ThreadPair:
         self._heard = heard
         self._instances: dict[str, _ThreadInstance] = {}
         for name in NAMES:
-            executor = TorchExecutor.from_random(MODEL, config.engine, seed=seed, pool_name=f"bench-{name}")
+            executor = TorchExecutor.from_random(
+                MODEL, config.engine, seed=seed, pool_name=f"bench-{name}", swap=config.swap
+            )
             self._instances[name] = _ThreadInstance(config, name, executor, self._carry)
         self.hellos = {name: instance.hello for name, instance in self._instances.items()}
         for instance in self._instances.values():
@@ -201,12 +219,14 @@ class _ThreadInstance:
     def __init__(
         self, config: Config, name: str, executor: TorchExecutor, carry: Callable[[Send], None]
     ) -> None:
-        inprocess.offer(executor.pool)
+        for pool in pools_of(executor):
+            inprocess.offer(pool)
         self.hello = make_hello(name, name, executor.max_model_len, executor, "")
         self.readers = RecordingReaders(Readers(executor.pool, config.migration))
         self.device = executor.pool.tensor.device
         self._executor = executor
-        self._engine = InProcessEngine(executor, config.engine)
+        self._engine = InProcessEngine(executor, config.engine, swap=config.swap)
+        self._engine.configure(config.scheduler)
         self._agent = Agent(
             self.hello, self._engine, config.migration, config.cluster.report_interval_s, "benchmark"
         )
@@ -228,7 +248,8 @@ class _ThreadInstance:
         self.post(None)
         self._thread.join()
         self._copiers.shutdown()
-        inprocess.withdraw(self._executor.pool)
+        for pool in pools_of(self._executor):
+            inprocess.withdraw(pool)
         self._executor.close()
 
     def _run(self) -> None:

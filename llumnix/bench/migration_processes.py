@@ -19,6 +19,7 @@ from llumnix.bench.migration_pair import (
     RecordingReaders,
     make_hello,
     plain_copy_gb_s,
+    pools_of,
 )
 from llumnix.core.config import Config
 from llumnix.core.errors import TransportError
@@ -142,7 +143,8 @@ def _instance(pipe: Connection, config: Config, name: str, seed: int, manager_ad
     pool_name = f"bench-{name}-{os.getpid()}"
     engine, holder = _engine(config, seed, pool_name)
     readers = RecordingReaders(Readers(holder.pool, config.migration))
-    blocks = BlockServer((holder.pool,), config.cluster.bind_host)
+    engine.configure(config.scheduler)
+    blocks = BlockServer(pools_of(holder), config.cluster.bind_host)
     asyncio.run(_serve(pipe, config, name, manager_address, engine, holder, readers, blocks))
     blocks.close()
     holder.close()
@@ -161,8 +163,10 @@ def _engine(config: Config, seed: int, pool_name: str) -> tuple[SteppedEngine, K
             Path(folder, "config.json").write_text(json.dumps(llama_json(MODEL)))
             vllm = VllmEngine(replace(config.engine, model=folder), pool_name)
         return vllm, vllm
-    executor = TorchExecutor.from_random(MODEL, config.engine, seed=seed, pool_name=pool_name)
-    return InProcessEngine(executor, config.engine), executor
+    executor = TorchExecutor.from_random(
+        MODEL, config.engine, seed=seed, pool_name=pool_name, swap=config.swap
+    )
+    return InProcessEngine(executor, config.engine, swap=config.swap), executor
 
 
 def llama_json(model: ModelConfig) -> dict[str, Any]:
