@@ -182,6 +182,12 @@ class Engine(Protocol):
         KV elsewhere goes on from there. Reads run on copy threads."""
         ...
 
+    def keep_present(self, migration_id: str, spec: RequestSpec, blocks_max: int) -> int:
+        """How many of the request's leading blocks, all full, at most ``blocks_max``, have their KV here.
+        Asked once, right before the reservation is made, whose first blocks they will be; it is kept until
+        the reservation is adopted or cancelled."""
+        ...
+
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """Make the reservation hold exactly ``blocks`` blocks in total, new or grown (never shrunk), and
         return all their ids in order. None: no room, and the reservation is as it was."""

@@ -261,6 +261,10 @@ class EngineCore(RequestTable, KvInPlace):
 
     # A migration's target.
 
+    def keep_present(self, migration_id: str, spec: RequestSpec, blocks_max: int) -> int:
+        """None: requests share no blocks."""
+        return 0
+
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """A new reservation also needs a batch slot, and leaves running requests room to grow."""
         if blocks > 0 and self._blocks.reserved(migration_id) == 0:

@@ -7,12 +7,18 @@ the request's own tokens and let go, last to be evicted; vLLM finds them there i
 connector loads only what lies behind them. All that came is in the staging pool as well until then, so what
 is taken back (vLLM needs the blocks, or evicts them) is merely loaded later.
 
+What vLLM's prefix cache has of a request when its migration begins does not travel: the arrival holds those
+blocks as a request of vLLM would, so they are not evicted, and copies them to the staging pool itself, before
+it gives them back. So these too are merely loaded if vLLM has lost them when the request joins.
+
 ``load`` runs on copy threads, one read of a migration at a time; everything else between vLLM's steps, on the
 engine's thread. Bounded by the migrations that may come in at once. Used by the engine adapter
 (vllm_engine.py).
 """
 
+import math
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,12 +39,15 @@ GROUP = 0
 @dataclass(slots=True, eq=False)
 class Arrival:
     """One migration. ``places``: where in the request each block of the staging pool is. The first ``loaded``
-    tokens are in ``blocks``, vLLM's own; ``lock`` guards these two."""
+    tokens are in ``blocks``, vLLM's own, the first ``present`` of which its prefix cache had before;
+    ``kept``: their KV is in the staging pool too. ``lock`` guards these four."""
 
     pool_blocks: tuple[int, ...] = ()
     places: dict[int, int] = field(default_factory=dict)
     blocks: list[Any] = field(default_factory=list)
     loaded: int = 0
+    present: int = 0
+    kept: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -53,8 +62,31 @@ class Arrivals:
 
     @property
     def held_tokens(self) -> int:
-        """What the blocks held here hold."""
-        return sum(len(arrival.blocks) for arrival in self._arriving.values()) * self._vllm_size
+        """What the blocks held here, and by no request, hold."""
+        mine = sum(len(arrival.blocks) - arrival.present for arrival in self._arriving.values())
+        present = [one for arrival in self._arriving.values() for one in arrival.blocks[: arrival.present]]
+        holds = Counter(one.block_id for one in present)
+        alone = {one.block_id for one in present if one.ref_cnt == holds[one.block_id]}
+        return (mine + len(alone)) * self._vllm_size
+
+    def begin(self, migration_id: str, hashes: Sequence[Any], keep_blocks: int) -> int:
+        """A request with these block hashes of vLLM is about to come: hold what vLLM has of it, as far as
+        ``keep_blocks`` stay free, and return how many blocks of the staging pool that fills."""
+        pool, found = self._exchange.block_pool, list[Any]()
+        spare = self._exchange.free_blocks() - keep_blocks
+        for one in hashes:
+            hit = pool.get_cached_block(one, [GROUP])
+            spare -= hit is not None and hit[0].ref_cnt == 0
+            if hit is None or spare < 0:
+                break
+            found += hit
+        unit = math.lcm(self._size, self._vllm_size)
+        tokens = len(found) * self._vllm_size // unit * unit
+        if tokens:
+            present = tokens // self._vllm_size
+            pool.touch(found[:present])
+            self._arriving[migration_id] = Arrival(blocks=found[:present], loaded=tokens, present=present)
+        return tokens // self._size
 
     def hold(self, migration_id: str, pool_blocks: Sequence[int], keep_blocks: int) -> None:
         """KV will come into these blocks of the staging pool, more than before: hold blocks of vLLM for what
@@ -76,21 +108,25 @@ class Arrivals:
         arrival = next((one for one in list(self._arriving.values()) if pool_blocks[0] in one.places), None)
         if arrival is None:
             return
+        with arrival.lock:
+            self._keep(arrival)
         come = (arrival.places[pool_blocks[-1]] + full) * self._size
         while self._load_some(arrival, come):
             pass
 
-    def join(self, migration_id: str, computed_tokens: int) -> list[Any]:
-        """The request is about to join: its full blocks of vLLM, in order, for ``give`` to pass on."""
+    def join(self, migration_id: str, computed_tokens: int) -> tuple[list[Any], int]:
+        """The request is about to join: its full blocks of vLLM, in order, for ``give`` to pass on, and how
+        many of them vLLM's prefix cache has."""
         arrival = self._arriving.pop(migration_id, Arrival())
+        self._keep(arrival)
         full = min(arrival.loaded, computed_tokens) // self._vllm_size
         self._free(arrival.blocks[full:])
-        return arrival.blocks[:full]
+        return arrival.blocks[:full], arrival.present
 
-    def give(self, live: Any, blocks: list[Any]) -> None:
+    def give(self, live: Any, blocks: list[Any], present: int) -> None:
         """Let vLLM find these blocks for its own request object ``live``."""
         pool = self._exchange.block_pool
-        pool.cache_full_blocks(live, blocks, 0, len(blocks), self._vllm_size, GROUP)
+        pool.cache_full_blocks(live, blocks, present, len(blocks), self._vllm_size, GROUP)
         self._free(blocks)
 
     def let_go(self, migration_id: str) -> None:
@@ -103,8 +139,18 @@ class Arrivals:
         """vLLM needs blocks: give back all that is held. What has come is loaded when its request joins."""
         for arrival in self._arriving.values():
             with arrival.lock:
-                blocks, arrival.blocks, arrival.loaded = arrival.blocks, [], 0
+                self._keep(arrival)
+                blocks, arrival.blocks, arrival.loaded, arrival.present = arrival.blocks, [], 0, 0
             self._free(blocks)
+
+    def _keep(self, arrival: Arrival) -> None:
+        """Have the staging pool hold what vLLM had before."""
+        if arrival.present and not arrival.kept:
+            exchange, blocks = self._exchange, [one.block_id for one in arrival.blocks[: arrival.present]]
+            end = len(blocks) * self._vllm_size
+            with torch.inference_mode():
+                exchange.copier.copy_out(exchange.pool, blocks, arrival.pool_blocks, first=0, end=end)
+            arrival.kept = True
 
     def _load_some(self, arrival: Arrival, come: int) -> bool:
         """Whether there may be more to do."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus as VllmStatus
 
 from llumnix.core.config import EngineConfig
@@ -128,10 +130,20 @@ class VllmCore:
         )
         entered = Entered(request, name, vllm_id, self.exchange.live[vllm_id], computed > 0)
         if computed:
-            self.arrivals.give(entered.live, self.arrivals.join(migration_id, computed))
+            self.arrivals.give(entered.live, *self.arrivals.join(migration_id, computed))
             self.exchange.imports[vllm_id] = Import(tuple(pool_blocks), computed)
         self.entered[request.request_id] = self._by_name[name] = entered
         return entered
+
+    def block_hashes(self, tokens: Sequence[int], adapter: str) -> list[Any]:
+        """What vLLM's prefix cache would know the full blocks of these tokens by, in order: with this LoRA
+        adapter, for vLLM hashes it too. None if no request may find another's blocks."""
+        hasher = self._vllm.engine_core.engine_core.request_block_hasher
+        if self._salted or hasher is None or not tokens:
+            return []
+        params, lora = SamplingParams(max_tokens=1), self._adapters.get(adapter)
+        probe = VllmRequest("", list(tokens), params, None, lora_request=lora, block_hasher=hasher)
+        return list(probe.block_hashes)
 
     def leave(self, entered: Entered) -> None:
         """Take a request out of vLLM, which frees its blocks there."""

@@ -120,6 +120,12 @@ class VllmEngine(VllmRequests):
         """What is read goes on into vLLM's blocks before a read ends."""
         return LoadingReaders(readers, self._core.arrivals)
 
+    def keep_present(self, migration_id: str, spec: RequestSpec, blocks_max: int) -> int:
+        """What vLLM's prefix cache has."""
+        tokens = (spec.prompt_tokens + spec.output_tokens)[: blocks_max * self._limits.block_size]
+        hashes = self._core.block_hashes(tokens, spec.adapter)
+        return self._core.arrivals.begin(migration_id, hashes, keep_blocks=len(self._core.entered))
+
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """Needs room in the pool and in vLLM; a new reservation also needs a batch slot."""
         staging = self._staging.blocks

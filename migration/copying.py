@@ -2,7 +2,8 @@
 apart from its protocol. Kept by migration/source.py.
 
 The KV lies in the device pool while the request runs, in the host pool while it is swapped out, and what was
-copied counts only while ``kv_version`` stays as it was at the beginning.
+copied counts only while ``kv_version`` stays as it was at the beginning. What the target had before counts as
+copied.
 """
 
 from llumnix.core.messages.control import InstanceHello, KvEndpoint
@@ -30,6 +31,7 @@ class Copying:
         self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
         self.endpoint: KvEndpoint | None = None if movable.waiting else me.kv_endpoint
         self.swapped = movable.swapped and me.host_endpoint is not None
+        self._full_blocks = movable.computed_tokens // self._layout.block_size
         if movable.swapped:
             copy_s = speeds.copy_s(target, len(movable.blocks) * self._layout.block_bytes, now)
             self.swapped = self.swapped and not 0 < movable.recompute_s < copy_s
@@ -50,6 +52,18 @@ class Copying:
         if movable.kv_version == self._kv_version:
             return ""
         return "its KV in host memory is gone" if self.swapped else "the request was preempted"
+
+    @property
+    def full_blocks(self) -> int:
+        """Full blocks at the beginning: what the target may have of its own."""
+        return 0 if self.endpoint is None else self._full_blocks
+
+    def skip(self, present: int) -> bool:
+        """The target has the first ``present`` blocks. False: there are not so many."""
+        if not 0 <= present <= self.full_blocks:
+            return False
+        self.copied = present
+        return True
 
     def fresh(self, movable: Movable) -> int:
         """Full blocks that have not been copied."""

@@ -156,6 +156,7 @@ class SourceMigration:
             spec=self.spec,
             blocks=0 if copying.endpoint is None else copying.blocks_wanted(movable, self.spec),
             swapped=copying.swapped,
+            full_blocks=copying.full_blocks,
         )
         self._wait(now)
         return [self._send(reserve)]
@@ -189,6 +190,8 @@ class SourceMigration:
             if event.stage != self._tally.stages:
                 return self._ignore(event, now)
             copying.stage_ended(event, now)
+        elif isinstance(event, Reserved) and not copying.skip(event.present_blocks):
+            return self._give_up(f"the target says it has {event.present_blocks} blocks", now)
         movable = self._engine.movable(self.order.request_id)
         lost = copying.lost(movable)
         if movable is None or lost:

@@ -84,7 +84,7 @@ class TargetMigration:
         self._pace = pace
         self._story = Story()
         self._blocks: tuple[int, ...] = ()
-        self._copied = 0
+        self._copied = self._present = 0
         self._stage = 0
         self._reading = 0
         self._commit: Commit | None = None
@@ -104,10 +104,12 @@ class TargetMigration:
         nothing to copy, with the decision."""
         if self.reserve.blocks == 0:
             return self._adopt(replace(self.reserve.spec, epoch=next_hop(self.reserve.spec.epoch)), 0, now)
+        most = min(self.reserve.full_blocks, self.reserve.blocks)
+        self._present = self._engine.keep_present(self.migration_id, self.reserve.spec, most)
         blocks = self._engine.reserve(self.migration_id, self.reserve.blocks)
         if blocks is None:
             return self._refuse_for_room(self.reserve.blocks)
-        self._blocks = blocks
+        self._blocks, self._copied = blocks, self._present
         return self._still_here(self.reserve, now)
 
     def handle(self, event: object, now: float) -> list[Effect]:
@@ -292,7 +294,8 @@ class TargetMigration:
         return StartRead(self.migration_id, self._stage, *where, final, rests)
 
     def _reserved(self, now: float) -> Send:
-        return self._send(Reserved(self.migration_id, self._config.reservation_s, self._tell_step_s(now)))
+        times = (self._config.reservation_s, self._tell_step_s(now))
+        return self._send(Reserved(self.migration_id, *times, self._present))
 
     def _copied_stage(self, copy_s: float, now: float) -> Send:
         return self._send(StageCopied(self.migration_id, self._stage, copy_s, self._tell_step_s(now)))

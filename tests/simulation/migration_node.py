@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llumnix.core.config import EngineConfig
 from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint
+from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.agent import Agent
 from llumnix.instance.engine_core import EngineCore
 from llumnix.instance.executor import StepPlan
@@ -34,6 +35,32 @@ KvStamp = tuple[str, int, int]
 """Whose KV a slot holds: request, position, token."""
 
 
+class CachingEngine(EngineCore):
+    """One that happens to have some of the leading blocks of what comes in."""
+
+    def __init__(self, node: "Node", limits: ModelLimits) -> None:
+        super().__init__(limits, node.world.engine)
+        self._node = node
+        self._present: dict[str, tuple[RequestSpec, int]] = {}
+
+    def keep_present(self, migration_id: str, spec: RequestSpec, blocks_max: int) -> int:
+        chance = self._node.world.random
+        present = chance.randint(0, blocks_max) if chance.random() < 0.5 else 0
+        self._present[migration_id] = (spec, present)
+        return present
+
+    def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
+        reserved = super().reserve(migration_id, blocks)
+        spec, present = self._present.pop(migration_id, (None, 0))
+        if reserved is not None and spec is not None:
+            tokens, size = spec.prompt_tokens + spec.output_tokens, ENGINE.block_size
+            for place in range(present * size):
+                stamp = (spec.request_id, place, tokens[place])
+                self._node.kv[reserved[place // size]][place % size] = stamp
+            self._node.world.present_blocks += present
+        return reserved
+
+
 class Node:
     """One instance: agent, engine, simulated KV, and the loop that its engine thread would run."""
 
@@ -42,7 +69,7 @@ class Node:
         self.address = f"{name}/{incarnation}"
         self.alive = True
         self.executor = SimulatedExecutor(world.engine)
-        self.engine = EngineCore(ModelLimits.of(self.executor, world.engine), world.engine)
+        self.engine = CachingEngine(self, ModelLimits.of(self.executor, world.engine))
         self.hello = InstanceHello(
             instance_id=name,
             incarnation=incarnation,

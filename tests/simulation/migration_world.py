@@ -98,6 +98,7 @@ class World:
         self.now = 0.0
         self.faults = faults
         self.waiting_moves = 0
+        self.present_blocks = 0
         self.outcomes: dict[MigrationOutcome, int] = dict.fromkeys(MigrationOutcome, 0)
         self.table = StreamTable("f", FRONTEND_ADDRESS, MANAGER_ADDRESS, FRONTEND)
         self.clients: dict[str, Client] = {}

@@ -49,6 +49,7 @@ def test_the_faults_lead_to_every_outcome() -> None:
         world = World(seed, KINDS["crashes"])
         world.run()
         reached.update(outcome for outcome, count in world.outcomes.items() if count)
+        assert world.present_blocks > 0
     assert reached == set(MigrationOutcome)
 
 

@@ -28,7 +28,8 @@ class Reserve:
     """Source to target: hold ``blocks`` for this request. ``spec`` is the request as of now, so that the
     commit only adds what was generated since. ``blocks`` 0: the request waits and brings no KV. It has left
     my queue with this message, and is yours at the next hop of its epoch. ``swapped``: it waits with its KV
-    in my host memory, and ``kv_endpoint`` is that; it is in nobody's batch until it is yours."""
+    in my host memory, and ``kv_endpoint`` is that; it is in nobody's batch until it is yours.
+    ``full_blocks`` are full by now; of these the target may have some already."""
 
     migration_id: str
     source_id: str
@@ -40,17 +41,20 @@ class Reserve:
     spec: RequestSpec
     blocks: int
     swapped: bool = False
+    full_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
     """Target to source: the blocks are held and will be until the reservation goes ``expires_s`` without
     news. It leaves right before a step of the target; its steps take ``step_s`` (0.0: it has nothing to
-    do)."""
+    do). The first ``present_blocks`` of them hold the request's KV already, and need not be copied; the same
+    number each time."""
 
     migration_id: str
     expires_s: float
     step_s: float = 0.0
+    present_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

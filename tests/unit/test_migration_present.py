@@ -1,0 +1,106 @@
+"""Blocks that a migration's target has already: it says how many, and neither side moves them."""
+
+from dataclasses import replace
+
+import pytest
+from engine_driving import small_engine, spec, step, undisturbed
+from migration_driving import (
+    CONFIG,
+    MANAGER,
+    READ,
+    commit,
+    hello,
+    messages,
+    order,
+    pace,
+    reserve,
+    running,
+    stage,
+)
+
+from llumnix.core.messages.migration import AbortMigration, Commit, CopyStage, Reserve, Reserved, StageCopied
+from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.migration.events import ReadEnded, StartRead
+from llumnix.migration.pace import CopySpeeds
+from llumnix.migration.source import SourceMigration, SourceState
+from llumnix.migration.target import TargetMigration
+
+REQUEST = spec("r", prompt_len=8, max_tokens=20)
+OUTPUT = undisturbed(REQUEST)
+
+
+def begun(engine: InProcessEngine) -> SourceMigration:
+    """Of a request with 18 tokens computed, in 4 full blocks and a bit."""
+    running(engine, prompt_len=16, steps=4)
+    migration = SourceMigration(
+        order(),
+        hello("source", engine),
+        engine=engine,
+        config=replace(CONFIG, hold_share=0.0),
+        pace=pace(),
+        speeds=CopySpeeds(),
+        manager_address=MANAGER,
+    )
+    (ask,) = messages(migration.begin(1.0))
+    assert isinstance(ask, Reserve)
+    assert ask.full_blocks == 4
+    return migration
+
+
+def test_stages_begin_behind_what_the_target_has() -> None:
+    engine = small_engine()
+    migration = begun(engine)
+    (first,) = messages(migration.handle(Reserved("m", 15.0, present_blocks=2), 1.0))
+    blocks = engine.movable("r").blocks  # type: ignore[union-attr]
+    assert isinstance(first, CopyStage)
+    assert first.source_blocks == blocks[2:4]
+    assert migration.handle(Reserved("m", 15.0, present_blocks=2), 1.0) == []
+    (last,) = messages(migration.handle(StageCopied("m", 1, 0.1), 1.1))
+    assert isinstance(last, Commit)
+    assert last.source_blocks == blocks[4:5]
+
+
+def test_a_target_that_has_all_full_blocks_gets_the_commit_at_once() -> None:
+    engine = small_engine()
+    migration = begun(engine)
+    (last,) = messages(migration.handle(Reserved("m", 15.0, present_blocks=4), 1.0))
+    assert isinstance(last, Commit)
+    assert last.computed_tokens == 18
+    assert len(last.source_blocks) == 1
+
+
+@pytest.mark.parametrize("present", [-1, 5])
+def test_a_target_that_claims_what_cannot_be_is_left(present: int) -> None:
+    engine = small_engine()
+    migration = begun(engine)
+    (abort, _ended) = messages(migration.handle(Reserved("m", 15.0, present_blocks=present), 1.0))
+    assert abort == AbortMigration("m", f"the target says it has {present} blocks")
+    assert migration.state is SourceState.ABORTED
+    step(engine)
+    assert engine.movable("r") is not None
+
+
+def test_blocks_that_are_here_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine()
+    asked: list[int] = []
+
+    def present(migration_id: str, request: object, blocks_max: int) -> int:
+        assert engine.load().reserved_blocks == 0  # reserving might take what is found here
+        asked.append(blocks_max)
+        return 2
+
+    monkeypatch.setattr(engine, "keep_present", present)
+    ask = replace(reserve(REQUEST, 5), full_blocks=3)
+    migration = TargetMigration(ask, engine=engine, config=CONFIG, pace=pace())
+    told = Reserved("m", CONFIG.reservation_s, present_blocks=2)
+    assert messages(migration.begin(1.0)) == [told]
+    assert messages(migration.handle(ask, 1.0)) == [told]
+    assert asked == [3]
+    (first,) = migration.handle(stage(1, (6,), 5), 1.0)
+    assert isinstance(first, StartRead)
+    migration.handle(ReadEnded(1, READ), 1.1)
+    (last,) = migration.handle(commit((7,), 13, OUTPUT[:6]), 1.2)
+    assert isinstance(last, StartRead)
+    held = engine.reserve("m", 5)
+    assert held is not None
+    assert (first.target_blocks, last.target_blocks) == ((held[2],), (held[3],))
