@@ -46,7 +46,7 @@ def test_waiting_requests_survive(kind: str, seed: int) -> None:
 def test_the_faults_lead_to_every_outcome() -> None:
     reached: set[MigrationOutcome] = set()
     present = 0
-    for seed in range(8):
+    for seed in range(24):
         world = World(seed, KINDS["crashes"])
         world.run()
         reached.update(outcome for outcome, count in world.outcomes.items() if count)
