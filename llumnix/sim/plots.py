@@ -59,10 +59,10 @@ def _table(results: Sequence[Result]) -> str:
     heads = ("workload", "policy", *(f"{kind} {which}" for kind in KINDS for which in ("mean s", "P99 s")))
     heads += ("preemption loss s", "migrations", "fragmentation", "instance-hours")
     rows = []
-    for result in results:
+    for label, result in _named(results):
         row = result.summary
         latency = row.get("latency_s", {})
-        cells = [row["workload"], row["policy"]]
+        cells = [row["workload"], label]
         cells += [
             f"{latency[kind][which]:.4g}" if latency else "" for kind in KINDS for which in ("mean", "p99")
         ]
@@ -81,22 +81,30 @@ def _figures(results: Sequence[Result]) -> Iterator[tuple[str, str, Figure]]:
         slug = "".join(one if one.isalnum() or one in ".-" else "_" for one in workload)
         yield f"{slug}-latency", f"{workload}: latencies", _latency(chosen)
         yield f"{slug}-cluster", f"{workload}: the cluster over time", _cluster(chosen)
-        for result in chosen:
+        for name, result in _named(chosen):
             if result.timeline["loads"]:
-                policy = "".join(
-                    one if one.isalnum() or one in "-" else "_" for one in result.summary["policy"]
-                )
-                title = f"{workload}, {result.summary['policy']}: memory used per instance"
+                policy = "".join(one if one.isalnum() or one in "-" else "_" for one in name)
+                title = f"{workload}, {name}: memory used per instance"
                 yield f"{slug}-{policy}-loads", title, _loads(result)
+
+
+def _named(results: Sequence[Result]) -> list[tuple[str, Result]]:
+    """Each result by its policy, and by its seed where there are several."""
+    several = len({result.summary["seed"] for result in results}) > 1
+    return [
+        (f"{row['policy']}, seed {row['seed']}" if several else row["policy"], result)
+        for result in results
+        for row in [result.summary]
+    ]
 
 
 def _latency(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
-        for result in results:
+        for label, result in _named(results):
             values = result.cdfs.get(kind, [])
             shares = [place / max(1, len(values) - 1) for place in range(len(values))]
-            axes.plot(values, shares, label=result.summary["policy"])
+            axes.plot(values, shares, label=label)
         axes.set(xscale="log", xlabel=f"{kind} latency, s", ylabel="share of requests", ylim=(0, 1))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
@@ -111,11 +119,11 @@ def _cluster(results: Sequence[Result]) -> Figure:
         ("fragmented", "fragmented memory, %", lambda value: value * 100),
         ("migrations", "migrations so far", lambda value: value),
     )
-    for axes, (name, label, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for result in results:
+    for axes, (name, shown, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for label, result in _named(results):
             times, values = result.timeline["at_s"], result.timeline[name]
-            axes.plot(times, [scale(value) for value in values], label=result.summary["policy"], linewidth=1)
-        axes.set(xlabel="virtual time, s", ylabel=label)
+            axes.plot(times, [scale(value) for value in values], label=label, linewidth=1)
+        axes.set(xlabel="virtual time, s", ylabel=shown)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     return figure
