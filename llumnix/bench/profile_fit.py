@@ -92,8 +92,3 @@ def _fit_at(turn: float, rows: Array, times_ms: Array) -> tuple[dict[str, float]
 def _mixed(rows: Array) -> Array:
     """1 for each step that both decodes and prefills."""
     return ((rows[:, 0] > 0) & (rows[:, 2] > 0)).astype(np.float64)
-
-
-def shortened(model: dict[str, float]) -> dict[str, float]:
-    """Coefficients with the digits that mean something."""
-    return {name: float(f"{value:.5g}") for name, value in model.items()}

@@ -71,14 +71,14 @@ def run(requests: int, rate: float, repeats: int, seed: int) -> dict[str, Any]:
         "machine": machine,
         "seed": seed,
         "others_cpu": others_cpu,
-        "load": {"requests": requests, "rate": rate, "options": client_options(config, requests, rate)},
+        "load": {"requests": requests, "rate": rate, "options": client_options(requests, rate)},
         "config": {name: asdict(getattr(config, name)) for name in ("engine", "cluster")},
         "results": [_row(mode, [one for one in runs if one["mode"] == mode.name]) for mode in MODES],
         "runs": runs,
     }
 
 
-def client_options(config: Config, requests: int, rate: float) -> list[str]:
+def client_options(requests: int, rate: float) -> list[str]:
     """The client's options that make the workload: Gamma arrivals four times as irregular as Poisson's,
     prompts and answers of 20 to 380 tokens."""
     return [
@@ -86,7 +86,7 @@ def client_options(config: Config, requests: int, rate: float) -> list[str]:
         *("--random-range-ratio", "0.9", "--ignore-eos", "--temperature", "0"),
         *("--num-prompts", str(requests), "--request-rate", str(rate), "--burstiness", "0.25"),
         *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99", "--disable-tqdm"),
-        *("--model", "smollm2", "--tokenizer", str(resolve_model(config.engine.model))),
+        *("--model", "smollm2"),
     ]
 
 
@@ -104,16 +104,9 @@ def _client(cluster: RealCluster, config: Config, requests: int, rate: float, se
     with tempfile.TemporaryDirectory(prefix="llumnix-bench-") as folder:
         command = [
             *(sys.executable, "-m", "llumnix.bench.vllm_client", "--base-url", cluster.url),
-            *client_options(config, requests, rate),
-            *(
-                "--seed",
-                str(seed),
-                "--save-result",
-                "--result-dir",
-                folder,
-                "--result-filename",
-                "result.json",
-            ),
+            *client_options(requests, rate),
+            *("--tokenizer", str(resolve_model(config.engine.model)), "--seed", str(seed)),
+            *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_TIMEOUT_S, check=False)
         result = Path(folder, "result.json")
