@@ -59,10 +59,10 @@ class DemandScaling:
     def __init__(self, config: SchedulerConfig) -> None:
         self._spare, self._horizon_s = config.scale_spare, config.scale_horizon_s
         self._patience_s = config.scale_cooldown_s
-        self._past: deque[tuple[float, float]] = deque()  # (time, demand), one a second, horizon_s of them
-        self._needs: deque[tuple[float, int]] = (
-            deque()
-        )  # (time, instances), falling: the greatest comes first
+        # (time, demand), one a second, horizon_s of them
+        self._past: deque[tuple[float, float]] = deque()
+        # (time, instances), falling: the greatest comes first
+        self._needs: deque[tuple[float, int]] = deque()
         self._square, self._weight = 0.0, 0.0
         self._began_at: float | None = None
 

@@ -184,7 +184,8 @@ def command(
         ]
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
-    _show_end_to_end(through)
+    if through:
+        _show_end_to_end(through)
     report: dict[str, Any] = {
         "config": {
             **asdict(config),
