@@ -19,7 +19,8 @@ from llumnix.instance.engine import Engine
 from llumnix.migration.alignment import Rhythm
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
 from llumnix.migration.pace import CopySpeeds, Pace
-from llumnix.migration.source import SourceMigration, SourceState
+from llumnix.migration.source import SourceMigration
+from llumnix.migration.source_state import SourceState
 from llumnix.migration.tally import Tally
 
 REMEMBERED_MAX = 4096

@@ -7,12 +7,13 @@ copied.
 """
 
 from llumnix.core.messages.control import InstanceHello, KvEndpoint
-from llumnix.core.messages.migration import RefusalCode, StageCopied
+from llumnix.core.messages.migration import RefusalCode, Refused, StageCopied
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.migration.engine_sides import Movable
 from llumnix.migration.pace import CopySpeeds
 
-NO_PLACE_FOR_KV = (RefusalCode.NO_BLOCKS, RefusalCode.LAYOUT)
+KV_STAYS = (RefusalCode.NO_BLOCKS, RefusalCode.LAYOUT, RefusalCode.UNREADABLE)
+"""Refusals of the KV rather than of its request."""
 
 WITHOUT_KV = "/without-kv"
 """Follows the id of a migration that goes on without KV, as a second exchange with its target."""
@@ -31,19 +32,28 @@ class Copying:
         self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
         self.endpoint: KvEndpoint | None = None if movable.waiting else me.kv_endpoint
         self.swapped = movable.swapped and me.host_endpoint is not None
+        self._left_because = ""
         self._full_blocks = movable.computed_tokens // self._layout.block_size
         if movable.swapped:
             copy_s = speeds.copy_s(target, len(movable.blocks) * self._layout.block_bytes, now)
             self.swapped = self.swapped and not 0 < movable.recompute_s < copy_s
             self.endpoint = me.host_endpoint if self.swapped else None
+            if not self.swapped:
+                faster = me.host_endpoint is not None
+                self._left_because = "computing it again is faster" if faster else "peers cannot read it"
 
-    def leaves_kv(self, refused: RefusalCode, movable: Movable) -> bool:
+    def leaves_kv(self, refused: Refused, movable: Movable) -> bool:
         """Whether the request goes without KV after all, since the target has no place for what of it lies in
-        host memory; from now on, if so."""
-        leaves = self.swapped and refused in NO_PLACE_FOR_KV and not self.lost(movable)
+        host memory or cannot read it; from now on, if so."""
+        leaves = self.swapped and refused.code in KV_STAYS and not self.lost(movable)
         if leaves:
             self.endpoint, self.swapped = None, False
+            self._left_because = f"{refused.code}: {refused.reason}"
         return leaves
+
+    def explained(self, reason: str) -> str:
+        """Why it moved, and why without the KV that it had, if so."""
+        return f"{reason}, without its KV ({self._left_because})" if self._left_because else reason
 
     def lost(self, movable: Movable | None) -> str:
         """Why what was copied does not count any more; empty: it does."""

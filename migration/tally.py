@@ -14,6 +14,10 @@ class Tally:
         self.taken_out_at: float | None = None
         self._began = now
 
+    def start_again(self) -> None:
+        """What was moved so far counts no more."""
+        self.stages = self.blocks = 0
+
     def ended(
         self, order: MigrateOrder, me: InstanceHello, outcome: MigrationOutcome, reason: str, now: float
     ) -> MigrationEnded:

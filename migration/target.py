@@ -108,7 +108,7 @@ class TargetMigration:
         self._present = self._engine.keep_present(self.migration_id, self.reserve.spec, most)
         blocks = self._engine.reserve(self.migration_id, self.reserve.blocks)
         if blocks is None:
-            return self._refuse_for_room(self.reserve.blocks)
+            return self._refuse(RefusalCode.NO_BLOCKS, f"no room for {self.reserve.blocks} blocks")
         self._blocks, self._copied = blocks, self._present
         return self._still_here(self.reserve, now)
 
@@ -149,7 +149,7 @@ class TargetMigration:
             raise ProtocolError(f"stage {event.stage} after {self._stage}: {self.story()}")
         total = max(event.reserve_blocks, self._copied + len(event.source_blocks))
         if not self._grow(total):
-            return self._refuse_for_room(total)
+            return self._refuse(RefusalCode.NO_BLOCKS, f"no room for {total} blocks")
         self._stage = event.stage
         self.state = TargetState.COPYING
         # Half the source's patience: it hears from us in time however long the copy takes.
@@ -167,7 +167,7 @@ class TargetMigration:
 
     def _stage_read(self, event: ReadEnded, now: float) -> list[Effect]:
         if isinstance(event.outcome, TransportError):
-            return self._deny(f"copying failed: {event.outcome}")
+            return self._refuse(RefusalCode.UNREADABLE, str(event.outcome))
         self._copied += self._reading
         self.state = TargetState.RESERVED
         self._wait(now)
@@ -201,7 +201,7 @@ class TargetMigration:
 
     def _last_read(self, event: ReadEnded, now: float) -> list[Effect]:
         if isinstance(event.outcome, TransportError):
-            return self._deny(f"copying the last blocks failed: {event.outcome}")
+            return self._refuse(RefusalCode.UNREADABLE, str(event.outcome))
         if self._commit is None:
             raise InvariantError(f"committing without a commit: {self.story()}")
         return self._take_over(self._commit, now)
@@ -266,11 +266,10 @@ class TargetMigration:
         self.state, self.deadline = TargetState.LETTING_GO, None
         return [self._send(self.answer)]
 
-    def _refuse_for_room(self, blocks: int) -> list[Effect]:
-        reason = f"no room for {blocks} blocks"
+    def _refuse(self, code: RefusalCode, reason: str) -> list[Effect]:
         self.answer = Denied(self.migration_id, reason)
         self._end(S.DENIED)
-        return [self._send(Refused(self.migration_id, RefusalCode.NO_BLOCKS, reason))]
+        return [self._send(Refused(self.migration_id, code, reason))]
 
     def _end(self, state: TargetState) -> None:
         self.state, self.deadline, self.expected_at = state, None, None

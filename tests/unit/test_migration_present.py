@@ -22,7 +22,8 @@ from llumnix.core.messages.migration import AbortMigration, Commit, CopyStage, R
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.migration.events import ReadEnded, StartRead
 from llumnix.migration.pace import CopySpeeds
-from llumnix.migration.source import SourceMigration, SourceState
+from llumnix.migration.source import SourceMigration
+from llumnix.migration.source_state import SourceState
 from llumnix.migration.target import TargetMigration
 
 REQUEST = spec("r", prompt_len=8, max_tokens=20)

@@ -32,7 +32,9 @@ from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.simulated_executor import SimulatedExecutor
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
 from llumnix.migration.pace import CopySpeeds
-from llumnix.migration.source import ASKS_MAX, ENDED, TRANSITIONS, SourceMigration, SourceState
+from llumnix.migration.source import TRANSITIONS, SourceMigration
+from llumnix.migration.source_commit import ASKS_MAX
+from llumnix.migration.source_state import ENDED, SourceState
 
 RESERVED = Reserved("m", 15.0)
 COMMITTED = Committed("m", FIRST_EPOCH + 1)

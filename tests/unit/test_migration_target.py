@@ -155,11 +155,12 @@ def test_asking_makes_an_undecided_target_deny_for_good() -> None:
 
 
 @pytest.mark.parametrize("state", [TargetState.COPYING, TargetState.COMMITTING])
-def test_a_failed_read_is_a_denial(state: TargetState) -> None:
+def test_a_failed_read_is_a_refusal_that_says_so_and_a_denial_for_ever(state: TargetState) -> None:
     migration, engine = at(state)
     (answer,) = messages(migration.handle(ReadEnded(1, FAILED), 1.2))
-    assert isinstance(answer, Denied)
+    assert isinstance(answer, Refused) and answer.code is RefusalCode.UNREADABLE
     assert "cut" in answer.reason
+    assert isinstance(migration.answer, Denied)
     assert reserved_blocks(engine) == 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import Client, run_out, spec, step, undisturbed
-from migration_driving import MANAGER, agent, hello
+from migration_driving import CONFIG, MANAGER, agent, hello
 from swap_driving import WordExecutor, swapping_engine
 
 from llumnix.core.config import SchedulerConfig, SwapConfig
@@ -370,3 +370,46 @@ def test_only_a_request_that_was_taken_out_is_leased() -> None:
     two.source._switching.host.lease(two.source._requests[OUT])
     with pytest.raises(InvariantError, match="leased to no migration"):
         two.source.check()
+
+
+@pytest.mark.parametrize("failing", ["a stage", "the commit"])
+def test_what_the_target_cannot_read_is_left_behind(failing: str) -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    known = len(two.source._requests[OUT].tokens)
+    if failing == "the commit":
+        two.agents["source"] = agent("source", two.source, replace(CONFIG, stages_max=0))
+    two.order()
+    while not (two.mail and isinstance(two.mail[0][1], StartRead)):
+        two.carry()
+    name, order = two.mail.popleft()
+    assert isinstance(order, StartRead) and order.final == (failing == "the commit")
+    two.read(name, order, TransportError("connection refused"))
+    assert two.target.load().reserved_blocks == 0
+    two.carry_all()
+    ended = two.ended
+    assert ended is not None and ended.outcome is MigrationOutcome.COMMITTED
+    assert (ended.migration_id, ended.kv_bytes, ended.stages) == (ORDER.migration_id, 0, 1)
+    assert ended.reason == "test, without its KV (kv_not_readable: connection refused)"
+    assert not two.source.holds(OUT) and leased(two.source) == 0
+    assert two.finish()[0] == known, "computed again"
+
+
+def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    two.order()
+    two.carry_until(CopyStage)
+    two.source.abort(STAYS, EPOCH_MAX)
+    del two.requests[STAYS]
+    step(two.source, two.client)  # it is on its way in
+    name, order = two.mail.popleft()
+    assert isinstance(order, StartRead)
+    two.read(name, order, TransportError("connection refused"))
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.REFUSED
+    assert "kv_not_readable" in two.ended.reason
+    assert two.source.holds(OUT) and not two.target.holds(OUT)
+    two.finish()

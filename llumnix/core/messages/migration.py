@@ -21,6 +21,7 @@ class RefusalCode(StrEnum):
     DUPLICATE = "request_already_here"
     WRONG_TARGET = "not_the_named_process"
     ADAPTER = "adapter_not_there"
+    UNREADABLE = "kv_not_readable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Reserved:
 @dataclass(frozen=True, slots=True)
 class Refused:
     """Target to source: no, nothing is held nor ever will be. Also the answer to a CopyStage that needs more
-    room than there is."""
+    room than there is, and to one or a Commit whose blocks cannot be read."""
 
     migration_id: str
     code: RefusalCode
