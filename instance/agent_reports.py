@@ -2,17 +2,19 @@
 
 Reports go out when there is news, at most every ``interval_s``, and every HEARTBEAT_S in any case, so that
 silence means trouble. News is who is here, waits, runs or moves; that the batch got its next tokens is
-progress, which by itself is told every PROGRESS_S: a report per step of every instance would leave the
-manager no time for anything else. Each carries a sequence number one above the last. Used by the agent
-(agent.py) alone.
+progress: a report per step of every instance would leave the manager no time for anything else. By itself it
+is told when it may have used up PROGRESS_SHARE of the steps that free blocks last for, as that is what
+freeness is compared in, and at most every PROGRESS_S. Each carries a sequence number one above the last. Used
+by the agent (agent.py) alone.
 """
 
 from llumnix.core.effects import Send
 from llumnix.core.messages.control import InstanceHello, InstanceRole, LoadReport
-from llumnix.instance.engine import Engine
+from llumnix.instance.engine import Engine, EngineLoad
 
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
+PROGRESS_SHARE = 1 / 16
 
 
 class LoadReporter:
@@ -27,6 +29,7 @@ class LoadReporter:
         self._manager_address = manager_address
         self._sequence = 0
         self._last_at = float("-inf")
+        self._progress_s = PROGRESS_S
         self._changed = True
         self._progressed = False
         self._accepted: list[str] = []
@@ -53,7 +56,7 @@ class LoadReporter:
 
     def due_if_progressed(self) -> float:
         """When the next report goes out if the batch gets on and nothing else happens by then."""
-        wait_s = self._interval_s if self._changed else max(self._interval_s, PROGRESS_S)
+        wait_s = self._interval_s if self._changed else max(self._interval_s, self._progress_s)
         return self._last_at + wait_s
 
     def due(self, now: float) -> bool:
@@ -66,6 +69,7 @@ class LoadReporter:
         """The report, due or not."""
         load = self._engine.load()
         self._sequence += 1
+        self._progress_s = self._progress_due_s(load)
         self._last_at, self._changed, self._progressed = now, False, False
         accepted, self._accepted = tuple(self._accepted), []
         report = LoadReport(
@@ -101,3 +105,11 @@ class LoadReporter:
             kept_tokens_max=load.kept_tokens_max,
         )
         return Send(self._manager_address, report)
+
+    def _progress_due_s(self, load: EngineLoad) -> float:
+        """How long progress alone may go untold under this load."""
+        if not load.running:
+            return HEARTBEAT_S
+        free = load.capacity_blocks - load.used_blocks - load.reserved_blocks - load.waiting_blocks
+        lasts_s = free / load.running * self._engine.block_size * load.step_s
+        return min(HEARTBEAT_S, max(PROGRESS_S, PROGRESS_SHARE * lasts_s))

@@ -1,11 +1,14 @@
 """What the simulator relies on and once found missing: news is reported at once, progress now and then."""
 
+from itertools import count
+
+import pytest
 from engine_driving import small_engine, spec, step
 from migration_driving import MANAGER, agent, sent_to
 
 from llumnix.core.messages.control import LoadReport
 from llumnix.core.messages.serving import Probe, Submit
-from llumnix.instance.agent_reports import PROGRESS_S
+from llumnix.instance.agent_reports import HEARTBEAT_S, PROGRESS_S
 from llumnix.sim.tokens import sample
 
 
@@ -38,3 +41,20 @@ def test_what_comes_ends_or_leaves_is_news_and_a_question_is_not() -> None:
     assert not sent_to(one.tick(1.3), MANAGER)
     (ended,) = sent_to(one.after_step(step(engine), 1.35), MANAGER)
     assert isinstance(ended, LoadReport) and ended.finished_total == 1
+
+
+def test_progress_is_told_the_more_rarely_the_longer_free_blocks_last() -> None:
+    due: list[float] = []
+    for blocks in (8, 32, 4000):
+        clock = count(0.0, 0.1)
+        engine = small_engine(kv_blocks=blocks)
+        one = agent("source", engine)
+        one.start(1.0)
+        one.handle(Submit(spec("r", max_tokens=12)), 1.0)
+        one.tick(1.1)
+        one.after_step(engine.step(lambda clock=clock: next(clock)), 1.2)
+        until = one.quiet_until()
+        assert until is not None
+        due.append(until - 1.2)
+    assert due[0] == pytest.approx(PROGRESS_S) and due[2] == pytest.approx(HEARTBEAT_S)
+    assert due[0] < due[1] < due[2]
