@@ -2,10 +2,12 @@
 them.
 
 A group is a run of free blocks that one holder uses from the front; the rest, its tail, is the holder's first
-choice for growth and free all the same: when no free run is long enough, half of the longest tail is taken
-back. So contiguity never costs a block. Following FastSwitch (arXiv 2411.18424), with one difference: how
-long a new group's tail may be is no constant, the caller makes it the holder's equal share of what is free
-now. Short of space, that puts all of it into tails and in none of them too much.
+choice for growth and free all the same: when no free run is long enough, a tail is taken back, together with
+the free run behind it: if they hold all that is needed, what is left over is divided equally, else the holder
+keeps half. So contiguity never costs a block. Following FastSwitch (arXiv 2411.18424), with one difference:
+how long a new group's tail may be is no constant, the caller makes it the holder's equal share of what is
+free now. Short of space, that puts all of it into tails and in none of them too much. What else was tried,
+and how much better one could do that knew the future: docs/switching.md.
 
 ``ScatteredBlocks`` is the plain free list of others, for comparison. Called by the block manager only, which
 never asks for more than ``total``.
@@ -107,20 +109,26 @@ class GroupedBlocks:
         if length:
             start = behind
         else:
-            start, length = self._free.fitting(wanted) or self._longest()
+            start, length = self._free.fitting(wanted) or self._longest(count)
         used = min(length, wanted)
         self._free.carve(start, 0, used)
         self._set_tail(holding, start, used)
 
-    def _longest(self) -> tuple[int, int]:
-        """The longest free run, or half of the longest tail if that is longer."""
+    def _longest(self, count: int) -> tuple[int, int]:
+        """The longest free run, after taking back the tail that makes it longest, if one does. O(holders)."""
         longest = self._free.longest()
-        if self._tailed:
-            other = max(self._tailed, key=_tail_length)
-            half = (other.tail_length + 1) // 2
-            if longest is None or half > longest[1]:
-                self._take_back(other, half)
-                longest = self._free.longest()
+        most = longest[1] if longest else 0
+        found: tuple[Holding, int] | None = None
+        for holding in self._tailed:
+            tail = holding.tail_length
+            behind = self._free.length_at(holding.tail_start + tail)
+            spare = tail + behind - count
+            kept = min(tail, spare // 2) if spare >= 0 else tail // 2
+            if kept < tail and tail + behind - kept > most:
+                most, found = tail + behind - kept, (holding, tail - kept)
+        if found is not None:
+            self._take_back(*found)
+            longest = self._free.longest()
         if longest is None:
             raise InvariantError("a block was taken where none is free")
         return longest
@@ -137,10 +145,6 @@ class GroupedBlocks:
             self._tailed[holding] = None
         else:
             self._tailed.pop(holding, None)
-
-
-def _tail_length(holding: Holding) -> int:
-    return holding.tail_length
 
 
 class ScatteredBlocks:

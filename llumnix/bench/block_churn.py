@@ -31,17 +31,25 @@ class ChurnRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChurnResult:
-    """``swaps`` moved ``blocks`` blocks in ``runs`` runs while the pool was ``fill`` full on average."""
+    """``swaps`` moved ``blocks`` blocks in ``runs`` runs while the pool was ``fill`` full on average and
+    ``resident`` requests held blocks. ``run_squares`` is the sum of the runs' squared lengths."""
 
     swaps: int
     blocks: int
     runs: int
+    run_squares: int
     fill: float
+    resident: float
 
     @property
     def mean_run(self) -> float:
         """Blocks per copy."""
         return self.blocks / max(1, self.runs)
+
+    @property
+    def mean_run_of_a_block(self) -> float:
+        """Length of the run that a block lies in, over blocks."""
+        return self.run_squares / max(1, self.blocks)
 
 
 class BlockChurn:
@@ -65,15 +73,16 @@ class BlockChurn:
         """Churn for ``warm_up`` ticks, then for ``ticks`` that count."""
         for _ in range(warm_up):
             self.tick()
-        swaps = copied = runs = 0
-        filled = 0.0
+        swaps, filled, resident = 0, 0.0, 0
+        lengths: list[int] = []
         for _ in range(ticks):
             for blocks in self.tick():
                 swaps += 1
-                copied += len(blocks)
-                runs += sum(1 for _ in runs_of(blocks))
+                lengths += (length for _, length in runs_of(blocks))
             filled += self._blocks.owned_blocks / self._blocks.capacity
-        return ChurnResult(swaps, copied, runs, filled / ticks)
+            resident += len(self._running)
+        squares = sum(length * length for length in lengths)
+        return ChurnResult(swaps, sum(lengths), len(lengths), squares, filled / ticks, resident / ticks)
 
     def tick(self) -> list[list[int]]:
         """One step; the blocks of every request swapped out in it."""

@@ -6,6 +6,7 @@ without reuse, and what the bookkeeping costs (swap_switches.py).
 """
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ LAYOUTS = {
 }
 CHURN_POOLS = (1024, 2048, 8192)
 CHURN_TICKS = 2000
+CHURN_SEEDS = 8
 COLUMNS = (
     *("blocks", "copies", "bytes_per_copy", "plan_us_p50", "swap_out_ms_p50", "swap_in_ms_p50"),
     *("gb_s", "share_of_one_copy"),
@@ -42,20 +44,27 @@ TITLES = ("blocks", "copies", "bytes a copy", "plan µs", "out ms", "in ms", "GB
 
 
 def churn_rows(seed: int) -> list[dict[str, Any]]:
-    """Mean runs of swapped-out requests, by pool size and allocation."""
+    """Mean runs of swapped-out requests, by pool size and allocation, over CHURN_SEEDS histories.
+    ``mean_run_blocks_by_seed`` has each; no run can be longer than a swap (``blocks_per_swap``)."""
     rows = []
     for blocks in CHURN_POOLS:
         for allocation in ALLOCATIONS:
-            manager = BlockManager(blocks, grouped=allocation == "grouped")
-            result = BlockChurn(manager, seed=seed, fill=FILL).run(CHURN_TICKS, WARM_UP_TICKS)
+            results = []
+            for history in range(seed, seed + CHURN_SEEDS):
+                manager = BlockManager(blocks, grouped=allocation == "grouped")
+                results.append(BlockChurn(manager, seed=history, fill=FILL).run(CHURN_TICKS, WARM_UP_TICKS))
+            swaps, copied = sum(one.swaps for one in results), sum(one.blocks for one in results)
             rows.append(
                 {
                     "pool_blocks": blocks,
                     "allocation": allocation,
-                    "fill": result.fill,
-                    "swaps": result.swaps,
-                    "blocks_per_swap": result.blocks / max(1, result.swaps),
-                    "mean_run_blocks": result.mean_run,
+                    "fill": statistics.mean(one.fill for one in results),
+                    "resident_requests": statistics.mean(one.resident for one in results),
+                    "swaps": swaps,
+                    "blocks_per_swap": copied / max(1, swaps),
+                    "mean_run_blocks": copied / max(1, sum(one.runs for one in results)),
+                    "mean_run_of_a_block": sum(one.run_squares for one in results) / max(1, copied),
+                    "mean_run_blocks_by_seed": [one.mean_run for one in results],
                 }
             )
     return rows
@@ -78,15 +87,19 @@ def _show(report: dict[str, Any]) -> None:
         f"done after {submitted['until_done_ms_p50']:.2f} ms"
     )
     churn = Table(title=f"runs under churn, pool {FILL:.0%} full")
-    for column in ("pool blocks", "allocation", "fill", "blocks per swap", "mean run"):
+    titles = ("pool blocks", "allocation", "fill", "requests", "blocks per swap", "mean run", "by seed")
+    for column in (*titles, "of a block"):
         churn.add_column(column, justify="right")
     for row in report["churn"]:
         churn.add_row(
             str(row["pool_blocks"]),
             row["allocation"],
             f"{row['fill']:.2f}",
+            f"{row['resident_requests']:.0f}",
             f"{row['blocks_per_swap']:.1f}",
             f"{row['mean_run_blocks']:.1f}",
+            f"{min(row['mean_run_blocks_by_seed']):.1f} to {max(row['mean_run_blocks_by_seed']):.1f}",
+            f"{row['mean_run_of_a_block']:.1f}",
         )
     console.print(churn)
     switches = Table(title="switches under priority updates, in virtual time; the core in real time")
