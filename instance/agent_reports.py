@@ -9,7 +9,8 @@ by the agent (agent.py) alone.
 """
 
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import InstanceHello, InstanceRole, LoadReport
+from llumnix.core.messages.control import InstanceHello, InstanceRole
+from llumnix.core.messages.load import LoadReport
 from llumnix.instance.engine import Engine, EngineLoad
 
 HEARTBEAT_S = 1.0

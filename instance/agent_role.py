@@ -8,7 +8,8 @@ by the agent alone.
 from collections.abc import Iterable
 
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import InstanceHello, InstanceRole, MoveCandidate, RequestStatus
+from llumnix.core.messages.control import InstanceHello, InstanceRole, RequestStatus
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.messages.migration import MoveCause, MoveWanted
 from llumnix.core.messages.serving import TokenDelta
 from llumnix.instance.agent_memory import Latest

@@ -9,14 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import (
-    MoveCandidate,
-    RequestRow,
-    Shortage,
-    SwapTotals,
-    TenantService,
-    TenantTotals,
-)
+from llumnix.core.messages.control import RequestRow, TenantTotals
+from llumnix.core.messages.load import MoveCandidate, Shortage, SwapTotals, TenantService
 from llumnix.core.messages.serving import RejectCode, RequestSpec, TokenDelta
 from llumnix.migration.transports.base import ReaderFactory
 

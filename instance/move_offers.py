@@ -8,7 +8,7 @@ that once, and the fault is kept for the next reports, so that the manager can t
 from collections.abc import Callable, Sequence
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.batch import Batch
 from llumnix.instance.request import Request

@@ -1,7 +1,7 @@
 """Whether an instance's blocks are about to run out, and who would have to give way first. Told in its load
 reports, so that the manager can move that request away before. Called by the engine core."""
 
-from llumnix.core.messages.control import MoveCandidate, Shortage
+from llumnix.core.messages.load import MoveCandidate, Shortage
 from llumnix.instance.local_scheduler import LocalScheduler
 
 SHORT_STEPS = 32

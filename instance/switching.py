@@ -17,7 +17,8 @@ from itertools import count
 from typing import Protocol
 
 from llumnix.core.config import SchedulerConfig, SwapConfig
-from llumnix.core.messages.control import RequestStatus, SwapTotals
+from llumnix.core.messages.control import RequestStatus
+from llumnix.core.messages.load import SwapTotals
 from llumnix.core.views import PreemptionAction, PreemptionDecision, PreemptionPolicy, VictimView
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.free_runs import runs_of

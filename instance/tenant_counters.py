@@ -14,7 +14,7 @@ engine core and its local scheduler.
 from dataclasses import dataclass
 
 from llumnix.core.config import SchedulerConfig, parse_weights
-from llumnix.core.messages.control import TENANTS_REPORTED_MAX, TenantService
+from llumnix.core.messages.load import TENANTS_REPORTED_MAX, TenantService
 
 IDLE_MAX = 1024
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
-from llumnix.core.messages.control import KvLayout, MoveCandidate, RequestRow, RequestStatus, TenantTotals
+from llumnix.core.messages.control import KvLayout, RequestRow, RequestStatus, TenantTotals
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.messages.serving import RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
 from llumnix.instance.engine import EngineLoad, StepResult

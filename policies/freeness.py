@@ -19,7 +19,8 @@ Called by the cluster view for every instance that changed, and by pairing to se
 from math import ceil, inf
 from typing import NamedTuple
 
-from llumnix.core.messages.control import InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceState
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import InstanceView
 
 Priorities = tuple[tuple[int, int], ...]

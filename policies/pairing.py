@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceRole, InstanceState
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.roles import suits
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
 from llumnix.policies.freeness import Load

@@ -9,7 +9,8 @@ has the role decode, and by the control plane for requests on an instance whose 
 from collections.abc import Sequence
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import InstanceRole, MoveCandidate
+from llumnix.core.messages.control import InstanceRole
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.roles import suits
 from llumnix.core.views import EntryDecision, InstanceView, Move, RequestView
 from llumnix.policies.freeness import Load, free_blocks

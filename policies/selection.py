@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate
+from llumnix.core.messages.load import MoveCandidate
 
 Cost = tuple[int | float | str, ...]
 

@@ -5,21 +5,19 @@ takes a new generation, so a late word of the old owner can never be mistaken fo
 has a deadline, so lost messages delay it and never strand it. Time is an argument; effects are carried out in
 order by the caller (the runtime's frontend, or the simulator). Any message may be lost, late, doubled or
 reordered.
+
+The books it keeps: stream_books.py; how a request finds its instance: stream_placing.py.
 """
 
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
-from llumnix.api.alarms import Alarms
 from llumnix.api.backend import FailKind, StreamCall
-from llumnix.api.directory import InstanceDirectory
-from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, StreamStats, check_streams
-from llumnix.core.admin import MoveSeen
+from llumnix.api.stream_placing import FULL_RETRY_AFTER_S, StreamPlacing
+from llumnix.api.stream_state import Deliver, Effect, Fail, Phase, Stream, check_streams
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import HOP_BITS, HOP_MAX, next_generation
+from llumnix.core.epochs import HOP_MAX
 from llumnix.core.errors import InvariantError, ProtocolError
 from llumnix.core.messages.control import (
     ClusterStatus,
@@ -31,43 +29,24 @@ from llumnix.core.messages.control import (
     Placed,
 )
 from llumnix.core.messages.serving import (
-    Abort,
     FinishReason,
     Moved,
     Probe,
     ProbeReply,
-    RejectCode,
     Rejected,
-    Submit,
     TokenBatch,
     TokenDelta,
 )
 
-CONTINUE_MAX_S = 300.0  # a request whose owner died is tried this long before its client sees an error
-PLACE_TRIES_MAX = 3  # unanswered questions for a place before a fresh request is refused
-REJECTIONS_MAX = 5  # instances that may refuse a fresh request in a row
 UNKNOWN_MAX = 2  # times an owner must deny a request: once may be a Moved still on its way
 UNANSWERED_MAX = 4  # probes an owner may leave unanswered
-MOVES_MAX = 1024  # migrations remembered as clients felt them
-FULL_RETRY_AFTER_S = 1.0
-STOPPED_MIN = 1024  # instances lately told to stop a request that are remembered, at least
 
 
-class StreamTable:
+class StreamTable(StreamPlacing):
     """All requests of one frontend. ``manager_address`` may be set anew when the manager moved."""
 
     def __init__(self, frontend_id: str, address: str, manager_address: str, config: FrontendConfig) -> None:
-        self.frontend_id = frontend_id
-        self.manager_address = manager_address
-        self.stats = StreamStats()
-        self.moves: deque[MoveSeen] = deque(maxlen=MOVES_MAX)
-        self._address = address
-        self._config = config
-        self._requick_s = config.silent_probe_s / 8
-        self._streams: dict[str, Stream] = {}
-        self._directory = InstanceDirectory()
-        self._stopped: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._alarms = Alarms(self._requick_s)
+        super().__init__(frontend_id, address, manager_address, config)
         self._handlers: dict[type, Callable[[Any, float], list[Effect]]] = {
             TokenBatch: self._tokens,
             Placed: self._placed,
@@ -79,12 +58,6 @@ class StreamTable:
             Fenced: self._fenced,
             HelloWanted: self._hello_wanted,
         }
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._streams
 
     @property
     def ready(self) -> bool:
@@ -148,75 +121,6 @@ class StreamTable:
         """Raise InvariantError unless every promise about the table's own state holds."""
         check_streams(self._streams, self._directory.held, self.stats)
 
-    # Placing.
-    def _ask_place(self, stream: Stream, now: float) -> list[Effect]:
-        self._set(stream, Phase.PLACING, now + self._config.place_timeout_s)
-        stream.tries += 1
-        return [Send(self.manager_address, stream.place(self._address, self._directory.kept))]
-
-    def _placed(self, message: Placed, now: float) -> list[Effect]:
-        stream = self._streams.get(message.request_id)
-        if stream is None or stream.phase is not Phase.PLACING or message.instance_id in stream.exclude:
-            return []  # an answer to an earlier question
-        return self._submit(stream, message.instance_id, message.address, now)
-
-    def _submit(self, stream: Stream, instance_id: str, address: str, now: float) -> list[Effect]:
-        self._directory.learn_address(instance_id, address)
-        self._own(stream, instance_id, address)
-        self._set(stream, Phase.STREAMING, now + self._config.silent_probe_s)
-        return [Send(address, Submit(stream.spec(self._address, now)))]
-
-    def _not_placed(self, message: NotPlaced, now: float) -> list[Effect]:
-        stream = self._streams.get(message.request_id)
-        if stream is None or stream.phase is not Phase.PLACING:
-            return []
-        reason = f"{message.reason}; last refusal: {stream.refusal}" if stream.refusal else message.reason
-        return self._nowhere(stream, reason, message.retry_after_s, now)
-
-    def _nowhere(self, stream: Stream, reason: str, retry_after_s: float, now: float) -> list[Effect]:
-        """No instance takes it now: an answer for a fresh request, a delay for one that had begun."""
-        if not stream.must_continue:
-            kind = FailKind.OVERLOADED if retry_after_s else FailKind.INVALID  # 0: trying again is no use
-            return self._fail(stream, kind, reason, retry_after_s)
-        if stream.troubled_at is None:
-            stream.troubled_at = now
-        if now - stream.troubled_at > CONTINUE_MAX_S:
-            return self._fail(stream, FailKind.LOST, f"could not be continued: {reason}", retry_after_s)
-        stream.exclude = ()
-        self._set(stream, Phase.BACKOFF, now + stream.retry_s(retry_after_s))
-        return []
-
-    def _place_alone(self, stream: Stream, now: float) -> list[Effect]:
-        chosen = self._directory.freest(stream.exclude)
-        if chosen is not None:
-            self.stats.placed_alone += 1
-            return self._submit(stream, *chosen, now)
-        reason = "the manager does not answer and no instance is known to serve"
-        if stream.must_continue or stream.tries >= PLACE_TRIES_MAX:
-            return self._nowhere(stream, reason, FULL_RETRY_AFTER_S, now)
-        return self._ask_place(stream, now)
-
-    def _rejected(self, message: Rejected, now: float) -> list[Effect]:
-        stream = self._streams.get(message.request_id)
-        if stream is None or stream.epoch != message.epoch or stream.owner_id != message.instance_id:
-            return []
-        self.stats.rejected += 1
-        stream.refusal = message.reason
-        if message.code is RejectCode.INVALID:
-            # A doubled Submit is refused as well, while its first copy runs: ask before failing the client.
-            stream.invalid_reason = message.reason
-            return self._probe_now(stream, now)
-        if not stream.must_continue and stream.tries >= REJECTIONS_MAX:
-            return self._fail(stream, FailKind.OVERLOADED, message.reason, FULL_RETRY_AFTER_S)
-        stream.exclude = (*stream.exclude, message.instance_id)
-        self._leave(stream)
-        if stream.tries == 1:
-            return self._ask_place(stream, now)
-        if stream.must_continue:
-            return self._nowhere(stream, message.reason, 0.0, now)
-        self._set(stream, Phase.BACKOFF, now + stream.retry_s())
-        return []
-
     # Tokens.
     def _tokens(self, batch: TokenBatch, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -259,47 +163,13 @@ class StreamTable:
             self._forget(stream)
         return [Deliver(delta.request_id, known, tokens, logprobs, delta.finish_reason if ends else None)]
 
-    def _stop(self, request_id: str, epoch: int, instance_id: str, now: float) -> list[Effect]:
-        """Tell an instance to drop the request at ``epoch`` or below, again only after a while."""
-        address = self._directory.address(instance_id)
-        key = (request_id, instance_id)
-        if not address or now - self._stopped.get(key, -inf) < self._config.silent_probe_s:
-            return []
-        self._stopped[key] = now
-        self._stopped.move_to_end(key)
-        while len(self._stopped) > max(STOPPED_MIN, self._config.requests_max):
-            self._stopped.popitem(last=False)
-        return [Send(address, Abort(request_id, epoch))]
-
     # Owners.
-    def _moves_on(self, stream: Stream, epoch: int) -> bool:
-        """Whether ``epoch`` is a later hop of the generation that is out."""
-        same = epoch >> HOP_BITS == stream.epoch >> HOP_BITS
-        return stream.phase is Phase.STREAMING and same and epoch > stream.epoch
-
     def _moved(self, message: Moved, now: float) -> list[Effect]:
         stream = self._streams.get(message.request_id)
         if stream is not None and self._moves_on(stream, message.epoch):
             self._move(stream, message.epoch, message.instance_id)
             stream.deadline = now + self._config.silent_probe_s
         return []
-
-    def _move(self, stream: Stream, epoch: int, instance_id: str) -> None:
-        stream.epoch = epoch
-        self._own(stream, instance_id, self._directory.address(instance_id))
-
-    def _own(self, stream: Stream, instance_id: str, address: str) -> None:
-        if stream.owner_id:
-            self._directory.hold(stream.owner_id, -1)
-        if instance_id:
-            self._directory.hold(instance_id, 1)
-        stream.owner_id, stream.owner_address = instance_id, address
-        stream.owner_incarnation = self._directory.incarnation(instance_id)
-        stream.settle()
-
-    def _leave(self, stream: Stream) -> None:
-        self._own(stream, "", "")
-        stream.epoch = next_generation(stream.epoch)
 
     def _continue(self, stream: Stream, now: float) -> list[Effect]:
         """Its owner died or forgot it: go on elsewhere, after the tokens delivered."""
@@ -340,12 +210,6 @@ class StreamTable:
         return [Send(self.manager_address, FrontendHello(self.frontend_id, self._address))]
 
     # Silence.
-    def _probe_now(self, stream: Stream, now: float) -> list[Effect]:
-        stream.asked, stream.probed_at = True, now
-        self._set(stream, Phase.STREAMING, now + self._requick_s)
-        probe = Probe(self._address, ((stream.call.request_id, len(stream.tokens)),))
-        return [Send(stream.owner_address, probe)] if stream.owner_address else []
-
     def _silent(self, stream: Stream, probes: dict[str, list[tuple[str, int]]], now: float) -> list[Effect]:
         if stream.asked:
             if self._directory.answered_at(stream.owner_id) >= stream.probed_at:  # and did not say unknown
@@ -381,20 +245,3 @@ class StreamTable:
         """It lives, yet is of no use: what it has left of the request is to end, in whichever hop."""
         epoch = stream.epoch | HOP_MAX
         return self._stop(stream.call.request_id, epoch, stream.owner_id, now) + self._continue(stream, now)
-
-    # Bookkeeping.
-    def _set(self, stream: Stream, phase: Phase, deadline: float) -> None:
-        stream.phase, stream.deadline = phase, deadline
-        self._alarms.arm(stream)
-
-    def _fail(self, stream: Stream, kind: FailKind, reason: str, retry_after_s: float) -> list[Effect]:
-        self.stats.failed += 1
-        self._forget(stream)
-        return [Fail(stream.call.request_id, kind, reason, retry_after_s)]
-
-    def _forget(self, stream: Stream) -> None:
-        if stream.owner_id:
-            self._directory.hold(stream.owner_id, -1)
-            stream.owner_id = ""
-        self._alarms.disarm(stream)
-        del self._streams[stream.call.request_id]

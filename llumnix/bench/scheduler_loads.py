@@ -4,14 +4,8 @@ seed."""
 import random
 from collections.abc import Iterator
 
-from llumnix.core.messages.control import (
-    InstanceHello,
-    InstanceRole,
-    KvEndpoint,
-    KvLayout,
-    LoadReport,
-    MoveCandidate,
-)
+from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint, KvLayout
+from llumnix.core.messages.load import LoadReport, MoveCandidate
 
 CAPACITY_BLOCKS = 851  # LLaMA-7B on a 24 GB card, 16 tokens a block
 BATCH_MAX = 60

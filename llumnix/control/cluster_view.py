@@ -21,13 +21,8 @@ from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import (
-    InstanceHello,
-    InstanceRole,
-    InstanceState,
-    InstanceStatus,
-    LoadReport,
-)
+from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceState, InstanceStatus
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.views import ClusterSnapshot, InstanceView
 from llumnix.policies.freeness import classes_above_normal
 

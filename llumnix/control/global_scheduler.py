@@ -36,12 +36,12 @@ from llumnix.core.messages.control import (
     InstanceHello,
     InstanceRole,
     InstanceState,
-    LoadReport,
     MigrationEnded,
     Place,
     RequestList,
     SchedulerSettings,
 )
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.messages.migration import MoveWanted
 
 __all__ = ["Answered", "Effect", "GlobalScheduler", "Logged"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from llumnix.control.ledger import MoveEntry, Placement
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceState, LoadReport
+from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceState
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.views import InstanceView
 from llumnix.policies.freeness import Load
 

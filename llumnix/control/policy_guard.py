@@ -10,7 +10,8 @@ from math import isfinite
 
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceState
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import (
     ClusterSnapshot,
     DispatchDecision,

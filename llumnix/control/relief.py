@@ -14,7 +14,8 @@ from llumnix.control.policy_guard import GuardedRelief
 from llumnix.control.rescheduler import Rescheduler
 from llumnix.core.admin import MigrationResult
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import MigrationOutcome, Shortage
+from llumnix.core.messages.control import MigrationOutcome
+from llumnix.core.messages.load import Shortage
 from llumnix.core.views import Move, ReliefView
 
 TARGETS_MAX = 8

@@ -14,7 +14,8 @@ totals. Called by the global scheduler only.
 from dataclasses import dataclass, field
 
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import LoadReport, TenantService, TenantTotals
+from llumnix.core.messages.control import TenantTotals
+from llumnix.core.messages.load import LoadReport, TenantService
 
 TENANTS_MAX = 10_000
 REBUILD_S = 1.5

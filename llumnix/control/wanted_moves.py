@@ -17,7 +17,8 @@ from llumnix.control.rescheduler import Rescheduler
 from llumnix.core.admin import MigrationResult
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import MigrationOutcome, MoveCandidate
+from llumnix.core.messages.control import MigrationOutcome
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.messages.migration import MoveWanted
 from llumnix.core.roles import suits
 from llumnix.core.views import InstanceView

@@ -11,7 +11,8 @@ from llumnix.control.effects import Logged
 from llumnix.control.instance_record import InstanceRecord
 from llumnix.core.admin import Refusal
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import InstanceRole, LoadReport, SetDraining, SetRole
+from llumnix.core.messages.control import InstanceRole, SetDraining, SetRole
+from llumnix.core.messages.load import LoadReport
 
 Orders = list[Send | Logged]
 

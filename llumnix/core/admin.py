@@ -3,7 +3,8 @@ handle of ``llumnix.connect()``. Plain data; ``dataclasses.asdict`` is their JSO
 
 from dataclasses import dataclass, field
 
-from llumnix.core.messages.control import InstanceRole, InstanceState, MigrationOutcome, SwapTotals
+from llumnix.core.messages.control import InstanceRole, InstanceState, MigrationOutcome
+from llumnix.core.messages.load import SwapTotals
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgpack
 
 from llumnix.core.errors import ConfigurationError, ProtocolError
-from llumnix.core.messages import control, migration, serving
+from llumnix.core.messages import control, load, migration, serving
 
 MESSAGE_BYTES_MAX = 64 << 20
 
@@ -27,7 +27,7 @@ TAGS: dict[int, type] = {
     6: serving.Probe,
     7: serving.ProbeReply,
     20: control.InstanceHello,
-    21: control.LoadReport,
+    21: load.LoadReport,
     22: control.HelloWanted,
     23: control.FrontendHello,
     24: control.Place,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
-from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceRole, InstanceState
+from llumnix.core.messages.load import MoveCandidate
 
 
 class InstanceView(NamedTuple):

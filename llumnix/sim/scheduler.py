@@ -8,7 +8,7 @@ from llumnix.control.effects import ScaleTo
 from llumnix.control.global_scheduler import GlobalScheduler, Logged
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import LoadReport
+from llumnix.core.messages.load import LoadReport
 from llumnix.sim.clock import Clock
 from llumnix.sim.network import Network
 

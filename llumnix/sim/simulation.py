@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from llumnix.core.config import Config
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import LoadReport
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.roles import starting_role
 from llumnix.policies.registry import selection_policy
 from llumnix.sim.checks import OwnerCheck, check_idle

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llumnix.core.messages.control import LoadReport
+from llumnix.core.messages.load import LoadReport
 from llumnix.sim.clock import Clock
 
 SAMPLES_MAX = 2048

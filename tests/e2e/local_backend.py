@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from llumnix.api.backend import FailKind, ManagerAway, ModelInfo, StreamCall, StreamFailed, TokenChunk
 from llumnix.api.server import ApiServer
-from llumnix.api.streams import Deliver, Effect, Fail, StreamTable
+from llumnix.api.stream_state import Deliver, Effect, Fail
+from llumnix.api.streams import StreamTable
 from llumnix.core.admin import (
     ClusterSummary,
     DecisionRow,

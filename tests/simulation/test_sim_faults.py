@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from llumnix.api import streams
+from llumnix.api import stream_books, streams
 from llumnix.core.errors import InvariantError
 from llumnix.instance.engine_core import EngineCore
 from llumnix.sim.checks import check_tokens
@@ -55,7 +55,7 @@ def stories_that_fail(seeds: int) -> list[str]:
 
 
 def test_two_owners_in_one_epoch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "next_generation", lambda epoch: epoch)
+    monkeypatch.setattr(stream_books, "next_generation", lambda epoch: epoch)
     assert any("in epoch" in complaint for complaint in stories_that_fail(6))
 
 

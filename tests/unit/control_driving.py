@@ -14,11 +14,9 @@ from llumnix.core.messages.control import (
     KvEndpoint,
     KvLayout,
     ListRequests,
-    LoadReport,
     MigrateOrder,
     MigrationEnded,
     MigrationOutcome,
-    MoveCandidate,
     NotPlaced,
     Place,
     Placed,
@@ -28,6 +26,7 @@ from llumnix.core.messages.control import (
     SetDraining,
     SetRole,
 )
+from llumnix.core.messages.load import LoadReport, MoveCandidate
 from llumnix.core.messages.migration import MoveCause, MoveWanted
 from llumnix.policies.selection import Cheapest
 

@@ -1,6 +1,7 @@
 """Instance views for policy tests, scored by the real freeness."""
 
-from llumnix.core.messages.control import InstanceRole, InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceRole, InstanceState
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import InstanceView, RequestView
 from llumnix.policies.freeness import Load
 

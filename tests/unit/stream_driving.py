@@ -5,7 +5,8 @@ from math import inf
 from toy_cluster import FRONTEND, MANAGER
 
 from llumnix.api.backend import StreamCall
-from llumnix.api.streams import Effect, StreamTable
+from llumnix.api.stream_state import Effect
+from llumnix.api.streams import StreamTable
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH, next_generation

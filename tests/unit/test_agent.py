@@ -11,12 +11,12 @@ from llumnix.core.epochs import FIRST_EPOCH
 from llumnix.core.messages.control import (
     HelloWanted,
     ListRequests,
-    LoadReport,
     Placed,
     RequestList,
     RequestStatus,
     SetDraining,
 )
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.messages.migration import CommitSoon, Committed, CopyStage, RefusalCode, Refused, Reserved
 from llumnix.core.messages.serving import (
     Abort,

@@ -3,7 +3,8 @@
 from engine_driving import small_engine, spec, step
 from migration_driving import MANAGER, agent, hello, sent_to
 
-from llumnix.core.messages.control import HelloWanted, InstanceHello, InstanceRole, LoadReport, SetRole
+from llumnix.core.messages.control import HelloWanted, InstanceHello, InstanceRole, SetRole
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.messages.migration import MoveCause, MoveWanted
 from llumnix.core.messages.serving import Submit
 from llumnix.instance.agent import Agent

@@ -4,7 +4,8 @@ from dataclasses import fields
 
 from llumnix.api.metrics import SWAP_GAUGES, ApiMetrics
 from llumnix.core.admin import InstanceRow
-from llumnix.core.messages.control import InstanceRole, InstanceState, SwapTotals
+from llumnix.core.messages.control import InstanceRole, InstanceState
+from llumnix.core.messages.load import SwapTotals
 
 
 def row(instance_id: str, swap: SwapTotals | None) -> InstanceRow:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llumnix.core import codec
 from llumnix.core.codec import TAGS, decode, encode
 from llumnix.core.errors import ProtocolError
-from llumnix.core.messages import control, migration, serving
+from llumnix.core.messages import control, load, migration, serving
 from llumnix.core.sampling import SamplingParams
 
 WORDS = st.text(max_size=8)
@@ -82,7 +82,7 @@ def test_every_message_class_has_a_tag_of_its_own() -> None:
     nested += " Shortage SwapTotals TenantService"
     classes = {
         value
-        for module in (control, migration, serving)
+        for module in (control, load, migration, serving)
         for value in vars(module).values()
         if is_dataclass(value) and isinstance(value, type) and value.__module__ == module.__name__
     }
@@ -95,7 +95,7 @@ def test_tags_are_part_of_the_format_and_do_not_change() -> None:
     assert {TAGS[tag] for tag in (1, 3, 21, 24, 29, 40, 49)} == {
         serving.Submit,
         serving.TokenBatch,
-        control.LoadReport,
+        load.LoadReport,
         control.Place,
         control.MigrationEnded,
         migration.Reserve,

@@ -8,7 +8,7 @@ from control_driving import ToyCluster
 
 from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate, Shortage
+from llumnix.core.messages.load import MoveCandidate, Shortage
 
 NO_ROUNDS = SchedulerConfig(pairing_policy="drain")
 

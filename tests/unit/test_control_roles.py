@@ -9,14 +9,8 @@ from llumnix.control import wanted_moves
 from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import ClusterConfig, SchedulerConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.messages.control import (
-    InstanceRole,
-    MigrateOrder,
-    MigrationOutcome,
-    MoveCandidate,
-    Placed,
-    SetRole,
-)
+from llumnix.core.messages.control import InstanceRole, MigrateOrder, MigrationOutcome, Placed, SetRole
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.roles import starting_role
 from llumnix.core.views import EntryDecision, InstanceView, Move, RequestView
 

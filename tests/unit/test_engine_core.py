@@ -7,7 +7,8 @@ from engine_driving import FRONTEND, Client, refusal_code, run_out, small_engine
 
 from llumnix.core.epochs import FIRST_EPOCH, next_generation, next_hop
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import MoveCandidate, RequestStatus
+from llumnix.core.messages.control import RequestStatus
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.messages.serving import FinishReason, RejectCode
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance import finished_outputs

@@ -12,7 +12,8 @@ from llumnix.control.global_scheduler import GlobalScheduler
 from llumnix.control.tenant_ledger import REBUILD_S, TENANTS_MAX, TenantLedger
 from llumnix.core.config import MigrationConfig, SchedulerConfig
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import LoadReport, TenantService, TenantTotals
+from llumnix.core.messages.control import TenantTotals
+from llumnix.core.messages.load import LoadReport, TenantService
 from llumnix.core.messages.serving import Submit
 from llumnix.instance.agent import Agent
 

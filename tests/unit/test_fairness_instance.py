@@ -6,7 +6,8 @@ import pytest
 from engine_driving import small_engine, spec, step
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import TENANTS_REPORTED_MAX, TenantTotals
+from llumnix.core.messages.control import TenantTotals
+from llumnix.core.messages.load import TENANTS_REPORTED_MAX
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.tenant_counters import IDLE_MAX, TenantCounters

@@ -6,7 +6,7 @@ import pytest
 from policy_views import request, running, view
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import MoveCandidate
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.policies.dispatch import (
     SCORES_MAX,
     FreenessDispatch,

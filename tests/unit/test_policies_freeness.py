@@ -5,7 +5,7 @@ from math import inf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.core.messages.control import MoveCandidate
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.policies.freeness import Load, headroom
 
 IDLE = Load(100, 0, 0, 0, 0, 0, 0, 0, (), False)

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from policy_views import HEADROOM, running, view
 
 from llumnix.core.config import SchedulerConfig
-from llumnix.core.messages.control import InstanceState, MoveCandidate
+from llumnix.core.messages.control import InstanceState
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
 from llumnix.policies.freeness import Load
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llumnix.core.messages.control import LoadReport
+from llumnix.core.messages.load import LoadReport
 from llumnix.sim.clock import Clock
 from llumnix.sim.network import MessageFaults, Network
 from llumnix.sim.record import Record, Recorder

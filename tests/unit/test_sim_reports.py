@@ -6,7 +6,7 @@ import pytest
 from engine_driving import small_engine, spec, step
 from migration_driving import MANAGER, agent, sent_to
 
-from llumnix.core.messages.control import LoadReport
+from llumnix.core.messages.load import LoadReport
 from llumnix.core.messages.serving import Probe, Submit
 from llumnix.instance.agent_reports import HEARTBEAT_S, PROGRESS_S
 from llumnix.sim.tokens import sample

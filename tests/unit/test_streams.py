@@ -7,8 +7,7 @@ from stream_driving import batch, call, entry, messages, status, streaming, tabl
 from toy_cluster import FRONTEND, MANAGER
 
 from llumnix.api.backend import FailKind
-from llumnix.api.stream_state import StreamStats, check_streams
-from llumnix.api.streams import Deliver, Fail
+from llumnix.api.stream_state import Deliver, Fail, StreamStats, check_streams
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, next_hop
 from llumnix.core.errors import InvariantError, ProtocolError

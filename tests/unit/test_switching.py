@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from swap_driving import WordCopier, swapping_engine
 
 from llumnix.core.config import SwapConfig
-from llumnix.core.messages.control import RequestStatus, SwapTotals
+from llumnix.core.messages.control import RequestStatus
+from llumnix.core.messages.load import SwapTotals
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.swap import SwapDirection

@@ -8,7 +8,8 @@ blocks at once, and no late write of a peer can ever land in them.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llumnix.core.messages.control import KvEndpoint, KvLayout, MoveCandidate
+from llumnix.core.messages.control import KvEndpoint, KvLayout
+from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.messages.serving import RequestSpec
 
 
