@@ -179,7 +179,7 @@ Rows = Mapping[type, tuple[Action, tuple[SourceState, ...]]]
 EARLY: Rows = {
     StepEnded: (M._step_ended, (S.RESERVING, S.COPYING, S.ABORTED)),
     Timeout: (M._no_answer, (S.ABORTED,)),
-    Refused: (M._refused, (S.COMMITTING, S.REFUSED)),
+    Refused: (M._refused, (S.COMMITTING, S.REFUSED, S.ABORTED)),
     Denied: (M._target_said_no, (S.ABORTED,)),
     PeerFenced: (M._target_died, (S.ABORTED,)),
     ClientAbort: (M._abort_here, (S.RESERVING, S.COPYING, S.READY, S.ABORTED)),
@@ -190,7 +190,7 @@ EARLY: Rows = {
 LATE: Rows = {
     Committed: (M._committed, (S.COMMITTED,)),
     Denied: (M._denied, (S.ABORTED,)),
-    Refused: (M._commit_refused, (S.COMMITTING, S.REFUSED)),
+    Refused: (M._commit_refused, (S.COMMITTING, S.REFUSED, S.ABORTED)),
     PeerFenced: (M._resume, (S.RESUMED,)),
     Timeout: (M._ask, (S.COMMIT_UNKNOWN, S.ABORTED)),
     ClientAbort: (M._abort_everywhere, (*UNDECIDED, S.ABORTED)),

@@ -8,7 +8,7 @@ from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import next_hop
 from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationOutcome
-from llumnix.core.messages.migration import AbortMigration, Denied, Refused, Reserve
+from llumnix.core.messages.migration import AbortMigration, Denied, RefusalCode, Refused, Reserve
 from llumnix.core.messages.serving import Moved, RequestSpec
 from llumnix.migration.alignment import Rhythm
 from llumnix.migration.copying import WITHOUT_KV, Copying
@@ -122,7 +122,8 @@ class OpenMigration:
     def _target_said_no(self, event: Refused | Denied, now: float) -> list[Send]:
         if isinstance(event, Denied):
             return self._end(S.ABORTED, event.reason, now)
-        return self._end(S.REFUSED, f"{event.code}: {event.reason}", now)
+        failed = event.code is RefusalCode.UNREADABLE
+        return self._end(S.ABORTED if failed else S.REFUSED, f"{event.code}: {event.reason}", now)
 
     def _give_up(self, reason: str, now: float) -> list[Send]:
         abort = AbortMigration(self.migration_id, reason)

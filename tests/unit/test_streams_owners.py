@@ -5,7 +5,8 @@ from stream_driving import SECOND, batch, call, entry, messages, next_effects, s
 from toy_cluster import FRONTEND
 
 from llumnix.api.backend import FailKind
-from llumnix.api.streams import CONTINUE_MAX_S, REJECTIONS_MAX, Deliver, Effect, Fail
+from llumnix.api.stream_placing import CONTINUE_MAX_S, REJECTIONS_MAX
+from llumnix.api.stream_state import Deliver, Effect, Fail
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, next_hop
 from llumnix.core.messages.control import Fenced, InstanceState, NotPlaced, Place, Placed

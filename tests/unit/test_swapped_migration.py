@@ -409,7 +409,7 @@ def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:
     assert isinstance(order, StartRead)
     two.read(name, order, TransportError("connection refused"))
     two.carry_all()
-    assert two.ended is not None and two.ended.outcome is MigrationOutcome.REFUSED
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.ABORTED
     assert "kv_not_readable" in two.ended.reason
     assert two.source.holds(OUT) and not two.target.holds(OUT)
     two.finish()

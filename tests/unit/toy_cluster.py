@@ -11,7 +11,8 @@ from heapq import heappop, heappush
 from random import Random
 
 from llumnix.api.backend import FailKind, StreamCall
-from llumnix.api.streams import Deliver, Effect, Fail, StreamTable
+from llumnix.api.stream_state import Deliver, Effect, Fail
+from llumnix.api.streams import StreamTable
 from llumnix.core.config import FrontendConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import next_hop
