@@ -4,14 +4,13 @@ Called by the local scheduler.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llumnix.core.messages.control import RequestStatus
 from llumnix.instance.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class QuietStretch:
+class QuietStretch(NamedTuple):
     """The next ``steps`` steps only decode the same ``requests`` requests; the first of them attends to
     ``context_tokens`` tokens in total, each later one to ``requests`` more."""
 

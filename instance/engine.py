@@ -6,7 +6,7 @@ step computes. Implementations: EngineCore with an executor (torch or simulated)
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import RequestRow, TenantTotals
@@ -23,8 +23,7 @@ class SubmitRefusal:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
+class EngineLoad(NamedTuple):
     """Load as in the LoadReport message; ``step_s`` is a recent mean, 0.0 before the first step."""
 
     capacity_blocks: int
@@ -49,8 +48,7 @@ class EngineLoad:
     kept_tokens_max: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What one step produced: deltas by frontend address, requests that finished, requests whose KV was given
     up. ``tokens`` computed. ``duration_s`` of the step. An empty step has computed 0 tokens. ``steady``:
     every running request got its next token and nothing else happened."""

@@ -1,6 +1,7 @@
 """Messages to bytes and back: MessagePack, one stable tag per message class, everything checked on decode.
 
-A message travels as ``[tag, field, field, …]``; a nested record as ``[field, …]``. Field order is part of the
+A message, a frozen dataclass or named tuple, travels as ``[tag, field, field, …]``; a nested record as
+``[field, …]``. Field order is part of the
 wire format, so fields are only ever added at the end of a class. Converters are built once per class from its
 annotations; decoding never calls anything but those and the record's own constructor. No pickle.
 """
@@ -120,8 +121,17 @@ def _sequence(value: Any, what: str) -> list[Any]:
     return value
 
 
+def _is_record(hint: Any) -> bool:
+    return isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
+
+
+def _names(cls: Any) -> list[str]:
+    """The fields of a record, in order."""
+    return [field.name for field in fields(cls)] if is_dataclass(cls) else list(cls._fields)
+
+
 def _decoder(hint: Any) -> Converter:
-    if is_dataclass(hint) and isinstance(hint, type):
+    if _is_record(hint):
         return _record_decoder(hint)
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return _enum(hint)
@@ -166,8 +176,8 @@ def _pair_decoder(converters: list[Converter]) -> Converter:
 
 def _record_decoder(cls: type) -> Converter:
     hints = get_type_hints(cls)
-    converters = [(field.name, _decoder(hints[field.name])) for field in fields(cls)]
-    kinds = [hints[field.name] for field in fields(cls)]
+    converters = [(name, _decoder(hints[name])) for name in _names(cls)]
+    kinds = [hints[name] for name in _names(cls)]
     plain = kinds if all(kind in PLAIN for kind in kinds) and not hasattr(cls, "__post_init__") else None
 
     def convert(value: Any) -> object:
@@ -192,7 +202,7 @@ def _record_decoder(cls: type) -> Converter:
 
 def _encoder(hint: Any) -> Converter | None:
     """A converter to plain MessagePack values, or None where the value already is one."""
-    if is_dataclass(hint) and isinstance(hint, type):
+    if _is_record(hint):
         return _record_encoder(hint)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -206,7 +216,17 @@ def _encoder(hint: Any) -> Converter | None:
 
 def _record_encoder(cls: type) -> Converter:
     hints = get_type_hints(cls)
-    encoders = [(field.name, _encoder(hints[field.name])) for field in fields(cls)]
+    encoders = [(name, _encoder(hints[name])) for name in _names(cls)]
+    if not is_dataclass(cls):
+        parts = [(place, encoder) for place, (_, encoder) in enumerate(encoders) if encoder is not None]
+
+        def convert_tuple(value: Any) -> list[Any]:
+            values = list(value)
+            for place, encoder in parts:
+                values[place] = encoder(values[place])
+            return values
+
+        return convert_tuple
 
     def convert(value: Any) -> list[Any]:
         return [

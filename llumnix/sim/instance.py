@@ -9,7 +9,6 @@ step. Both modes decide the same; a test compares them. Quiet mode is for networ
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 
 from llumnix.core.config import EngineConfig, MigrationConfig, SwapConfig
 from llumnix.core.effects import Send
@@ -330,7 +329,7 @@ class Instance:
                     sent.pop(request_id, None)
             if now_due:
                 deltas[address] = now_due
-        return replace(result, deltas=deltas)
+        return result._replace(deltas=deltas)
 
     def _flush(self) -> None:
         """Send every token that was kept back."""

@@ -1,7 +1,6 @@
 """Two agents over real engines, and a network between them that a test can break."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from engine_driving import FRONTEND, small_engine, step
 from migration_driving import CONFIG, MANAGER, READ, agent
@@ -46,7 +45,7 @@ class Cluster:
     def steps(self, name: str, count: int = 1) -> None:
         for _ in range(count):
             self.now += 0.02
-            result = replace(step(self.engines[name]), duration_s=0.02)
+            result = step(self.engines[name])._replace(duration_s=0.02)
             self.carry_out(name, self.agents[name].after_step(result, self.now))
 
     def tokens(self, request_id: str) -> tuple[int, ...]:

@@ -115,7 +115,7 @@ class TestDispatch:
 
 class TestMoves:
     def test_pairing_passes_over_an_instance_without_the_adapter(self) -> None:
-        adapted = tuple(replace(one, adapter="sql") for one in running("a", 24, 24, 24, 24).candidates)
+        adapted = tuple(one._replace(adapter="sql") for one in running("a", 24, 24, 24, 24).candidates)
         full = running("a", 24, 24, 24, 24)._replace(candidates=adapted)
         pair = FreenessPairing(SchedulerConfig()).pair
         nobody = ClusterSnapshot(0.0, (full, view("b"), view("c")), frozenset())

@@ -257,7 +257,7 @@ class HeldTarget:
         self.engine: InProcessEngine = small_engine()
         self.agent: Agent = agent("target", self.engine, config)
         self.agent.handle(Submit(spec("own", max_tokens=20)), 1.0)
-        self.agent.after_step(replace(step(self.engine), duration_s=0.02), 1.0)
+        self.agent.after_step(step(self.engine)._replace(duration_s=0.02), 1.0)
         self.agent.handle(reserve(spec("r", prompt_len=3), 2), 1.0)
 
 

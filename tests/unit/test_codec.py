@@ -30,13 +30,19 @@ SAMPLING = st.builds(
 )
 
 
+def is_record(hint: Any) -> bool:
+    """Whether it is one of our classes of messages and their parts."""
+    return isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
+
+
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Any value of an annotated type."""
     if hint is SamplingParams:
         return SAMPLING
-    if is_dataclass(hint) and isinstance(hint, type):
+    if is_record(hint):
         hints = get_type_hints(hint)
-        return st.builds(hint, **{spec.name: values(hints[spec.name]) for spec in fields(hint)})
+        names = [spec.name for spec in fields(hint)] if is_dataclass(hint) else hint._fields
+        return st.builds(hint, **{name: values(hints[name]) for name in names})
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return st.sampled_from(list(hint))
     origin, args = get_origin(hint), get_args(hint)
@@ -84,7 +90,7 @@ def test_every_message_class_has_a_tag_of_its_own() -> None:
         value
         for module in (control, load, migration, serving)
         for value in vars(module).values()
-        if is_dataclass(value) and isinstance(value, type) and value.__module__ == module.__name__
+        if is_record(value) and value.__module__ == module.__name__
     }
     assert {cls.__name__ for cls in classes if cls not in TAGS.values()} == set(nested.split())
     assert len(set(TAGS.values())) == len(TAGS)

@@ -1,7 +1,6 @@
 """Placements: spread between reports, refused with reasons, and forgotten in time."""
 
 from collections import Counter
-from dataclasses import replace
 
 from control_driving import FRONTEND, ToyCluster, hello, place
 from hypothesis import given, settings
@@ -190,7 +189,7 @@ def test_reports_out_of_order_or_repeated_change_nothing() -> None:
     old = instance.report()
     instance.running = {"r": 60}
     cluster.report()
-    for late in (old, replace(instance.report(), sequence=old.sequence + 1)):
+    for late in (old, instance.report()._replace(sequence=old.sequence + 1)):
         cluster.do(cluster.core.handle(late, cluster.now))
         assert cluster.core.instance_rows(cluster.now)[0].used_blocks == 60
 

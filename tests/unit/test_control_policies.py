@@ -1,8 +1,6 @@
 """Policies while they run: faults that end at the guard, changes that take effect at once, decisions
 explained."""
 
-from dataclasses import replace
-
 import pytest
 from control_driving import ToyCluster
 
@@ -169,12 +167,12 @@ def test_an_instance_that_missed_a_change_is_told_again_and_one_that_knows_more_
     cluster.step(1.1)  # its reports still show revision 0
     assert len(cluster.messages(SchedulerSettings)) == before + 1
     cluster.do(
-        cluster.core.handle(replace(cluster.instances["a"].report(), settings_revision=1), cluster.now)
+        cluster.core.handle(cluster.instances["a"].report()._replace(settings_revision=1), cluster.now)
     )
     cluster.tick(1.1)
     assert len(cluster.messages(SchedulerSettings)) == before + 1
     cluster.do(
-        cluster.core.handle(replace(cluster.instances["a"].report(), settings_revision=5), cluster.now)
+        cluster.core.handle(cluster.instances["a"].report()._replace(settings_revision=5), cluster.now)
     )
     asked = len(cluster.messages(HelloWanted))
     cluster.tick(1.1)
@@ -192,7 +190,7 @@ def test_a_newcomer_is_told_what_was_changed() -> None:
 def test_a_selection_policy_that_breaks_on_an_instance_is_told_once_a_minute() -> None:
     cluster = ToyCluster(SchedulerConfig(), a=100)
     for _ in range(5):
-        report = replace(cluster.instances["a"].report(), policy_fault="Mine raised KeyError: 'x'")
+        report = cluster.instances["a"].report()._replace(policy_fault="Mine raised KeyError: 'x'")
         cluster.do(cluster.core.handle(report, cluster.now))
         cluster.tick()
     (event,) = cluster.events("policy_error")

@@ -1,8 +1,6 @@
 """A request that would have to give way moves before its instance's blocks run out, if that is the better
 way."""
 
-from dataclasses import replace
-
 import pytest
 from control_driving import ToyCluster
 
@@ -25,7 +23,7 @@ def short(config: SchedulerConfig = NO_ROUNDS, *, other: int = 0, loss_s: float 
 
 def tell(cluster: ToyCluster, loss_s: float = 0.5) -> None:
     shortage = Shortage(MoveCandidate("v", 48, 0, False), 10, loss_s)
-    report = replace(cluster.instances["a"].report(), shortage=shortage)
+    report = cluster.instances["a"].report()._replace(shortage=shortage)
     cluster.do(cluster.core.handle(report, cluster.now))
 
 
@@ -74,12 +72,12 @@ def test_giving_way_costs_the_wait_for_another_request_to_end() -> None:
     cluster = ToyCluster(NO_ROUNDS, a=100, b=90)
     cluster.instances["a"].running.update({"u": 48, "v": 48})
     for finished in (0, 2, 4):  # two end every four seconds
-        report = replace(cluster.instances["a"].report(), finished_total=finished)
+        report = cluster.instances["a"].report()._replace(finished_total=finished)
         cluster.do(cluster.core.handle(report, cluster.now))
         cluster.now += 4.0
     shortage = Shortage(MoveCandidate("v", 48, 0, False), 10, 0.25)
     cluster.report("b")
-    report = replace(cluster.instances["a"].report(), finished_total=4, shortage=shortage)
+    report = cluster.instances["a"].report()._replace(finished_total=4, shortage=shortage)
     cluster.do(cluster.core.handle(report, cluster.now))
     assert dict(why(cluster)[0].scores)["give_way_s"] == 2.25
 

@@ -84,7 +84,7 @@ def test_blocks_reserved_for_an_arrival_are_not_counted_twice() -> None:
     moving = len(cluster.step())
     expected = (100 - 12 * moving) / moving
     for reserved in (0, 12, 12 * moving):
-        report = replace(cluster.instances["b"].report(), reserved_blocks=reserved, migrating_in=moving)
+        report = cluster.instances["b"].report()._replace(reserved_blocks=reserved, migrating_in=moving)
         cluster.do(cluster.core.handle(report, cluster.now))
         assert cluster.core.instance_rows(cluster.now)[1].freeness == expected
 

@@ -1,7 +1,5 @@
 """Many steps at once are what as many single steps are: tokens, blocks, order, load and what follows."""
 
-from dataclasses import replace
-
 from engine_driving import Client, run_out, small_engine, spec, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +31,7 @@ def state(engine: InProcessEngine) -> object:
     rows = engine.rows("i", 0.0)
     movable = [engine.movable(row.request_id) for row in rows]
     outputs = [engine.output_since(row.request_id, 0) for row in rows]
-    return rows, movable, outputs, replace(engine.load(), step_s=0.0), engine.has_work()
+    return rows, movable, outputs, engine.load()._replace(step_s=0.0), engine.has_work()
 
 
 requests = st.lists(

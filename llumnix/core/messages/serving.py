@@ -1,7 +1,11 @@
-"""Messages between a frontend and the instances that hold its requests."""
+"""Messages between a frontend and the instances that hold its requests.
+
+A delta, made for every token, is a named tuple, several times cheaper to make than a frozen dataclass.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from llumnix.core.sampling import SamplingParams
 
@@ -71,8 +75,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
+class TokenDelta(NamedTuple):
     """New tokens of one request. ``first_index`` counts from the request's first generated token.
     ``logprobs`` is empty or as long as ``tokens``. The last delta carries ``finish_reason`` (and may carry no
     token)."""
