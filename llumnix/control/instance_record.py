@@ -73,6 +73,14 @@ class InstanceRecord:
         self.queue_freeness = 0.0 if load is None else load.queue_freeness(self.headroom_blocks)
 
     @property
+    def drained(self) -> bool:
+        """Whether it has heard that it is to be emptied, and nothing is there or on its way."""
+        report = self.report
+        if report is None or not (self.draining and report.draining):
+            return False
+        return not (report.running or report.waiting or report.migrating_in or report.migrating_out)
+
+    @property
     def tokens_max(self) -> int:
         """Longest prompt + output that fits there, in tokens."""
         if self.report is None:

@@ -61,4 +61,5 @@ def _row(record: InstanceRecord, now: float) -> InstanceRow:
         pid=record.hello.kv_endpoint.pid,
         swap=report.swap if report else None,
         adapters=report.adapters if report else (),
+        drained=record.drained,
     )

@@ -11,7 +11,7 @@ from llumnix.core.messages.load import SwapTotals
 class InstanceRow:
     """One instance. Blocks in blocks; ``step_ms`` is its recent mean step time; ages in seconds;
     ``pid`` of its process on its host; ``swap``: None without host memory for KV; ``adapters``: LoRA adapters
-    in its memory or wanted by requests it holds."""
+    in its memory or wanted by requests it holds; ``drained``: it is draining and holds nothing any more."""
 
     instance_id: str
     incarnation: str
@@ -33,6 +33,7 @@ class InstanceRow:
     pid: int
     swap: SwapTotals | None = None
     adapters: tuple[str, ...] = ()
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,11 @@ def free_port(host: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ProcessName:
-    """Which process stands behind an instance at the moment."""
+    """Which process stands behind an instance at the moment, and whether it is to be stopped once empty."""
 
     incarnation: str
     pid: int
+    leaving: bool = False
 
 
 class InstanceActor:
@@ -89,6 +90,10 @@ class InstanceActor:
         if incarnation == self._process.incarnation:
             time.sleep(WATCH_S)
         return self._process
+
+    def leave(self, leaving: bool) -> None:
+        """Remember that it is to be stopped once empty, or not any more, for a manager that forgets."""
+        self._process = replace(self._process, leaving=leaving)
 
     def stop(self) -> None:
         """Leave the bus in order. The actor is killed right after."""

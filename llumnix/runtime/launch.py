@@ -24,8 +24,9 @@ from llumnix.core.admin import MoveSeen, Refusal
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.runtime.actors import MANAGER_NAME, NAMESPACE, STOP_TIMEOUT_S, free_port, on_this_host
+from llumnix.runtime.fleet import last_line
 from llumnix.runtime.frontend import BusStream, Frontend
-from llumnix.runtime.manager_actor import ClusterDescription, RemoteManager, last_line
+from llumnix.runtime.manager_actor import ClusterDescription, RemoteManager
 from llumnix.runtime.model_info import model_info
 from llumnix.runtime.ray_admin import RayAdmin
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -228,6 +228,105 @@ def test_the_cluster_grows_and_shrinks_without_losing_a_request(served: Served) 
     asyncio.run(play())
     served.wait_serving(2)
     assert "instances must be within" in served.cli("scale", "100000", fails=True)
+
+
+class Orders:
+    """Orders that last, as an administrator gives them while requests run."""
+
+    def __init__(self, served: Served, http: httpx.AsyncClient) -> None:
+        self.served = served
+        self.http = http
+
+    def scale(self, instances: int) -> "asyncio.Task[httpx.Response]":
+        return asyncio.create_task(self.http.post("/admin/scale", json={"instances": instances}))
+
+    async def states(self) -> dict[str, tuple[str, int]]:
+        """State and pid of every instance that is not down; nothing while the manager is away."""
+        answer = await self.http.get("/admin/instances")
+        rows = answer.json()["data"] if answer.is_success else ()
+        return {row["instance_id"]: (row["state"], row["pid"]) for row in rows if row["state"] != "down"}
+
+    async def until(self, wanted: list[str]) -> dict[str, tuple[str, int]]:
+        """Wait until the instances are in these states, in any order."""
+        give_up_at = time.monotonic() + 60
+        while True:
+            found = await self.states()
+            if sorted(state for state, _ in found.values()) == wanted:
+                return found
+            assert time.monotonic() < give_up_at, found
+            await asyncio.sleep(0.05)
+
+    async def shrinking(self) -> tuple["asyncio.Task[httpx.Response]", str, int]:
+        """Begin to scale down to one: the order's answer to be, and the instance that goes with its pid."""
+        order = self.scale(1)
+        found = await self.until(["draining", "serving"])
+        assert not order.done()
+        return order, *next((name, pid) for name, (state, pid) in found.items() if state == "draining")
+
+
+def with_orders(served: Served, play: Callable[[Orders], Awaitable[None]]) -> None:
+    """Give orders while six requests run, which pairing policy none keeps where they are."""
+
+    async def ordered() -> None:
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as http:
+            while (await http.get("/admin/status")).json()["running"] < 6:
+                await asyncio.sleep(0.05)
+            await play(Orders(served, http))
+
+    async def both() -> None:
+        await burst(served, 6, 300, asyncio.ensure_future(ordered()))
+
+    served.cli("policy", "set", "pairing", "none")
+    asyncio.run(both())
+    served.cli("policy", "set", "pairing", "drain")
+
+
+def test_an_instance_on_its_way_out_is_taken_back(served: Served) -> None:
+    """Also: every question is answered meanwhile."""
+
+    async def play(orders: Orders) -> None:
+        before = await orders.states()
+        down, leaving, _ = await orders.shrinking()
+        assert (await orders.scale(2)).status_code == 200
+        assert await orders.states() == before
+        called_off = await down
+        assert called_off.status_code == 409 and "taken back" in called_off.text
+        down, leaving, _ = await orders.shrinking()
+        await orders.http.post("/admin/resume", json={"instance_id": leaving})
+        assert (await down).status_code == 409
+        assert await orders.states() == before
+        down, leaving, _ = await orders.shrinking()
+        again = orders.scale(1)
+        assert [(await order).status_code for order in (again, down)] == [200, 200]
+        assert leaving not in await orders.until(["serving"])
+
+    with_orders(served, play)
+    served.cli("scale", "2")
+
+
+def test_an_instance_that_dies_on_its_way_out_stays_away(served: Served) -> None:
+    async def play(orders: Orders) -> None:
+        down, leaving, pid = await orders.shrinking()
+        os.kill(pid, signal.SIGKILL)
+        assert (await down).status_code == 200
+        assert leaving not in await orders.until(["serving"])
+
+    with_orders(served, play)
+    assert "is not started again" in served.cli("events")
+    served.cli("scale", "2")
+
+
+def test_a_manager_that_comes_back_goes_on_with_a_drain(served: Served) -> None:
+    async def play(orders: Orders) -> None:
+        down, leaving, _ = await orders.shrinking()
+        [manager] = [pid for pid in descendants(served.process.pid) if "ManagerActor" in title(pid)]
+        os.kill(manager, signal.SIGKILL)
+        assert (await down).status_code == 503
+        assert leaving not in await orders.until(["serving"])
+
+    with_orders(served, play)
+    assert "goes on being emptied" in served.cli("events")
+    served.cli("scale", "2")
 
 
 def test_it_grows_under_load_and_shrinks_after_it_by_itself(served: Served) -> None:

@@ -183,6 +183,24 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
     assert not [path for path, file, _ in SOURCES if file.stem in names]
 
 
+def test_no_method_of_an_actor_is_a_coroutine() -> None:
+    """Ray would run all of its methods on one thread: an order that waits would hold up every other."""
+    actors = [
+        (path, node)
+        for path, _, tree in SOURCES
+        if path.startswith("runtime/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Actor")
+    ]
+    assert len(actors) >= 2
+    assert not [
+        f"{path}:{actor.name}.{node.name}"
+        for path, actor in actors
+        for node in actor.body
+        if isinstance(node, ast.AsyncFunctionDef)
+    ]
+
+
 def test_only_the_manager_is_called_manager() -> None:
     allowed = {"ManagerServer", "ManagerActor", "ManagerAway", "BlockManager"}
     found = {
