@@ -70,8 +70,8 @@ __all__ = ["Agent", "CloseReader", "Effect", "StartRead"]
 
 SUBMITTED_MAX = 8192
 FAULTS_MAX = 32
-NO_NEWS = frozenset((Probe, ListRequests, TenantTotals))
-"""Messages that change nothing about the load."""
+NO_NEWS = frozenset((Probe, ListRequests, Submit, TenantTotals))
+"""Messages that change nothing about the load, or only what is told by itself."""
 
 
 class Agent:
@@ -229,6 +229,7 @@ class Agent:
             return [self._rejected(spec, refusal.code, refusal.reason)]
         self._submitted.remember((spec.request_id, spec.epoch), None)
         self._reports.accepted(spec.request_id)
+        self._reports.submitted(now)
         self._role.arrived(spec.request_id)
         return list(self._outgoing.arrived(spec.request_id, now))
 

@@ -1,11 +1,12 @@
 """When an instance reports its load to the manager, and what it says.
 
 Reports go out when there is news, at most every ``interval_s``, and every HEARTBEAT_S in any case, so that
-silence means trouble. News is who is here, waits, runs or moves; that the batch got its next tokens is
-progress: a report per step of every instance would leave the manager no time for anything else. By itself it
-is told when it may have used up PROGRESS_SHARE of the steps that free blocks last for, as that is what
-freeness is compared in, and at most every PROGRESS_S. Each carries a sequence number one above the last. Used
-by the agent (agent.py) alone.
+silence means trouble. News is who is here, waits, runs or moves; only that a request has been submitted,
+which the manager has placed and counts, may wait ``interval_s`` for what the next step makes of it. That the
+batch got its next tokens is progress: a report per step of every instance would leave the manager no time for
+anything else. By itself it is told when it may have used up PROGRESS_SHARE of the steps that free blocks last
+for, as that is what freeness is compared in, and at most every PROGRESS_S. Each carries a sequence number one
+above the last. Used by the agent (agent.py) alone.
 """
 
 from llumnix.core.effects import Send
@@ -33,6 +34,7 @@ class LoadReporter:
         self._progress_s = PROGRESS_S
         self._changed = True
         self._progressed = False
+        self._submitted_at = float("inf")
         self._accepted: list[str] = []
         self.settings_revision = 0
         self.fault = ""
@@ -48,17 +50,21 @@ class LoadReporter:
     def accepted(self, request_id: str) -> None:
         """A request was taken; the next report names it."""
         self._accepted.append(request_id)
-        self._changed = True
+
+    def submitted(self, now: float) -> None:
+        """A frontend has brought a request."""
+        self._submitted_at = min(self._submitted_at, now)
 
     def next_deadline(self) -> float:
-        if self._changed:
-            return self._last_at + self._interval_s
-        return self.due_if_progressed() if self._progressed else self._last_at + HEARTBEAT_S
+        if self._changed or self._progressed:
+            return self.due_if_progressed()
+        return min(self._last_at + HEARTBEAT_S, self._submission_due())
 
     def due_if_progressed(self) -> float:
         """When the next report goes out if the batch gets on and nothing else happens by then."""
-        wait_s = self._interval_s if self._changed else max(self._interval_s, self._progress_s)
-        return self._last_at + wait_s
+        if self._changed:
+            return self._last_at + self._interval_s
+        return min(self._last_at + max(self._interval_s, self._progress_s), self._submission_due())
 
     def due(self, now: float) -> bool:
         """Whether a report should go out now."""
@@ -72,6 +78,7 @@ class LoadReporter:
         self._sequence += 1
         self._progress_s = self._progress_due_s(load)
         self._last_at, self._changed, self._progressed = now, False, False
+        self._submitted_at = float("inf")
         accepted, self._accepted = tuple(self._accepted), []
         report = LoadReport(
             instance_id=self._me.instance_id,
@@ -106,6 +113,9 @@ class LoadReporter:
             kept_tokens_max=load.kept_tokens_max,
         )
         return Send(self._manager_address, report)
+
+    def _submission_due(self) -> float:
+        return max(self._last_at, self._submitted_at) + self._interval_s
 
     def _progress_due_s(self, load: EngineLoad) -> float:
         """How long progress alone may go untold under this load."""

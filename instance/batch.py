@@ -91,6 +91,15 @@ class Batch:
             for request in self.decoding.values()
         )
 
+    def growth_each(self, steps: int) -> list[tuple[str, int]]:
+        """The same by request, those that take none left out."""
+        size = self._block_size
+        return [
+            (request_id, count)
+            for request_id, request in self.decoding.items()
+            if (count := (len(request.tokens) + steps + size - 2) // size - len(request.blocks)) > 0
+        ]
+
     def growths(self, steps: int) -> list[str]:
         """Whose each of those blocks is, in the order in which single steps would take them."""
         size = self._block_size

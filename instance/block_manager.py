@@ -74,6 +74,17 @@ class BlockManager:
         self.owned_blocks += count
         return True
 
+    def grow_in_place(self, counts: list[tuple[str, int]]) -> bool:
+        """Give each of these owners so many more blocks, from its own tail. False: a tail is too short, and
+        nothing has changed."""
+        holdings = [(self._owned[request_id], count) for request_id, count in counts]
+        if any(count > holding.tail_length for holding, count in holdings):
+            return False
+        for holding, count in holdings:
+            self._pool.take(holding, count, 0)
+            self.owned_blocks += count
+        return True
+
     def trim(self, request_id: str, keep: int) -> None:
         """Free all but the first ``keep`` blocks of a request."""
         holding = self._owned[request_id]

@@ -220,9 +220,12 @@ class LocalScheduler:
     def advance(self, steps: int, sample: Callable[[Request, int], Iterable[int]]) -> None:
         """Do ``steps`` quiet steps at once, taking blocks in the order in which single steps would.
         ``sample`` gives a request's next tokens, of which none may end it."""
-        for request_id in self.batch.growths(steps):
-            if not self._take_blocks(self.batch.decoding[request_id], 1):
-                raise InvariantError(f"a stretch of {steps} steps was not quiet: no block for {request_id}")
+        if not self._blocks.grow_in_place(self.batch.growth_each(steps)):
+            for request_id in self.batch.growths(steps):
+                if not self._take_blocks(self.batch.decoding[request_id], 1):
+                    raise InvariantError(
+                        f"a stretch of {steps} steps was not quiet: no block for {request_id}"
+                    )
         generated: dict[str, int] = {}
         for request in self.batch.decoding.values():
             request.tokens.extend(sample(request, steps))

@@ -38,9 +38,9 @@ class MoveOffers:
     ) -> tuple[MoveCandidate, ...]:
         """The requests offered now, best first: of all that run and the next few to be admitted, which have
         so many blocks in host memory."""
-        rows = [_candidate(request, len(request.blocks)) for request in batch]
-        first = waiting.first(WAITING_CANDIDATES_MAX)
-        rows.extend(_candidate(one, waiting.blocks_of(one), host_blocks(one)) for one in first)
+        rows = [_candidate(request, len(request.blocks), 0) for request in batch]
+        for one in waiting.first(WAITING_CANDIDATES_MAX):
+            rows.append(_candidate(one, waiting.blocks_of(one), host_blocks(one)))
         return self.best(rows, CANDIDATES_MAX)
 
     def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
@@ -53,7 +53,7 @@ class MoveOffers:
         return self._default.select(rows, limit)
 
 
-def _candidate(request: Request, blocks: int, host_blocks: int = 0) -> MoveCandidate:
+def _candidate(request: Request, blocks: int, host_blocks: int) -> MoveCandidate:
     known = len(request.tokens)
     return MoveCandidate(
         request.request_id,

@@ -3,7 +3,6 @@
 Policies of this kind see every movable request of one instance and keep the best few, best first.
 """
 
-import heapq
 from collections.abc import Sequence
 
 from llumnix.core.config import SchedulerConfig
@@ -21,7 +20,7 @@ class Cheapest:
 
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first, ties by request id."""
-        return tuple(heapq.nsmallest(limit, rows, key=_cost))
+        return tuple(sorted(rows, key=_cost)[:limit])
 
 
 class Shortest:
@@ -32,7 +31,7 @@ class Shortest:
 
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first, ties by request id."""
-        return tuple(heapq.nsmallest(limit, rows, key=_length))
+        return tuple(sorted(rows, key=_length)[:limit])
 
 
 class Longest:
@@ -43,7 +42,7 @@ class Longest:
 
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first, ties by request id."""
-        return tuple(heapq.nsmallest(limit, rows, key=_brevity))
+        return tuple(sorted(rows, key=_brevity)[:limit])
 
 
 class LastCome:
@@ -54,7 +53,7 @@ class LastCome:
 
     def select(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first, ties by request id."""
-        return tuple(heapq.nsmallest(limit, rows, key=_lateness))
+        return tuple(sorted(rows, key=_lateness)[:limit])
 
 
 class FirstWaiting:
@@ -68,7 +67,7 @@ class FirstWaiting:
         """At most ``limit`` of ``rows``, best first; ``rows`` has waiting requests in queue order."""
         waiting = [row for row in rows if row.waiting]
         running = [row for row in rows if not row.waiting]
-        return (*waiting, *heapq.nsmallest(limit, running, key=_cost))[:limit]
+        return (*waiting, *sorted(running, key=_cost))[:limit]
 
 
 def _cost(row: MoveCandidate) -> Cost:

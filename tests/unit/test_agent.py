@@ -115,17 +115,20 @@ def test_reports_come_on_change_at_a_bounded_rate_and_as_a_heartbeat() -> None:
     (_, first) = sent_to(one.start(1.0), MANAGER)
     assert one.tick(1.5) == []
     one.handle(Submit(spec("r1")), 1.501)
-    (second,) = sent_to(one.tick(1.502), MANAGER)
-    one.handle(Submit(spec("r2")), 1.503)
-    assert one.tick(1.504) == []
-    assert one.next_deadline() == pytest.approx(1.512)
-    (third,) = sent_to(one.tick(1.512), MANAGER)
-    assert one.tick(2.511) == []
-    (fourth,) = sent_to(one.tick(2.513), MANAGER)
+    assert one.tick(1.502) == []  # what the next step makes of it is told with it
+    assert one.next_deadline() == pytest.approx(1.511)
+    (second,) = sent_to(one.after_step(step(engine), 1.505), MANAGER)
+    one.handle(Submit(spec("r2")), 1.506)
+    one.handle(Submit(spec("r3")), 1.509)
+    assert one.next_deadline() == pytest.approx(1.516)
+    (third,) = sent_to(one.tick(1.516), MANAGER)
+    assert one.next_deadline() == pytest.approx(2.516)
+    assert one.tick(2.515) == []
+    (fourth,) = sent_to(one.tick(2.517), MANAGER)
     reports = [message for message in (first, second, third, fourth) if isinstance(message, LoadReport)]
     assert [report.sequence for report in reports] == [1, 2, 3, 4]
-    assert [report.accepted for report in reports] == [(), ("r1",), ("r2",), ()]
-    assert reports[2].waiting == 2
+    assert [report.accepted for report in reports] == [(), ("r1",), ("r2", "r3"), ()]
+    assert reports[1].tokens_total == 1 and reports[2].waiting == 2
 
 
 def test_a_listing_shows_what_is_on_the_move() -> None:
