@@ -32,8 +32,9 @@ OURS: Final = {
     "pipeline_parallel_size": "not supported yet",
     "scheduling_policy": "priorities need it",
     "skip_tokenizer_init": "the frontend has the tokenizer",
-    "tensor_parallel_size": "not supported yet",
+    "tensor_parallel_size": "use --tensor-parallel",
     "tokenizer": "the frontend has the tokenizer",
+    "worker_cls": "it is how the ranks of an instance are followed",
 }
 """vLLM's arguments that are not the user's, with the reason."""
 

@@ -3,7 +3,9 @@ lets the adapter read vLLM's blocks and hands vLLM the KV of requests that came 
 
 vLLM makes one object per side. The scheduler's side says how many tokens of a new request need not be
 computed and notes where vLLM puts them; the worker's side fills them in before the step that needs them.
-Everything else goes through the exchange (vllm_exchange.py). Named in KVTransferConfig by vllm_launch.py.
+Everything else goes through the exchange (vllm_exchange.py). Under tensor parallelism there is a worker's
+side in the process of each rank, for the KV there (vllm_rank.py). Named in KVTransferConfig by
+vllm_launch.py.
 """
 
 import re
@@ -24,11 +26,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import KvLayout
 from llumnix.instance.kv_pool import DTYPES
-from llumnix.instance.vllm_exchange import Exchange, Load, find
+from llumnix.instance.vllm_exchange import BLOCK_SIZE, EXCHANGE, Exchange, Load, find
 from llumnix.instance.vllm_layout import BlockShape, KvCopier, learn_packing
+from llumnix.instance.vllm_rank import Rank, joined
 
-EXCHANGE = "llumnix_exchange"
-BLOCK_SIZE = "llumnix_block_size"
+WorkerSide = Exchange | Rank
+"""Who the worker's side answers to: the engine in this process, or the instance whose rank this one is."""
 
 
 @dataclass
@@ -46,7 +49,12 @@ class LlumnixConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-        self._exchange: Exchange = find(extra[EXCHANGE])
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._side: WorkerSide
+        if ranks > 1 and role is KVConnectorRole.WORKER:
+            self._side = joined()
+        else:
+            self._side = self._exchange = find(extra[EXCHANGE])
         self._block_size = int(extra[BLOCK_SIZE])
         self._loads: list[Load] = []
 
@@ -109,24 +117,19 @@ class LlumnixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         layout = KvLayout(
             blocks=0,
             layers=len(layers),
-            kv_heads=shape.kv_heads,
+            kv_heads=self._all_kv_heads(shape.kv_heads),
             block_size=self._block_size,
             head_dim=shape.head_dim,
             dtype=dtype,
         )
-        copier = KvCopier(layers, packings, shape)
-        self._exchange.ready(self._exchange.make_pool(layout), copier)
+        self._side.know(layout, KvCopier(layers, packings, shape))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, LoadOrders)
-        exchange = self._exchange
         with torch.inference_mode():
             for load in metadata.loads:
-                source = load.source
-                exchange.copier.copy_in(
-                    exchange.pool, source.pool_blocks, load.blocks, first=load.first, end=source.tokens
-                )
+                self._side.take_in(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: start_load_kv does it all."""
@@ -136,6 +139,15 @@ class LlumnixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Likewise."""
+
+    def _all_kv_heads(self, mine: int) -> int:
+        """Of the model, of whose KV heads this process has so many."""
+        if isinstance(self._side, Exchange):
+            return mine
+        total = int(self._vllm_config.model_config.get_total_num_kv_heads())
+        if self._side.heads(total).count != mine:
+            raise ConfigurationError(f"vLLM deals out the model's {total} KV heads in an unknown way")
+        return total
 
     def _shape(self) -> tuple[BlockShape, str]:
         groups = self._kv_cache_config.kv_cache_groups
@@ -147,7 +159,7 @@ class LlumnixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         dtype = str(spec.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ConfigurationError(f"KV of type {dtype} cannot be moved; there are {', '.join(DTYPES)}")
-        blocks = self._kv_cache_config.num_blocks
+        blocks = int(self._kv_cache_config.num_blocks)
         return BlockShape(blocks, spec.block_size, spec.num_kv_heads, spec.head_size), dtype
 
 

@@ -15,7 +15,7 @@ from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus as VllmStatus
 
 from llumnix.core.config import EngineConfig
-from llumnix.core.errors import ConfigurationError
+from llumnix.core.errors import ConfigurationError, TransportError
 from llumnix.core.messages.control import KvLayout
 from llumnix.core.messages.serving import FinishReason, TokenLogprob
 from llumnix.instance.kv_pool import GIB, KvPool
@@ -26,6 +26,7 @@ from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
 from llumnix.instance.vllm_launch import start_vllm, unshared
 from llumnix.instance.vllm_model import end_tokens
+from llumnix.instance.vllm_ranks import Ranks
 from llumnix.instance.vllm_sampling import vllm_params
 
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -73,10 +74,16 @@ class VllmCore:
         self._staging_gib = config.staging_gib
         self.exchange = Exchange(self._make_pool)
         offer(pool_name, self.exchange)
+        degree = config.tensor_parallel
+        self._ranks = Ranks(self.exchange, pool_name, degree) if degree > 1 else None
         try:
             self._vllm = start_vllm(config, pool_name)
-        except ConfigurationError:
+        except ConfigurationError as error:
             withdraw(pool_name)
+            if self._ranks is not None:
+                self._ranks.close()
+                if self._ranks.failure:
+                    raise ConfigurationError(f"vLLM did not start: {self._ranks.failure}") from error
             raise
         self.arrivals = Arrivals(self.exchange)
         self.entered: dict[str, Entered] = {}
@@ -107,9 +114,18 @@ class VllmCore:
 
     def close(self) -> None:
         """Shut vLLM down and give the pool up."""
+        if self._ranks is not None:
+            self._ranks.expect_end()
         self._vllm.engine_core.shutdown()
+        if self._ranks is not None:
+            self._ranks.close()
         withdraw(self._pool_name)
         self.exchange.pool.close()
+
+    def check(self) -> None:
+        """Raises TransportError if vLLM has lost a rank, and with it everything."""
+        if self._ranks is not None and self._ranks.lost:
+            raise TransportError(self._ranks.lost)
 
     # Requests.
 

@@ -1,18 +1,24 @@
 """What the engine adapter and the connector inside vLLM tell each other. Both live in one process and take
 turns: the connector's scheduler side writes while vLLM schedules, its worker side while it computes, the
 engine between steps. vLLM makes the connector itself and hands it nothing but settings, so the two meet here
-by name.
+by name. Under tensor parallelism the worker side is in processes of its own, and has a Rank (vllm_rank.py) in
+place of an Exchange.
 
 Bounded: ``live`` and ``imports`` hold requests that vLLM holds, ``loads`` those of one step.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from llumnix.core.errors import InvariantError
+from llumnix.core.messages.control import KvLayout
 from llumnix.instance.kv_pool import KvPool
-from llumnix.instance.vllm_layout import KvCopier
+from llumnix.instance.vllm_layout import BlockShape
+
+EXCHANGE = "llumnix_exchange"
+BLOCK_SIZE = "llumnix_block_size"
+"""What vLLM hands its connectors from vllm_launch.py: the name they meet by, and tokens per pool block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,36 @@ class Load:
     first: int
 
 
+class BlockCopier(Protocol):
+    """Moves the KV of ranges of a request's tokens between vLLM's blocks and those of the pool: a KvCopier of
+    this process, or all ranks together. ``shape`` counts the heads of all ranks. May be used from any
+    thread, as long as nobody else writes to the same blocks meanwhile."""
+
+    @property
+    def shape(self) -> BlockShape: ...
+
+    def copy_out(
+        self, pool: KvPool, blocks: Sequence[int], pool_blocks: Sequence[int], *, first: int, end: int
+    ) -> None:
+        """Tokens ``first … end - 1`` of a request that has ``blocks`` in vLLM, to its ``pool_blocks``. Both
+        lists begin at token 0; ``first`` is where a pool block begins. What lies behind ``end`` in the last
+        pool block is unspecified."""
+        ...
+
+    def copy_in(
+        self, pool: KvPool, pool_blocks: Sequence[int], blocks: Sequence[int], *, first: int, end: int
+    ) -> None:
+        """The other way. ``first`` is where a block of vLLM begins; what lies behind ``end`` in vLLM's last
+        block is unspecified."""
+        ...
+
+
 @dataclass(eq=False)
 class Exchange:
     """``live`` are vLLM's own request objects by its ids, to be read only. ``block_pool`` is its block pool;
     ``free_blocks`` and ``blocks_of`` ask it. ``make_pool`` is called once the shape of the KV is known."""
 
-    make_pool: Callable[[Any], KvPool]
+    make_pool: Callable[[KvLayout], KvPool]
     live: dict[str, Any] = field(default_factory=dict)
     imports: dict[str, Import] = field(default_factory=dict)
     scheduled_tokens: int = 0
@@ -45,7 +75,7 @@ class Exchange:
     free_blocks: Callable[[], int] = lambda: 0
     blocks_of: Callable[[str], Sequence[int]] = lambda vllm_id: ()
     _pool: KvPool | None = None
-    _copier: KvCopier | None = None
+    _copier: BlockCopier | None = None
 
     @property
     def pool(self) -> KvPool:
@@ -55,15 +85,24 @@ class Exchange:
         return self._pool
 
     @property
-    def copier(self) -> KvCopier:
+    def copier(self) -> BlockCopier:
         """The way in and out of vLLM's KV."""
         if self._copier is None:
             raise InvariantError("vLLM has not told about its KV yet")
         return self._copier
 
-    def ready(self, pool: KvPool, copier: KvCopier) -> None:
+    def ready(self, pool: KvPool, copier: BlockCopier) -> None:
         """vLLM has its KV."""
         self._pool, self._copier = pool, copier
+
+    def take_in(self, load: Load) -> None:
+        """Fill a request's blocks in vLLM from the pool."""
+        source = load.source
+        self.copier.copy_in(self.pool, source.pool_blocks, load.blocks, first=load.first, end=source.tokens)
+
+    def know(self, layout: KvLayout, copier: BlockCopier) -> None:
+        """vLLM has its KV, in this process: make the pool."""
+        self.ready(self.make_pool(layout), copier)
 
 
 _exchanges: dict[str, Exchange] = {}

@@ -1,5 +1,6 @@
 """Starts vLLM inside this process, with the settings that Llumnix needs and the user's own arguments beside
-them. vLLM allows one engine per process. Called by the engine adapter (vllm_core.py).
+them. vLLM allows one engine per process. Under tensor parallelism its scheduler is in this process and each
+rank in one of its own, on this host. Called by the engine adapter (vllm_core.py).
 """
 
 import logging
@@ -16,11 +17,13 @@ from llumnix.instance.kv_pool import GIB
 from llumnix.instance.model_loader import resolve_model
 from llumnix.instance.vllm_adapters import read_adapters, room_for
 from llumnix.instance.vllm_arguments import check_version, parse_arguments, speculates
+from llumnix.instance.vllm_exchange import BLOCK_SIZE, EXCHANGE
 
 ENVIRONMENT: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler must be in this process
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # our logits processor speaks the first one's language
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several instances share a machine's cores
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
 }
 PLAIN_ENVIRONMENT: Final = {
     name: value for name, value in ENVIRONMENT.items() if name != "VLLM_USE_V2_MODEL_RUNNER"
@@ -33,7 +36,9 @@ NULL_BLOCKS: Final = 1
 """Blocks of its pool that vLLM never gives out."""
 
 
-OURS_ALONE: Final = ("async_scheduling", "kv_transfer_config", "logits_processors", "scheduling_policy")
+OURS_ALONE: Final = (
+    *("async_scheduling", "kv_transfer_config", "logits_processors", "scheduling_policy", "worker_cls"),
+)
 """What vLLM is asked for Llumnix's sake."""
 
 
@@ -87,8 +92,8 @@ def _arguments(
         kv_connector_module_path="llumnix.instance.vllm_connector",
         kv_role="kv_both",
         kv_connector_extra_config={
-            "llumnix_exchange": exchange_name,
-            "llumnix_block_size": config.block_size,
+            EXCHANGE: exchange_name,
+            BLOCK_SIZE: config.block_size,
         },
     )
     arguments = {
@@ -101,15 +106,18 @@ def _arguments(
         "gpu_memory_utilization": config.gpu_memory_share,
         "scheduling_policy": "priority",
         "async_scheduling": False,
-        "distributed_executor_backend": "uni",
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "tensor_parallel_size": config.tensor_parallel,
         "kv_transfer_config": connector,
         "disable_log_stats": True,
     }
+    if config.tensor_parallel > 1:
+        arguments["worker_cls"] = "llumnix.instance.vllm_rank_worker.RankWorker"
     if not speculates(given):
         arguments["logits_processors"] = ["llumnix.instance.vllm_sampling:LlumnixLogitsProcessor"]
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        arguments["kv_cache_memory_bytes"] = int(config.kv_gib * GIB)
+        arguments["kv_cache_memory_bytes"] = int(config.kv_gib * GIB) // config.tensor_parallel
     if config.kv_blocks:
         size = int(given.get("block_size", 16 if on_gpu else 128))
         arguments["block_size"] = size
@@ -123,8 +131,9 @@ def _prepare_process(config: EngineConfig, environment: Mapping[str, str]) -> No
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if config.threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)
-        torch.set_num_threads(config.threads)
+        threads = max(1, config.threads // config.tensor_parallel)  # of each rank
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     logging.getLogger("vllm").setLevel(logging.WARNING)
 
 

@@ -10,13 +10,13 @@ Made and called by the connector (vllm_connector.py), and by the copy thread of 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from llumnix.core.errors import ConfigurationError
-from llumnix.instance.kv_pool import KvPool
+from llumnix.core.messages.control import KvLayout
 
 DIGIT: Final = 128  # numbers below it are exact in every format of KV that is taken here
 
@@ -136,9 +136,18 @@ def _offsets(factors: Factors) -> Tensor:
     return offsets
 
 
+class PoolTensor(Protocol):
+    """A pool, or a part of its heads: ``tensor`` is ``[blocks, layers, 2, heads, block_size, head_dim]``."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+
 class KvCopier:
-    """Moves the KV of ranges of a request's tokens between vLLM's layers and blocks of ``pool``. May be used
-    from any thread, as long as nobody else writes to the same blocks meanwhile."""
+    """A BlockCopier (vllm_exchange.py) between layers of this process and as many heads of a pool."""
 
     def __init__(
         self, layers: Sequence[Tensor], packings: tuple[Packing, Packing], shape: BlockShape
@@ -147,11 +156,9 @@ class KvCopier:
         self._views = [tuple(packing.view(layer, shape) for packing in packings) for layer in layers]
 
     def copy_out(
-        self, pool: KvPool, blocks: Sequence[int], pool_blocks: Sequence[int], *, first: int, end: int
+        self, pool: PoolTensor, blocks: Sequence[int], pool_blocks: Sequence[int], *, first: int, end: int
     ) -> None:
-        """Tokens ``first … end - 1`` of a request that has ``blocks`` in vLLM, to its ``pool_blocks``. Both
-        lists begin at token 0; ``first`` is where a pool block begins. What lies behind ``end`` in the last
-        pool block is unspecified."""
+        """See BlockCopier."""
         shape, size = self.shape, pool.layout.block_size
         source = _ids(blocks[first // shape.block_size : -(-end // shape.block_size)], self._device)
         target = _ids(pool_blocks[first // size : -(-end // size)], pool.tensor.device)
@@ -166,10 +173,9 @@ class KvCopier:
                 pool.tensor[target, layer, side] = tokens.to(pool.tensor.device)
 
     def copy_in(
-        self, pool: KvPool, pool_blocks: Sequence[int], blocks: Sequence[int], *, first: int, end: int
+        self, pool: PoolTensor, pool_blocks: Sequence[int], blocks: Sequence[int], *, first: int, end: int
     ) -> None:
-        """The other way. ``first`` is where a block of vLLM begins; what lies behind ``end`` in vLLM's last
-        block is unspecified."""
+        """See BlockCopier. Returns once the device has it."""
         shape, size = self.shape, pool.layout.block_size
         source = _ids(pool_blocks[first // size : -(-end // size)], pool.tensor.device)
         target = _ids(blocks[first // shape.block_size : -(-end // shape.block_size)], self._device)
@@ -182,6 +188,8 @@ class KvCopier:
                 tokens = _fit(tokens[:, skip:], room)
                 tokens = tokens.view(shape.kv_heads, len(target), *view.shape[2:]).transpose(0, 1)
                 view[target] = tokens.to(view.device)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     @property
     def _device(self) -> torch.device:

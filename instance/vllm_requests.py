@@ -92,6 +92,8 @@ class VllmRequests(RequestTable):
         return StepResult(deltas, tuple(finished), preempted, computed, ended - started, steady)
 
     def has_work(self) -> bool:
+        """Raises TransportError if vLLM is no more."""
+        self._core.check()
         return bool(self._core.entered) or self._admissible()
 
     def _take_tokens(self, one: Produced) -> TokenDelta:

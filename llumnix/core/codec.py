@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgpack
 
 from llumnix.core.errors import ConfigurationError, ProtocolError
-from llumnix.core.messages import control, load, migration, serving
+from llumnix.core.messages import control, load, migration, ranks, serving
 
 MESSAGE_BYTES_MAX = 64 << 20
 
@@ -56,6 +56,12 @@ TAGS: dict[int, type] = {
     48: migration.QueryCommit,
     49: migration.AbortMigration,
     50: migration.CommitSoon,
+    60: ranks.RankHello,
+    61: ranks.RankFailed,
+    62: ranks.RankReady,
+    63: ranks.PoolOffered,
+    64: ranks.CopyOrder,
+    65: ranks.CopyDone,
 }
 TAG_OF = {cls: tag for tag, cls in TAGS.items()}
 

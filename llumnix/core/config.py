@@ -11,6 +11,7 @@ from typing import Any
 from llumnix.core.errors import ConfigurationError
 
 LORA_MODULES_MAX = 128
+TENSOR_PARALLEL_MAX = 64
 TENANT_WEIGHTS_MAX = 1000
 
 
@@ -63,6 +64,9 @@ class EngineConfig(Leaf):
     engine_args: str = setting(
         "", "vllm engine: arguments for vLLM itself, key=value; in a file several are separated by semicolons"
     )
+    tensor_parallel: int = setting(
+        1, "vllm engine: devices that each instance spans, on one host, each with a share of every layer"
+    )
     staging_gib: float = setting(
         0.5, "vllm engine: GiB of host memory through which the KV of moving requests passes"
     )
@@ -84,6 +88,11 @@ class EngineConfig(Leaf):
         self.need(self.waiting_max >= 1, "waiting_max", "at least 1")
         self.need(0 < self.gpu_memory_share <= 1, "gpu_memory_share", "above 0 and at most 1")
         self.need(self.staging_gib > 0, "staging_gib", "above 0")
+        self.need(1 <= self.tensor_parallel <= TENSOR_PARALLEL_MAX, "tensor_parallel", "within 1 and 64")
+        if self.tensor_parallel > 1 and self.kind != "vllm":
+            raise ConfigurationError(
+                f"tensor_parallel needs engine vllm: engine {self.kind} runs on one device"
+            )
         if parse_lora_modules(self.lora_modules) and self.kind != "vllm":
             raise ConfigurationError(f"lora_modules need engine vllm: engine {self.kind} has no adapters")
         self.need(self.kv_blocks > 0 or self.kv_gib > 0, "kv_gib", "above 0 when kv_blocks is 0")

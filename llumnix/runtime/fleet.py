@@ -24,6 +24,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from llumnix.core.admin import ClusterSummary, InstanceRow, Refusal
 from llumnix.core.config import Config
+from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import InstanceHello, InstanceState
 from llumnix.migration.transports.base import host_identity
 from llumnix.runtime.actors import (
@@ -37,12 +38,12 @@ from llumnix.runtime.actors import (
     on_this_host,
 )
 from llumnix.runtime.manager_server import ManagerServer
+from llumnix.runtime.reservations import actor_options, give_back, reserved_ids
 
 FENCE_POLL_S = 0.1
 EMPTY_POLL_S = 0.1
 EMPTY_TIMEOUT_S = 600.0
 RECOVERY_S = 3.0  # within it a manager that came back hears from every instance that is well
-CPU_SHARE = 0.001  # Ray spreads over nodes only what asks for something
 
 
 class Fleet:
@@ -65,6 +66,7 @@ class Fleet:
             on_lost=self._lost,
             on_scale=lambda instances: self._go(self._scale_by_itself(instances), "scale"),
         )
+        self._go(self._give_back_unused(), "give-back")
 
     def max_model_len(self) -> int:
         """Longest prompt + output in tokens that every instance takes; 0 before any serves."""
@@ -136,21 +138,20 @@ class Fleet:
 
     async def _start_instance(self, instance_id: str) -> str:
         """Start one and wait until it serves. Returns the reason in one line if it cannot."""
-        needs_gpu = self._config.engine.kind != "simulated" and self._config.engine.device != "cpu"
-        actor = RemoteInstance.options(
-            name=actor_name(instance_id),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=CPU_SHARE,
-            num_gpus=1 if needs_gpu and ray.cluster_resources().get("GPU", 0) else 0,
-            scheduling_strategy="SPREAD",
-            max_restarts=-1,
-            max_concurrency=8,
-        ).remote(self._config, instance_id, self.server.address)
         try:
+            options = await asyncio.to_thread(actor_options, self._config.engine, instance_id)
+            actor = RemoteInstance.options(
+                name=actor_name(instance_id),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_concurrency=8,
+                **options,
+            ).remote(self._config, instance_id, self.server.address)
             await actor.process.remote()
-        except RayActorError as error:
-            reason = last_line(error)
+        except (RayActorError, ConfigurationError) as error:
+            reason = last_line(error) if isinstance(error, RayActorError) else str(error)
+            await asyncio.to_thread(give_back, instance_id)
             self.server.note("start_failed", f"{instance_id} did not start: {reason}", instance=instance_id)
             return f"instance {instance_id} did not start: {reason}"
         while self._row(instance_id) is None:
@@ -244,6 +245,15 @@ class Fleet:
                 ended = self._process_gone(hello)
                 await asyncio.sleep(FENCE_POLL_S)
         self.server.instance_ended(hello.instance_id, hello.incarnation)
+        await self._give_back_unused()
+
+    async def _give_back_unused(self) -> None:
+        """What is reserved for instances that are gone for good. The lock: none is being started."""
+        async with self._scaling:
+            present = await asyncio.to_thread(instance_ids)
+            for instance_id in await asyncio.to_thread(reserved_ids):
+                if instance_id not in present:
+                    await asyncio.to_thread(give_back, instance_id)
 
     async def _heard_of(self, instance_id: str, process: ProcessName) -> None:
         """A process that left when the last manager died goes on leaving; one that has come back to life
@@ -288,6 +298,7 @@ def stop_instance(instance_id: str, *, orderly: bool = True) -> None:
         ray.kill(actor)
     except (ValueError, RayActorError):
         pass  # it is gone already
+    give_back(instance_id)
 
 
 def process_gone(pid: int) -> bool:

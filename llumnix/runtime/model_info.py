@@ -32,7 +32,7 @@ def model_info(config: EngineConfig, served_model_name: str = "", longest: int =
         if name in adapters:
             raise ConfigurationError(f"lora_modules: {name!r} is the model's own name")
         path = resolve_model(config.model)
-        facts = read_facts(path)
+        facts = read_facts(path, config.tensor_parallel)
         limit = longest or config.max_model_len or facts.max_model_len
         return ModelInfo(
             name,

@@ -74,7 +74,9 @@ class LocalCluster:
         """One more, in a process of its own, with settings of its own if they are given."""
         identity = InstanceIdentity(instance_id, uuid.uuid4().hex[:8], self.manager.address)
         process = multiprocessing.get_context("spawn").Process(
-            target=_run, args=(config or self.config, identity), daemon=True
+            target=_run,
+            args=(config or self.config, identity),
+            daemon=(config or self.config).engine.tensor_parallel == 1,  # a daemon may have no ranks
         )
         await asyncio.to_thread(process.start)
         self.processes[instance_id] = process

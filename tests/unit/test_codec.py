@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llumnix.core import codec
 from llumnix.core.codec import TAGS, decode, encode
 from llumnix.core.errors import ProtocolError
-from llumnix.core.messages import control, load, migration, serving
+from llumnix.core.messages import control, load, migration, ranks, serving
 from llumnix.core.sampling import SamplingParams
 
 WORDS = st.text(max_size=8)
@@ -88,7 +88,7 @@ def test_every_message_class_has_a_tag_of_its_own() -> None:
     nested += " Shortage SwapTotals TenantService"
     classes = {
         value
-        for module in (control, load, migration, serving)
+        for module in (control, load, migration, ranks, serving)
         for value in vars(module).values()
         if is_record(value) and value.__module__ == module.__name__
     }
