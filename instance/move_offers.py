@@ -41,7 +41,16 @@ class MoveOffers:
         rows = [_candidate(request, len(request.blocks), 0) for request in batch]
         for one in waiting.first(WAITING_CANDIDATES_MAX):
             rows.append(_candidate(one, waiting.blocks_of(one), host_blocks(one)))
-        return self.best(rows, CANDIDATES_MAX)
+        return self.offered(rows)
+
+    def offered(self, rows: Sequence[MoveCandidate]) -> tuple[MoveCandidate, ...]:
+        """The best CANDIDATES_MAX of ``rows``, and behind them the best of those that run with an execution
+        priority above 0, if none of them is among these: instances kept clear for their like gather them."""
+        best = self.best(rows, CANDIDATES_MAX)
+        urgent = [row for row in rows if row.execution_priority > 0 and not row.waiting]
+        if not urgent or any(row.execution_priority > 0 for row in best):
+            return best
+        return (*best, *self.best(urgent, 1))
 
     def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first."""

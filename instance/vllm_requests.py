@@ -22,7 +22,6 @@ from llumnix.instance.vllm_staging import Staging
 from llumnix.instance.waiting_queue import WaitingQueue
 from llumnix.policies.registry import selection_policy
 
-CANDIDATES_MAX = 4
 WAITING_CANDIDATES_MAX = 2
 STEP_MEAN_WEIGHT = 0.1
 
@@ -232,7 +231,7 @@ class VllmRequests(RequestTable):
         rows += [
             self._candidate(request, waiting=True) for request in self._waiting.first(WAITING_CANDIDATES_MAX)
         ]
-        return self._offers.best(rows, CANDIDATES_MAX)
+        return self._offers.offered(rows)
 
     def _candidate(self, request: Request, *, waiting: bool) -> MoveCandidate:
         return MoveCandidate(

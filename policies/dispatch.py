@@ -9,7 +9,7 @@ from zlib import crc32
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
-from llumnix.policies.freeness import free_blocks, headroom
+from llumnix.policies.freeness import free_blocks
 
 SCORES_MAX = 4
 CONSIDERED_MAX = 8
@@ -17,8 +17,8 @@ CONSIDERED_MAX = 8
 
 class FreenessDispatch:
     """The freest instance by ``queue_freeness``; of the freest few, one that has room for the prompt right
-    now. An urgent request joins its like, which run where little else does, while their headroom lasts:
-    gathered on few instances they leave the others to everybody else."""
+    now. An urgent request sees freeness without headroom, so it finds the instances kept clear for its like
+    the freest until they are as full as others."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         """Takes no setting."""
@@ -27,19 +27,13 @@ class FreenessDispatch:
         """See the class. Room is preferred over freeness only among the first CONSIDERED_MAX candidates."""
         best = candidates[:SCORES_MAX]
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
-        if self._has_room(request, best[0]):
+        if free_blocks(best[0]) >= request.blocks:
             return DispatchDecision(best[0].instance_id, scores, "freest")
         for view in candidates[1:CONSIDERED_MAX]:
-            if self._has_room(request, view):
+            if free_blocks(view) >= request.blocks:
                 reason = f"freest with {request.blocks} free blocks"
                 return DispatchDecision(view.instance_id, scores, reason)
         return DispatchDecision(best[0].instance_id, scores, "freest; it will wait for blocks")
-
-    def _has_room(self, request: RequestView, view: InstanceView) -> bool:
-        """Free blocks for the prompt, beside the headroom if this adds to those it is kept for."""
-        urgent = request.execution_priority > 0 and request.scheduling_priority > 0
-        kept = headroom(view.execution_priorities, view.headroom_blocks) if urgent else 0
-        return free_blocks(view) - request.blocks >= kept
 
 
 class RoundRobin:

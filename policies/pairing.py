@@ -15,7 +15,7 @@ from llumnix.core.messages.control import InstanceRole, InstanceState
 from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.roles import suits
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
-from llumnix.policies.freeness import Load
+from llumnix.policies.freeness import Load, headroom
 
 
 class NoPairing:
@@ -41,6 +41,7 @@ class FreenessPairing:
         plan = _Round(self._config, cluster)
         plan.empty_draining()
         plan.balance()
+        plan.gather()
         return tuple(plan.moves)
 
 
@@ -110,12 +111,13 @@ class _Round:
         self._draining = [self._side(view, view.migrating_out) for view in draining if view.candidates]
         low = [view for view in serving if view.freeness < config.low_freeness and view.candidates]
         low.sort(key=lambda view: (view.freeness, view.instance_id))
-        self._low = [self._side(view, view.migrating_out) for view in low]
+        self._low = [self._side(_crowding(view, config), view.migrating_out) for view in low]
         self._serving = serving
         # More targets than moves are never needed; the freest are the best of them.
         open_views.sort(key=lambda view: (-view.queue_freeness, view.instance_id))
         freest = open_views[: 2 * config.moves_per_round_max]
         self._targets = [self._side(view, view.migrating_in) for view in freest]
+        self._clear = [self._side(view, view.migrating_in) for view in open_views if _headroom(view)]
         self._gave: set[str] = set()
         self._took: set[str] = set()
 
@@ -142,6 +144,22 @@ class _Round:
 
         high = [side for side in self._targets if side.view.freeness > config.high_freeness]
         self._plan(self._low, high, allowed)
+
+    def gather(self) -> None:
+        """Plan moves of requests with an execution priority above 0 from instances where no headroom is kept
+        for them to those where it is and they run better."""
+
+        def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
+            return after.queue_freeness(0) > max(0.0, source.load.queue_freeness(0))
+
+        if not self._clear:
+            return
+        strays = [
+            self._side(view._replace(candidates=urgent), view.migrating_out)
+            for view in self._serving
+            if not _headroom(view) and (urgent := _urgent_running(view))
+        ]
+        self._plan(strays, self._clear, allowed)
 
     def unblock(self) -> None:
         """Plan moves off instances whose head of the queue does not fit, to where free blocks remain."""
@@ -210,6 +228,23 @@ class _Round:
         load = Load.of(view)
         score = load.queue_freeness(view.headroom_blocks)
         return _Side(view, load, score, self._config.moves_per_instance_max - moving)
+
+
+def _headroom(view: InstanceView) -> int:
+    return headroom(view.execution_priorities, view.headroom_blocks)
+
+
+def _crowding(view: InstanceView, config: SchedulerConfig) -> InstanceView:
+    """An instance below the low mark with what it should give away: where only headroom makes it look full,
+    not those that the headroom is kept for."""
+    if not _headroom(view) or Load.of(view).freeness(0) < config.low_freeness:
+        return view
+    normal = tuple([one for one in view.candidates if one.execution_priority <= 0])
+    return view._replace(candidates=normal)
+
+
+def _urgent_running(view: InstanceView) -> tuple[MoveCandidate, ...]:
+    return tuple([one for one in view.candidates if one.execution_priority > 0 and not one.waiting])
 
 
 def _suiting_first(sides: list[_Side], candidate: MoveCandidate) -> list[_Side]:

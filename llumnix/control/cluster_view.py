@@ -16,7 +16,7 @@ that a placement costs the change of one instance. Called by the global schedule
 from bisect import insort
 from collections.abc import Callable, Sequence
 
-from llumnix.control.headroom import affordable_blocks, full_blocks
+from llumnix.control.headroom import full_blocks, shares
 from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
 from llumnix.control.ranking import Ranking
@@ -75,10 +75,7 @@ class ClusterView:
 
     def share_headroom(self) -> None:
         """Bring headroom up to date with what the cluster can spare."""
-        affordable = affordable_blocks(self._config, self._records.values())
-        for record in self._records.values():
-            blocks = full_blocks(self._config, record)
-            blocks = blocks if affordable is None else min(blocks, affordable)
+        for record, blocks in shares(self._config, self._records.values()):
             if record.headroom_blocks != blocks:
                 record.headroom_blocks = blocks
                 record.known_view = None

@@ -208,7 +208,7 @@ class SchedulerConfig(Leaf):
         0.87, "share of an instance's KV kept free beside requests of each execution priority above 0"
     )
     headroom_spare_share: float = setting(
-        0.3, "most of what is free in the cluster that headroom takes; the less is free, the less is kept"
+        0.5, "most of what is free in the cluster that headroom takes; the less is free, the less is kept"
     )
     moves_per_round_max: int = setting(16, "most migrations begun in one round")
     moves_per_instance_max: int = setting(

@@ -46,13 +46,44 @@ def test_headroom_is_full_while_the_cluster_has_memory_to_spare_and_shrinks_as_i
     assert kept(with_high(replace(config, headroom_spare_share=0.0), 0)) == 0
 
 
-def test_urgent_requests_gather_where_their_like_run_while_headroom_lasts() -> None:
+def test_urgent_requests_gather_where_their_like_run_until_it_is_as_full_as_others() -> None:
     config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=1.0, pairing_policy="none")
     cluster = with_high(config, 700)
     normal = cluster.place("n", 31)
     assert isinstance(normal, Placed) and normal.instance_id == "b", "headroom keeps it off a"
     assert urgent(cluster, "u1") == "a"
-    assert urgent(cluster, "u2", prompt_tokens=16 * 220) == "b", "a would lose its headroom by it"
+    assert urgent(cluster, "u2", prompt_tokens=16 * 220) == "a"
+    roomy = with_high(config, 100)
+    assert urgent(roomy, "u1") == "a"
+    assert urgent(roomy, "u2") == "b", "a is the more crowded one by now"
+
+
+def with_spread(config: SchedulerConfig) -> ToyCluster:
+    """Four instances of 1,000 blocks; a and b run urgent requests, b most of them, c and d normal ones."""
+    cluster = ToyCluster(config, a=1000, b=1000, c=1000, d=1000)
+    cluster.instances["a"].running = {"u0": 20, "n0": 100}
+    cluster.instances["b"].running = {"u1": 20, "u2": 20}
+    cluster.instances["c"].running = {"n1": 400}
+    cluster.instances["d"].running = {"n2": 440}
+    for name in "ab":
+        urgent_ones = [one for one in cluster.instances[name].running if one.startswith("u")]
+        cluster.instances[name].priorities = dict.fromkeys(urgent_ones, 1)
+    return cluster
+
+
+def test_few_instances_get_headroom_in_full_and_keep_it() -> None:
+    config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=0.3, pairing_policy="none")
+    cluster = with_spread(config)
+    cluster.report()
+    cluster.step()
+    records = {record.instance_id: record.headroom_blocks for record in cluster.core._cluster.records()}
+    assert records == {"a": 100, "b": 800, "c": 0, "d": 0}, "0.3 of the 3,000 blocks that are free"
+    cluster.instances["a"].running |= {"u3": 20, "u4": 20}
+    cluster.instances["a"].priorities |= {"u3": 1, "u4": 1}
+    cluster.report()
+    cluster.step()
+    kept_now = {record.instance_id: record.headroom_blocks for record in cluster.core._cluster.records()}
+    assert kept_now == {"a": 88, "b": 800, "c": 0, "d": 0}, "though a runs more of them by now"
 
 
 def test_an_urgent_request_does_not_mind_a_queue_that_it_overtakes() -> None:
@@ -71,4 +102,4 @@ def test_a_normal_request_is_not_kept_from_room_that_is_there() -> None:
     policy = FreenessDispatch(SchedulerConfig())
     assert policy.place(request(8), views).instance_id == "a"
     high = request(8)._replace(scheduling_priority=1, execution_priority=1)
-    assert policy.place(high, views).reason.endswith("wait for blocks")
+    assert policy.place(high, views).instance_id == "a", "headroom is for its like"

@@ -220,3 +220,34 @@ def test_defragment_never_blocks_a_target(views: tuple[InstanceView, ...]) -> No
         loads[move.target_id] = loads[move.target_id].joined(candidate, candidate.blocks)
         assert loads[move.target_id].free_blocks > 0
         assert not loads[move.target_id].head_blocked
+
+
+def urgent_on(instance_id: str, high: int, *normal: int) -> InstanceView:
+    """An instance that runs an urgent request ``<id>high`` of so many blocks, offered last, and others."""
+    made = running(instance_id, *normal)
+    candidates = (*made.candidates, MoveCandidate(f"{instance_id}high", high, 1, False))
+    counts = ((0, len(normal)), (1, 1)) if normal else ((1, 1),)
+    return view(
+        instance_id,
+        used_blocks=high + sum(normal),
+        running=len(normal) + 1,
+        candidates=candidates,
+        execution_priorities=counts,
+    )
+
+
+def test_headroom_does_not_drive_away_those_it_is_kept_for() -> None:
+    clear = urgent_on("a", 66)  # 34 blocks free, 32 of them headroom: under the low mark
+    assert pair(clear, view("b")) == ()
+    crowded = urgent_on("a", 40, 26)
+    assert routes(pair(crowded, view("b"))) == [("a0", "a", "b")]
+    full = urgent_on("a", 98)  # by itself
+    assert routes(pair(full, view("b", capacity_blocks=200))) == [("ahigh", "a", "b")]
+
+
+def test_urgent_requests_are_brought_to_where_headroom_is_kept() -> None:
+    stray = urgent_on("a", 10, 20, 20)._replace(headroom_blocks=0)
+    assert routes(pair(stray, urgent_on("b", 10), view("c"))) == [("ahigh", "a", "b")]
+    assert pair(stray, urgent_on("b", 30, 20)) == (), "it would run no better there"
+    assert pair(stray, view("c")) == (), "none is kept anywhere"
+    assert pair(stray, urgent_on("b", 10), resting=("ahigh",)) == ()
