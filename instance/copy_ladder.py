@@ -135,7 +135,7 @@ class CopyLadder:
         if not self._costs:
             raise ValueError("a ladder needs a rung")
         self._block_bytes = block_bytes
-        self._planes = planes
+        self.planes = planes
 
     @property
     def costs(self) -> dict[Rung, CopyCost]:
@@ -154,7 +154,7 @@ class CopyLadder:
         """Copy operations of a job on a rung."""
         match rung:
             case Rung.PIECE:
-                return blocks * self._planes
+                return blocks * self.planes
             case Rung.BLOCK:
                 return blocks
             case Rung.RUN | Rung.BATCH:

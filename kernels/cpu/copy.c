@@ -1,4 +1,5 @@
-/* Copies runs of KV blocks from one pool to another while an engine computes on the same cores.
+/* Copies runs of KV blocks from one pool to another while an engine computes on the same cores: to another instance,
+ * or to and from the memory for KV that is swapped out.
  *
  * Stores bypass the caches: the bytes are not read again before they have left them, a plain store would first fetch
  * the line it overwrites, and the engine keeps its own data in the cache. Four pages at a time keep more of the
@@ -63,6 +64,14 @@ static int64_t now_ns(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Each row of `copies` is where to, where from, and how many bytes. */
+void llumnix_copy_bytes(char *to, const char *from, const int64_t *copies, int64_t count) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += copies[3 * i + 2];
+    for (const int64_t *row = copies; row < copies + 3 * count; row += 3)
+        copy(to + row[0], from + row[1], (size_t)row[2], total >= STREAM_FROM && row[2] >= PAGES * PAGE);
 }
 
 /* Copies `count` runs, each {source block, target block, blocks}. With a `share` below 1 copying takes that part of the

@@ -160,8 +160,3 @@ void llumnix_scatter_blocks(char *pool, const char *staging, const int64_t *ids,
         memcpy(pool + ids[i] * block_bytes, staging + i * block_bytes, (size_t)(run * block_bytes));
     }
 }
-
-/* Each row of `copies` is where to, where from, and how many bytes. */
-void llumnix_copy_bytes(char *to, const char *from, const int64_t *copies, int64_t count) {
-    for (const int64_t *row = copies; row < copies + 3 * count; row += 3) memcpy(to + row[0], from + row[1], (size_t)row[2]);
-}

@@ -1,8 +1,9 @@
 """What swapping KV between device and host memory costs: `llumnix bench swap`.
 
-The copies of one swap by layout and allocation (swap_transfers.py); how long the runs are that a swap
-copies after long churn in a pool that is 90 % full (block_churn.py); how many blocks a switch copies with and
-without reuse, and what the bookkeeping costs (swap_switches.py).
+The copies of one swap by layout and allocation (swap_transfers.py); what decode steps lose to swaps beside
+them (swap_steps.py); how long the runs are that a swap copies after long churn in a pool that is 90 % full
+(block_churn.py); how many blocks a switch copies with and without reuse, and what the bookkeeping costs
+(swap_switches.py).
 """
 
 import json
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from llumnix.bench.block_churn import BlockChurn
 from llumnix.bench.machine import describe_machine
+from llumnix.bench.swap_steps import measure_steps
 from llumnix.bench.swap_switches import measure_switches
 from llumnix.bench.swap_transfers import (
     ALLOCATIONS,
@@ -86,6 +88,13 @@ def _show(report: dict[str, Any]) -> None:
         f"handing a swap to the copier: {submitted['begin_us_p50']:.0f} µs of the engine's thread, "
         f"done after {submitted['until_done_ms_p50']:.2f} ms"
     )
+    beside = Table(title="decode steps with swaps beside them")
+    for column in ("swaps submitted", "step ms p50", "mean", "MB/s", "swap ms p50"):
+        beside.add_column(column, justify="right")
+    for row in report["steps"]:
+        names = ("step_ms_p50", "step_ms_mean", "mb_s", "swap_ms_p50")
+        beside.add_row(row["beside"], *(f"{row[name]:.2f}" for name in names))
+    console.print(beside)
     churn = Table(title=f"runs under churn, pool {FILL:.0%} full")
     titles = ("pool blocks", "allocation", "fill", "requests", "blocks per swap", "mean run", "by seed")
     for column in (*titles, "of a block"):
@@ -142,6 +151,7 @@ def command(
         },
         "results": [asdict(result) for result in results],
         "submission": submission_us(layout, where, blocks=blocks, repeats=repeats, seed=seed),
+        "steps": [asdict(row) for row in measure_steps(where, seed)],
         "churn": churn_rows(seed),
         "switches": [asdict(row) for row in measure_switches(seed)],
     }

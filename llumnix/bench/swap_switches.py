@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from llumnix.bench.conversations import ConversationLoad
-from llumnix.bench.fairness import ASYNC, HOST_GIB, REUSE, VARIANTS, Scenario, simulated
+from llumnix.bench.fairness_runs import ALL, ASYNC, HOST_GIB, REUSE, Scenario, simulated
 from llumnix.core.config import SwapConfig
 from llumnix.instance.engine import StepResult
 from llumnix.instance.in_process_engine import InProcessEngine
@@ -50,7 +50,7 @@ def measure_switches(seed: int) -> list[Switches]:
     variants = {
         "no reuse": ASYNC,
         "reuse": REUSE,
-        "all": VARIANTS["+ ahead (all)"],
+        "all": ALL,
         "no host memory": NO_HOST,
     }
     return [_run(name, swap, seed) for name, swap in variants.items()]

@@ -1,9 +1,9 @@
-"""The copies of one swap, measured: layout × allocation, against one plain copy of the same bytes.
+"""The copies of one swap, measured: layout × allocation, against one copy of the same bytes.
 
 Block tables come from real block managers under churn (block_churn.py), one for the device and one for the
 host; bytes are moved by what the copier uses. A layer-first pool is the same memory with a tensor per layer
 for keys and one for values, as most engines have it. All rows take turns, each swap is another request's, and
-the plain copies are of other places every time, so that neither a disturbance nor a warm cache favours
+the single copies are of other places every time, so that neither a disturbance nor a warm cache favours
 anybody.
 """
 
@@ -38,8 +38,8 @@ ALLOCATIONS = ("grouped", "scattered")
 class Transfer:
     """Swaps of ``blocks`` blocks in one layout and allocation, ``copies`` of them on average; ``submission``:
     whether copies were submitted one by one or as a batch. ``gb_s`` at the median swap-out.
-    ``share_of_one_copy``: the median, over swaps, of the time of one plain copy of as many bytes over the
-    swap's, both directions."""
+    ``share_of_one_copy``: the median, over swaps, of the time of one copy of as many bytes, submitted in the
+    same way, over the swap's, both directions."""
 
     layout: str
     allocation: str
@@ -124,7 +124,7 @@ def _shape(layout: KvLayout, name: str) -> PoolShape:
 def _swap(
     times: _Times, shape: PoolShape, pairs: Pairs, rung: Rung, movers: Sequence[Mover], whole: Rows
 ) -> None:
-    """One swap out and in, each after a plain copy of as many bytes."""
+    """One swap out and in, each after one copy of as many bytes."""
     began = perf_counter()
     runs = paired_runs(*pairs)
     times.copies.append(len(byte_copies(runs, shape, shape)))
@@ -132,7 +132,7 @@ def _swap(
     one_s = 0.0
     for direction, seconds in zip(movers, (times.out_s, times.in_s), strict=True):
         began = perf_counter()
-        direction.move_each(whole)
+        (direction.move_batch if rung is Rung.BATCH else direction.move_each)(whole)
         one_s += perf_counter() - began
         began = perf_counter()
         move(direction, rung, runs, (shape, shape))

@@ -1,9 +1,8 @@
 """Swapping in virtual time: what copies over a host link cost, and a copier whose jobs end when that is over.
 
-Both directions of a link work at once. One copy operation of b bytes takes ``copy_s + b / bytes_per_s``; in a
-batch the part of it that submitting takes falls away. Everything is decided by the same core and the same
-copy ladder as on a real engine; only the bytes are missing. Driven by the simulator and by the fairness
-benchmark.
+Both directions of a link work at once. One copy operation of b bytes takes ``copy_s + b / bytes_per_s``, one
+of a batch ``batch_copy_s + b / bytes_per_s``. Everything is decided by the same core and the same copy ladder
+as on a real engine; only the bytes are missing. Driven by the simulator and by the fairness benchmark.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -30,11 +29,12 @@ GIB = 1 << 30
 @dataclass(frozen=True, slots=True)
 class HostLink:
     """Between a device and its host's memory. ``copy_s`` is what a copy operation takes beside its bytes,
-    ``submit_s`` the share of that which the host spends on submitting it. ``gather_s`` is what a staged copy
-    takes for its kernel, ``device_bytes_per_s`` how fast that reads and writes."""
+    ``batch_copy_s`` what one of a batch does, ``submit_s`` what handing over a batch does. ``gather_s`` is
+    what a staged copy takes for its kernel, ``device_bytes_per_s`` how fast that reads and writes."""
 
     bytes_per_s: float
     copy_s: float
+    batch_copy_s: float
     submit_s: float
     gather_s: float
     device_bytes_per_s: float
@@ -46,7 +46,7 @@ class HostLink:
             Rung.PIECE: each,
             Rung.BLOCK: each,
             Rung.RUN: each,
-            Rung.BATCH: CopyCost(self.submit_s, self.copy_s - self.submit_s, 1 / self.bytes_per_s),
+            Rung.BATCH: CopyCost(self.submit_s, self.batch_copy_s, 1 / self.bytes_per_s),
             Rung.STAGING: CopyCost(
                 self.copy_s + self.gather_s, 0.0, 1 / self.bytes_per_s + 2 / self.device_bytes_per_s
             ),
@@ -56,15 +56,19 @@ class HostLink:
 PCIE5_BYTES_PER_S = 49e9
 SUBMIT_S = 2.3e-6
 COPY_S = 64e3 / 4e9 - 64e3 / PCIE5_BYTES_PER_S
+BATCH_COPY_S = 65536 / 38.8e9 - 65536 / 51.8e9
 
-# Public measurements on PCIe 5: copies of 64 KB reach 4 GB/s, of 256 KB 13, of 16 MB and more 49; submitting
-# one takes 2.3 µs. The first and the last give the cost of a copy, 14.7 µs, and that gives 12.8 GB/s for
-# the second. PCIe 4 has half the bandwidth. A kernel launch takes about 10 µs; an A10's memory does 600 GB/s.
-# In the light variant a copy costs its submission only, in favour of those who make many.
+# Public measurements on PCIe 5. Copy by copy: of 64 KB each they reach 4 GB/s, of 256 KB 13, of 16 MB and
+# more 49; the first and the last give the cost of a copy, 14.7 µs, and that gives 12.8 GB/s for the second.
+# But submitting one takes 2.3 µs (FlexKV, pull request 193, on H20; DualPath, arXiv 2602.21548, says 5 to 7):
+# in the light variant a copy costs no more than that, in favour of those who make many. In a batch of 10,000,
+# host to device on H100: of 64 KiB each 38.8 GB/s where 51.8 is the most (vLLM, pull request 42212), 0.4 µs
+# a copy, and about as much for 28 KiB; smaller ones collapse to 4 to 7 GB/s, but none here is. PCIe 4 has
+# half the bandwidth. A kernel launch takes about 10 µs; an A10's memory does 600 GB/s.
 HOST_LINKS = {
-    "pcie4": HostLink(PCIE5_BYTES_PER_S / 2, COPY_S, SUBMIT_S, 10e-6, 600e9),
-    "pcie4-light": HostLink(PCIE5_BYTES_PER_S / 2, SUBMIT_S, SUBMIT_S, 10e-6, 600e9),
-    "pcie5": HostLink(PCIE5_BYTES_PER_S, COPY_S, SUBMIT_S, 10e-6, 600e9),
+    "pcie4": HostLink(PCIE5_BYTES_PER_S / 2, COPY_S, BATCH_COPY_S, SUBMIT_S, 10e-6, 600e9),
+    "pcie4-light": HostLink(PCIE5_BYTES_PER_S / 2, SUBMIT_S, BATCH_COPY_S, SUBMIT_S, 10e-6, 600e9),
+    "pcie5": HostLink(PCIE5_BYTES_PER_S, COPY_S, BATCH_COPY_S, SUBMIT_S, 10e-6, 600e9),
 }
 
 
@@ -73,9 +77,20 @@ def host_link(cost_model: str) -> HostLink:
     return HOST_LINKS["pcie5" if cost_model.partition("@")[2].startswith("h") else "pcie4"]
 
 
+class LayerFirstLadder(CopyLadder):
+    """For pools with a tensor per layer for keys and one for values, as most engines have them: a run is a
+    copy in each."""
+
+    def copies(self, rung: Rung, blocks: int, runs: int) -> int:
+        """See CopyLadder."""
+        planes = self.planes if rung in (Rung.RUN, Rung.BATCH) else 1
+        return planes * super().copies(rung, blocks, runs)
+
+
 class VirtualCopier:
     """A Copier for the host memory that ``config`` says. ``now`` tells the time; ``wait`` lets it pass, by
-    calling ``sleep_until``. An event-driven simulator asks ``ready_at`` instead and never waits."""
+    calling ``sleep_until``. An event-driven simulator asks ``ready_at`` instead and never waits.
+    ``ladder_type``: how blocks lie in both pools."""
 
     def __init__(
         self,
@@ -85,10 +100,11 @@ class VirtualCopier:
         *,
         now: Callable[[], float],
         sleep_until: Callable[[float], None] | None = None,
+        ladder_type: type[CopyLadder] = CopyLadder,
     ) -> None:
         costs = link.costs()
         self._totals = {direction: CopyTotals() for direction in SwapDirection}
-        self._ladder = CopyLadder(
+        self._ladder = ladder_type(
             costs, ALLOWED_RUNGS[config.swap_copies], layout.block_bytes, planes=2 * layout.layers
         )
         self._host_blocks = config.host_blocks or int(config.host_gib * GIB) // layout.block_bytes

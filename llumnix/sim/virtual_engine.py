@@ -6,6 +6,7 @@ clock drives this one too. Used by the fairness and swap benchmarks.
 
 from llumnix.core.config import EngineConfig, SwapConfig
 from llumnix.core.messages.control import KvLayout
+from llumnix.instance.copy_ladder import CopyLadder
 from llumnix.instance.executor import SampledToken, StepPlan
 from llumnix.sim.cost import CostModel
 from llumnix.sim.swap import HostLink, VirtualCopier
@@ -27,14 +28,24 @@ class VirtualTime:
 
 
 class VirtualExecutor:
-    """An Executor whose steps take what the cost model says. The host pool is that of ``swap``."""
+    """An Executor whose steps take what the cost model says. The host pool is that of ``swap``;
+    ``ladder_type`` as in VirtualCopier."""
 
     def __init__(
-        self, cost: CostModel, engine: EngineConfig, swap: SwapConfig, link: HostLink, time: VirtualTime
+        self,
+        cost: CostModel,
+        engine: EngineConfig,
+        swap: SwapConfig,
+        link: HostLink,
+        time: VirtualTime,
+        *,
+        ladder_type: type[CopyLadder] = CopyLadder,
     ) -> None:
         self._cost, self._time = cost, time
         self._layout = cost.layout(engine.block_size, engine.kv_blocks * engine.block_size)
-        self._copier = VirtualCopier(link, self._layout, swap, now=time, sleep_until=time.sleep_until)
+        self._copier = VirtualCopier(
+            link, self._layout, swap, now=time, sleep_until=time.sleep_until, ladder_type=ladder_type
+        )
 
     @property
     def kv_layout(self) -> KvLayout:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from engine_driving import Client, spec, undisturbed
 
-from llumnix.bench.fairness import VARIANTS
+from llumnix.bench.fairness_runs import VARIANTS
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.in_process_engine import InProcessEngine
