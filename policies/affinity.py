@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
 from llumnix.policies.dispatch import CONSIDERED_MAX, SCORES_MAX, FreenessDispatch
-from llumnix.policies.freeness import free_blocks, headroom
+from llumnix.policies.freeness import headroom, room_blocks
 
 
 class AffinityDispatch:
@@ -51,5 +51,5 @@ def blocks_before(request: RequestView, view: InstanceView) -> int:
     nothing of it is kept there: its own, those of requests ahead of it, and those that it lacks beside the
     headroom of urgent ones."""
     reserve = headroom(view.execution_priorities, view.headroom_blocks)
-    missing = max(0, request.blocks + reserve - free_blocks(view))
+    missing = max(0, request.blocks + reserve - room_blocks(view))
     return request.blocks + view.waiting_blocks + view.placed_blocks + missing

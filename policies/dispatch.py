@@ -9,7 +9,7 @@ from zlib import crc32
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
-from llumnix.policies.freeness import free_blocks
+from llumnix.policies.freeness import free_blocks, room_blocks
 
 SCORES_MAX = 4
 CONSIDERED_MAX = 8
@@ -27,10 +27,10 @@ class FreenessDispatch:
         """See the class. Room is preferred over freeness only among the first CONSIDERED_MAX candidates."""
         best = candidates[:SCORES_MAX]
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
-        if free_blocks(best[0]) >= request.blocks:
+        if room_blocks(best[0]) >= request.blocks:
             return DispatchDecision(best[0].instance_id, scores, "freest")
         for view in candidates[1:CONSIDERED_MAX]:
-            if free_blocks(view) >= request.blocks:
+            if room_blocks(view) >= request.blocks:
                 reason = f"freest with {request.blocks} free blocks"
                 return DispatchDecision(view.instance_id, scores, reason)
         return DispatchDecision(best[0].instance_id, scores, "freest; it will wait for blocks")

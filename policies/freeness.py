@@ -128,6 +128,13 @@ def free_blocks(view: InstanceView) -> int:
     return view.capacity_blocks - max(0, used) - view.waiting_blocks - view.placed_blocks
 
 
+def room_blocks(view: InstanceView) -> int:
+    """Blocks left for a newcomer right now: as `free_blocks`, but a request that is leaving has its blocks
+    until it is gone."""
+    used = view.used_blocks + view.arriving_blocks
+    return view.capacity_blocks - used - view.waiting_blocks - view.placed_blocks
+
+
 def headroom(priorities: Priorities, headroom_blocks: int) -> int:
     """Blocks to keep free: a priority's headroom is shared by its requests, so each class counts once."""
     if not priorities or priorities[-1][0] <= 0:

@@ -108,6 +108,15 @@ def test_cheapest_offers_low_priority_first_then_no_kv_then_few_blocks_then_id()
     assert Cheapest(CONFIG).select((), 3) == ()
 
 
+def test_what_a_leaving_request_still_holds_is_no_room_for_a_newcomer() -> None:
+    """Otherwise a short prompt waits until the leaving request's KV has been copied."""
+    emptying = running("a", 60, 36, leaving_blocks=60, migrating_out=1)
+    other = running("b", 50, 10)
+    assert emptying.queue_freeness > other.queue_freeness
+    decision = FreenessDispatch(SchedulerConfig()).place(request(8), (emptying, other))
+    assert decision.instance_id == "b" and decision.reason == "freest with 8 free blocks"
+
+
 ROWS = [
     MoveCandidate("high", 1, 1, False, 10, 4, 9.0),
     MoveCandidate("b", 5, 0, False, 70, 9, 5.0),
