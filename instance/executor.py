@@ -71,5 +71,6 @@ class Executor(Protocol):
         ...
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """Compute a plan; one result per sampling chunk, in the plan's order."""
+        """Compute a plan; one result per sampling chunk, in the plan's order. When it returns, nothing of the
+        plan is under way any more, on a GPU either: other threads and streams copy its KV."""
         ...

@@ -54,6 +54,8 @@ class KvPool:
             fill_with_zeros(flat)
         else:
             flat = torch.empty(size_bytes, dtype=torch.uint8, device=device).zero_()
+            if flat.is_cuda:
+                torch.cuda.synchronize(flat.device)  # copies come on streams of their own
         if pinned:
             _cuda("cudaHostRegister", flat.data_ptr(), size_bytes, 0)
             self._pinned_at = flat.data_ptr()
@@ -77,10 +79,10 @@ class KvPool:
 
     def close(self) -> None:
         """Give the memory up. It is returned once the last tensor over it, here or in a peer, is gone."""
-        self._tensor = self._bytes = None
         if self._pinned_at:
             _cuda("cudaHostUnregister", self._pinned_at)
             self._pinned_at = 0
+        self._tensor = self._bytes = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

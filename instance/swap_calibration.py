@@ -76,8 +76,10 @@ class _Probe:
             log.warning("swapping by %s: %s", rung.value, error)
             return False
         finally:
-            self._source[block].zero_()
-            self._target[block].zero_()
+            for pool in (self._source, self._target):
+                pool[block].zero_()
+                if pool.is_cuda:
+                    torch.cuda.synchronize(pool.device)  # the next copy comes on another stream
 
     def cost(self, rung: Rung) -> CopyCost:
         large = max(1, min(self._blocks, LARGE_BYTES // self._block_bytes))

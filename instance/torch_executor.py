@@ -140,6 +140,8 @@ class TorchExecutor:
                 rows.append(row)
                 requests.append(chunk.request)
         if not rows:
+            if hidden.is_cuda:  # sampling would have waited; copiers and readers count on what a step wrote
+                torch.cuda.current_stream(hidden.device).synchronize()
             return []
         sampling = hidden if len(rows) == hidden.shape[0] else hidden[rows]
         logits = self._decoder.logits(sampling)
