@@ -199,7 +199,10 @@ class Agent:
         effects: list[Effect] = []
         if len(self._outgoing):
             effects += self._outgoing.tick(now)
-        return [*effects, *self._incoming.tick(now), *self._report_if_due(now)]
+        effects += self._incoming.tick(now)
+        if self._reports.due(now):
+            effects.append(self._report(now))
+        return effects
 
     def next_deadline(self) -> float | None:
         """When ``tick`` has something to do at the latest."""

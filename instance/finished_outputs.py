@@ -54,7 +54,7 @@ class FinishedOutputs:
     def add(self, request: Request, reason: FinishReason) -> None:
         """Remember a request that has just ended."""
         self.drop(request.request_id)
-        tokens = array("q", request.tokens[request.prompt_len :])
+        tokens = array("i", request.tokens[request.prompt_len :])
         output = FinishedOutput(request.epoch, tokens, reason, tuple(request.logprobs))
         self._outputs[request.request_id] = output
         self._tokens += output.size

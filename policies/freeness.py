@@ -73,14 +73,15 @@ class Load(NamedTuple):
         if self.draining:
             return -inf
         free = self.capacity_blocks - self.used_blocks - self.head_blocks - self.placed_blocks
-        return (free - headroom(self.priorities, headroom_blocks)) / max(1, self.batch + self.placed_requests)
+        return (free - headroom(self.priorities, headroom_blocks)) / (self.batch + self.placed_requests or 1)
 
     def queue_freeness(self, headroom_blocks: int) -> float:
         """The same with the whole queue counted, and in blocks where negative."""
         if self.draining:
             return -inf
-        free = self.free_blocks - headroom(self.priorities, headroom_blocks)
-        return free / max(1, self.batch + self.waiting + self.placed_requests) if free > 0 else float(free)
+        free = self.capacity_blocks - self.used_blocks - self.queued_blocks - self.placed_blocks
+        free -= headroom(self.priorities, headroom_blocks)
+        return free / (self.batch + self.waiting + self.placed_requests or 1) if free > 0 else float(free)
 
     def demand(self, candidate: MoveCandidate) -> int:
         """Blocks a request will take wherever it goes; a mean of the queue where its instance did not say."""

@@ -33,7 +33,7 @@ from llumnix.policies.selection import Cheapest, FirstWaiting, LastCome, Longest
 
 ENTRY_POINT_GROUP = "llumnix.policies"
 
-NO_MOVES = "none"
+NO_MOVES = NO_SCALING = "none"
 DISPATCH: dict[str, type[DispatchPolicy]] = {
     "affinity": AffinityDispatch,
     "freeness": FreenessDispatch,
@@ -64,7 +64,7 @@ SELECTION: dict[str, type[SelectionPolicy]] = {
 SCALING: dict[str, type[ScalingPolicy]] = {
     "demand": DemandScaling,
     "freeness": FreenessScaling,
-    "none": NoScaling,
+    NO_SCALING: NoScaling,
 }
 
 RELIEF: dict[str, type[ReliefPolicy]] = {"cheapest": CheapestRelief, "none": NoRelief}

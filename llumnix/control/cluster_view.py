@@ -13,7 +13,6 @@ the old process. Each instance's frozen view is cached and made again only when 
 that a placement costs the change of one instance. Called by the global scheduler only.
 """
 
-from bisect import insort
 from collections.abc import Callable, Sequence
 
 from llumnix.control.headroom import full_blocks, shares
@@ -37,11 +36,13 @@ class ClusterView:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._records: dict[str, InstanceRecord] = {}
-        self._ids: list[str] = []
+        self._ordered: tuple[InstanceRecord, ...] | None = ()
+        self._prioritised: dict[str, None] = {}
         self._score: Callable[[InstanceView], float] | None = None
         self._entry, self._decode = Ranking(), Ranking()
         self._urgent: Ranking | None = None
         self._tokens_max_least = TOKENS_UNKNOWN
+        self._shared = False
         self.heard_any = False
         self.placements = PlacementLedger()
         self.moves = MoveLedger()
@@ -59,7 +60,9 @@ class ClusterView:
 
     def records(self) -> tuple[InstanceRecord, ...]:
         """All records, ordered by id."""
-        return tuple([self._records[instance_id] for instance_id in self._ids])
+        if self._ordered is None:
+            self._ordered = tuple([self._records[instance_id] for instance_id in sorted(self._records)])
+        return self._ordered
 
     def live(self) -> tuple[InstanceRecord, ...]:
         """Records of processes not known to have ended, ordered by id."""
@@ -74,7 +77,11 @@ class ClusterView:
         self.share_headroom()
 
     def share_headroom(self) -> None:
-        """Bring headroom up to date with what the cluster can spare."""
+        """Bring headroom up to date with what the cluster can spare. While nobody runs for whom any is kept,
+        it stays as it is, at first the full one of `hello`."""
+        if not self._prioritised and not self._shared:
+            return
+        self._shared = bool(self._prioritised)
         for record, blocks in shares(self._config, self._records.values()):
             if record.headroom_blocks != blocks:
                 record.headroom_blocks = blocks
@@ -135,8 +142,12 @@ class ClusterView:
 
     def snapshot(self, now: float, resting: frozenset[str], closed: frozenset[str]) -> ClusterSnapshot:
         """What pairing sees: instances that have reported and are not down."""
-        views = [record.view for record in self.records() if not record.down]
-        return ClusterSnapshot(now, tuple([view for view in views if view is not None]), resting, closed)
+        views = [
+            record.known_view or record.seen
+            for record in self.records()
+            if record.report is not None and not record.down
+        ]
+        return ClusterSnapshot(now, tuple(views), resting, closed)
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         """What frontends are told, ordered by id."""
@@ -162,9 +173,8 @@ class ClusterView:
         record.headroom_blocks = full_blocks(self._config, record)
         if old is not None:
             record.draining, record.role = old.draining, old.role
-        if old is None:
-            insort(self._ids, hello.instance_id)
         self._records[hello.instance_id] = record
+        self._ordered = None
         self.refresh(record)
         self._tokens_max_least = min(self._tokens_max_least, record.tokens_max)
         return record
@@ -193,6 +203,7 @@ class ClusterView:
         self.refresh(record)
         if last is None or last.capacity_blocks != report.capacity_blocks:
             self._tokens_max_least = min(self._tokens_max_least, record.tokens_max)
+            self._shared = True  # a full headroom depends on the capacity
         return True
 
     def end(self, record: InstanceRecord, now: float) -> None:
@@ -209,7 +220,8 @@ class ClusterView:
     def forget(self, record: InstanceRecord) -> None:
         """Drop a record that is down."""
         del self._records[record.instance_id]
-        self._ids.remove(record.instance_id)
+        self._prioritised.pop(record.instance_id, None)
+        self._ordered = None
 
     def place(
         self, record: InstanceRecord, request_id: str, tokens: int, now: float, adapter: str = ""
@@ -253,7 +265,15 @@ class ClusterView:
     def refresh(self, record: InstanceRecord) -> None:
         """Bring a record up to date after a change, and put it where it belongs in the ranking."""
         record.changed()
-        if record.state is not InstanceState.SERVING or self._over_capacity(record):
+        load = record.load
+        if load is not None and load.priorities and load.priorities[-1][0] > 0:  # they are in rising order
+            self._prioritised[record.instance_id] = None
+        elif self._prioritised:
+            self._prioritised.pop(record.instance_id, None)
+        full = load is None or (
+            load.queued_blocks + load.placed_blocks > self._config.queue_blocks_factor * load.capacity_blocks
+        )
+        if full or record.state is not InstanceState.SERVING:
             self._entry.remove(record.instance_id)
             self._decode.remove(record.instance_id)
             if self._urgent is not None:
@@ -296,10 +316,6 @@ class ClusterView:
             for record in ranking.records
             if record.instance_id not in exclude and record.tokens_max >= tokens and record.serves(adapter)
         ]
-
-    def _over_capacity(self, record: InstanceRecord) -> bool:
-        capacity = 0 if record.load is None else record.load.capacity_blocks
-        return record.queued_blocks > self._config.queue_blocks_factor * capacity
 
     def _drop_placement(self, placement: Placement) -> None:
         record = self._records.get(placement.instance_id)

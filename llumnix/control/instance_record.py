@@ -88,11 +88,6 @@ class InstanceRecord:
         return min(self.hello.max_model_len, self.report.capacity_blocks * self.hello.kv_layout.block_size)
 
     @property
-    def queued_blocks(self) -> int:
-        """Demand of requests that wait there or are on their way."""
-        return self.placed_blocks + (self.report.waiting_blocks if self.report else 0)
-
-    @property
     def view(self) -> InstanceView | None:
         """What policies see; None before the first report."""
         if self.known_view is None and self.report is not None:
@@ -202,16 +197,18 @@ class InstanceRecord:
 
     def _load(self, report: LoadReport, draining: bool) -> Load:
         """The same as Load.of the view, which has these numbers."""
-        used = report.used_blocks + report.reserved_blocks + self._unreserved(report) - self.leaving_blocks
-        arriving = max(self.arriving_requests, report.migrating_in)
-        leaving = max(self.leaving_requests, report.migrating_out)
+        used, batch = report.used_blocks + report.reserved_blocks, report.running
+        if self.arriving_requests or self.leaving_requests or report.migrating_in or report.migrating_out:
+            used = max(0, used + self._unreserved(report) - self.leaving_blocks)
+            arriving = max(self.arriving_requests, report.migrating_in)
+            batch = max(0, batch + arriving - max(self.leaving_requests, report.migrating_out))
         return Load(
             report.capacity_blocks,
-            max(0, used),
+            used,
             report.head_blocks,
             report.waiting_blocks,
             self.placed_blocks,
-            max(0, report.running + arriving - leaving),
+            batch,
             report.waiting,
             self.placed_requests,
             report.execution_priorities,

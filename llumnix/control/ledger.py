@@ -8,6 +8,7 @@ the sums per instance.
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llumnix.core.errors import InvariantError
 
@@ -15,8 +16,7 @@ PLACEMENTS_MAX = 100_000
 MOVES_MAX = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A request sent to an instance that has not said yet that it took it."""
 
     request_id: str

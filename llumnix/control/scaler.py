@@ -15,6 +15,7 @@ from llumnix.control.effects import Logged, ScaleTo
 from llumnix.control.policy_guard import GuardedScaling
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceState
+from llumnix.policies.registry import NO_SCALING
 
 ORDER_MEMORY_S = 300.0  # then what was asked for and has not come is asked for again
 
@@ -38,6 +39,8 @@ class Scaler:
     def round(self, now: float) -> list[ScaleTo | Logged]:
         """Act on the policy's wish, if it may be."""
         config = self._config
+        if config.scaling_policy == NO_SCALING:
+            return []
         states = [record.state for record in self._cluster.live()]
         if not states or InstanceState.SILENT in states:
             return []

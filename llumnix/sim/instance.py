@@ -38,7 +38,7 @@ from llumnix.sim.record import Recorder
 from llumnix.sim.swap import VirtualCopier, host_link
 from llumnix.sim.tokens import EOS_TOKEN, VOCAB_SIZE, sample, sample_chunks
 
-FLUSH_S = 10.0
+FLUSH_S = 30.0  # well below QUIET_PROBE_S of simulation.py
 STRETCH_MAX = 4096
 FINAL_READ_WAIT_S = 1.0  # as in the runtime
 SLEEP_MIN_S = 1e-6
@@ -299,9 +299,10 @@ class Instance:
         latency_s, stretch = self._machine.network.latency_s, self._machine.recorder.stretch
         first, last = ends[0] + latency_s, ends[-1] + latency_s
         longest_s, steps = max(durations[1:], default=0.0), len(ends)
+        sent = self._sent
         for request_id in self.engine.advance(durations, sample):
             stretch(request_id, first, last, steps, longest_s)
-            if request_id not in self._sent:  # it has just come from elsewhere
+            if request_id not in sent:  # it has just come from elsewhere
                 spec = self.engine.spec_of(request_id, self._clock.now)
                 self._sent[request_id] = (spec.frontend_address, len(spec.output_tokens) - steps)
 

@@ -41,7 +41,8 @@ def _hashed(value: int) -> bytes:
 
 def sample(request: Request, count: int) -> bytes:
     """The next ``count`` tokens of a request; for EngineCore.advance."""
-    return tokens_of(request.sampling.seed, len(request.tokens), count)
+    place = request.sampling.seed % PLACES + len(request.tokens)
+    return _TABLE[place : place + count]
 
 
 def sample_chunks(chunks: tuple[Chunk, ...]) -> list[SampledToken]:
