@@ -6,7 +6,9 @@ requests ignored against used. Policies are changed while the cluster runs, as `
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llumnix.bench.live_load import (
-    LENGTHS,
-    Load,
-    RealCluster,
-    Streamed,
-    quantiles_ms,
-    real_cluster,
-)
+from llumnix.bench.live_load import LENGTHS, Load, RealCluster, Streamed, quantiles_ms, real_cluster
+from llumnix.bench.live_model import cut_model
 from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
 from llumnix.cli.config_flags import config_options, resolve
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig
@@ -37,8 +33,13 @@ BASE = Config(
 )
 HIGH_EVERY = 10
 """One request in so many, in order of arrival, is marked."""
+COUNTS = ("queued", "stopped", "preemptions", "migrations")
 WARM_UP = Arrival(0.0, 16, 8)
 WARM_UPS = 8
+STOP_S = 1.0
+"""A first token later than this waited in a queue; a gap longer than this was a preemption's."""
+SHORT_TOKENS = 10
+"""The mean time per token of so few is one or two steps: that of a neighbour's prefill, as it happens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,13 @@ COMPARISONS = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of one mode once. ``high``: which answers are of marked requests."""
+    """What came of one mode once. ``high``: which answers are of marked requests; ``moves``: how often each
+    was moved."""
 
     mode: Mode
     answers: tuple[Streamed, ...]
     high: tuple[bool, ...]
+    moves: tuple[int, ...]
     preemptions: int
     migrations: int
 
@@ -80,6 +83,7 @@ def run_modes(cluster: RealCluster, modes: Sequence[Mode], load: Load, repeats: 
     """All modes on the same requests, ``repeats`` times on others each, the order turned each time."""
     cluster.run([WARM_UP] * WARM_UPS, seed)  # connections are made with the first requests
     runs = []
+    _, seen = cluster.moved(0)
     for number in range(repeats):
         arrivals = load.arrivals(cluster.max_model_len, seed + number)
         high = tuple(place % HIGH_EVERY == 0 for place in range(len(arrivals)))
@@ -92,7 +96,10 @@ def run_modes(cluster: RealCluster, modes: Sequence[Mode], load: Load, repeats: 
             before = cluster.counted()
             answers = cluster.run(asked, seed + number)
             counts = {name: now - before[name] for name, now in cluster.counted().items()}
-            runs.append(Run(mode, tuple(answers), high, **counts))
+            moved, seen = cluster.moved(seen)
+            moves = Counter(moved)
+            each = tuple(moves[answer.request_id] for answer in answers)
+            runs.append(Run(mode, tuple(answers), high, each, **counts))
     return runs
 
 
@@ -108,6 +115,19 @@ def latencies(runs: Sequence[Run], which: str) -> dict[str, Any]:
     }
 
 
+def slowest(runs: Sequence[Run]) -> dict[str, int]:
+    """What the hundredth of the answers with the longest time per token have in common."""
+    pairs = [pair for run in runs for pair in zip(run.answers, run.moves, strict=True)]
+    pairs.sort(key=lambda pair: -pair[0].tpot_s)
+    worst = pairs[: max(1, len(pairs) // 100)]
+    return {
+        "answers": len(worst),
+        "short": sum(answer.tokens <= SHORT_TOKENS for answer, _ in worst),
+        "stopped": sum(answer.longest_gap_s >= STOP_S for answer, _ in worst),
+        "moved": sum(moves > 0 for _, moves in worst),
+    }
+
+
 def results_of(runs: Sequence[Run], compared: str) -> list[dict[str, Any]]:
     """One row for each mode, over its repeats."""
     rows = []
@@ -120,6 +140,9 @@ def results_of(runs: Sequence[Run], compared: str) -> list[dict[str, Any]]:
                 "runs": len(ours),
                 "preemptions": sum(run.preemptions for run in ours),
                 "migrations": sum(run.migrations for run in ours),
+                "queued": sum(answer.ttft_s >= STOP_S for run in ours for answer in run.answers),
+                "stopped": sum(answer.longest_gap_s >= STOP_S for run in ours for answer in run.answers),
+                "slowest": slowest(ours),
                 **{which: latencies(ours, which) for which in kinds},
                 "each_run_p99": [
                     {
@@ -142,16 +165,18 @@ def requests_of(run: Run) -> list[dict[str, Any]]:
             "prompt": answer.arrival.prompt_tokens,
             "output": answer.tokens,
             "high": high,
+            "moves": moves,
             "ttft_ms": round(answer.ttft_s * 1e3, 1),
             "tpot_ms": round(answer.tpot_s * 1e3, 2),
             "longest_gap_ms": round(answer.longest_gap_s * 1e3, 1),
         }
-        for answer, high in zip(run.answers, run.high, strict=True)
+        for answer, high, moves in zip(run.answers, run.high, run.moves, strict=True)
     ]
 
 
 def gains_of(rows: Sequence[dict[str, Any]], compared: str) -> list[dict[str, Any]]:
-    """How many times smaller each latency is with what is compared than without."""
+    """How many times smaller each latency is with what is compared than without. ``each_run_p99``: in every
+    repeat by itself, all requests."""
     gains = []
     for which in COMPARISONS[compared][1]:
         before, after = (row[which] for row in rows)
@@ -161,20 +186,33 @@ def gains_of(rows: Sequence[dict[str, Any]], compared: str) -> list[dict[str, An
             if name != "requests"
         }
         gains.append({"requests": which, **ratios})
-    return gains
+    pairs = zip(*(row["each_run_p99"] for row in rows), strict=True)
+    apart = [{name: round(before[name] / after[name], 3) for name in before} for before, after in pairs]
+    return [{**gains[0], "each_run_p99": apart}, *gains[1:]]
 
 
 def _show(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['load']['name']}; times in ms", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    for title in ("count", "TTFT P50", "P99", "TPOT P50", "P99", "gap P99", "preempted", "moved"):
+    for title in (
+        "count",
+        "TTFT P50",
+        "P99",
+        "TPOT P50",
+        "P99",
+        "gap P99",
+        "queued",
+        "stopped",
+        "preempted",
+        "moved",
+    ):
         table.add_column(title, justify="right")
     for row in report["results"]:
         for which in COMPARISONS[report["compared"]][1]:
             found = row[which]
             points = [found[name][point] for name in ("ttft_ms", "tpot_ms") for point in ("p50", "p99")]
             points.append(found["longest_gap_ms"]["p99"])
-            counts = [str(row[name]) if which == "all" else "" for name in ("preemptions", "migrations")]
+            counts = [str(row[name]) if which == "all" else "" for name in COUNTS]
             name = row["mode"] if which == "all" else f"  {which}"
             numbers = (f"{point:.0f}" for point in points)
             table.add_row(name, str(found["requests"]), *numbers, *counts)
@@ -185,6 +223,8 @@ def _show(report: dict[str, Any]) -> None:
             for name in ("ttft_ms", "tpot_ms", "longest_gap_ms", "request_ms")
         )
         print(f"P99 times smaller, {gain['requests']} requests: {', '.join(parts)}")
+    for row in report["results"]:
+        print(f"{row['mode']}, slowest answers per token: {row['slowest']}")
     warn_of_others(report["others_cpu"])
 
 
@@ -195,6 +235,7 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--compare", type=click.Choice(sorted(COMPARISONS)), default="migration", show_default=True)
 @click.option("--lengths", type=click.Choice(sorted(LENGTHS)), default="sharegpt", show_default=True)
 @click.option("--shrink", type=float, default=4.0, show_default=True, help="Lengths are divided by this.")
+@click.option("--layers", type=click.IntRange(min=0), default=0, help="Only so many of the model's layers.")
 @click.option("--rate", type=float, default=2.5, show_default=True, help="Requests per second.")
 @click.option("--cv", type=float, default=2.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
 @click.option("--requests", "count", type=click.IntRange(min=10), default=100, show_default=True)
@@ -209,6 +250,7 @@ def command(
     config_file: Path | None,
     lengths: str,
     shrink: float,
+    layers: int,
     rate: float,
     cv: float,
     count: int,
@@ -222,7 +264,9 @@ def command(
     load = Load(lengths, shrink, rate, cv, count)
     config = resolve(config_file, given, BASE)
     machine = describe_machine()
-    with real_cluster(config) as cluster:
+    model = config.engine.model
+    cutting = cut_model(model, layers) if layers else nullcontext(model)
+    with cutting as name, real_cluster(replace(config, engine=replace(config.engine, model=name))) as cluster:
         others = OthersCpu()
         runs = run_modes(cluster, COMPARISONS[compare][0], load, repeats, seed)
         others_cpu = others.share()
@@ -235,6 +279,7 @@ def command(
         "repeats": repeats,
         "others_cpu": others_cpu,
         "load": {"name": load.name, **asdict(load)},
+        "layers": layers,
         "config": {name: asdict(getattr(config, name)) for name in ("engine", "scheduler", "cluster")},
         "results": rows,
         "gains": gains_of(rows, compare),

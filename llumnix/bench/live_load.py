@@ -31,6 +31,7 @@ from llumnix.sim.workload import Arrival
 TOKEN_IDS = (32, 127)
 """Prompts are random tokens from here: every vocabulary has them."""
 ADMIN_TIMEOUT_S = 60.0
+EVENTS_PAGE = 1000
 LENGTHS = {"burstgpt": (BURSTGPT_IN, BURSTGPT_OUT), "sharegpt": (SHAREGPT_IN, SHAREGPT_OUT)}
 
 
@@ -79,7 +80,7 @@ def _shrunk(lengths: Quantiles, shrink: float) -> Quantiles:
 class Streamed:
     """What one client saw, in seconds from the run's begin. ``arrival`` is when it was to send and
     ``sent_s`` when it did; ``longest_gap_s`` between two chunks; ``problem`` is empty for an answer that is
-    complete."""
+    complete. ``request_id`` is the cluster's name for it."""
 
     arrival: Arrival
     sent_s: float
@@ -88,6 +89,7 @@ class Streamed:
     longest_gap_s: float
     tokens: int
     problem: str
+    request_id: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -141,6 +143,15 @@ class RealCluster:
             "migrations": self.ask("status")["migrations_committed"],
         }
 
+    def moved(self, after: int) -> tuple[list[str], int]:
+        """The request of every migration committed after that event, and the number of the last event."""
+        moved: list[str] = []
+        while page := self.ask(f"events?after={after}&limit={EVENTS_PAGE}")["data"]:
+            ends = (event["fields"] for event in page if event["kind"] == "migration_ended")
+            moved += [fields["request"] for fields in ends if fields["outcome"] == "committed"]
+            after = page[-1]["sequence"]
+        return moved, after
+
     def run(self, arrivals: Sequence[Arrival], seed: int) -> list[Streamed]:
         """Send every request at its time and wait for all answers. Raises LlumnixError if one fails."""
         parts = urlsplit(self.url)
@@ -183,6 +194,7 @@ def _read(client: StreamingClient, arrival: Arrival, began: float) -> Streamed:
     events, status = client.events()
     times: list[float] = []
     tokens, problem, done = 0, "" if status == 200 else f"HTTP {status}", False
+    request_id = ""
     for at, event in events if status == 200 else ():
         if event == DONE_EVENT:
             done = True
@@ -192,13 +204,15 @@ def _read(client: StreamingClient, arrival: Arrival, began: float) -> Streamed:
             problem = body["error"]["message"]
         elif body["choices"]:
             times.append(at)
+            request_id = body["id"]
         else:
             tokens = body["usage"]["completion_tokens"]
     if not problem and (not done or tokens != arrival.output_tokens):
         problem = f"{tokens} of {arrival.output_tokens} tokens, ended: {done}"
     first, last = (times[0], times[-1]) if times else (began, began)
     longest = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
-    return Streamed(arrival, client.sent_at - began, first - began, last - began, longest, tokens, problem)
+    at_s = (client.sent_at - began, first - began, last - began)
+    return Streamed(arrival, *at_s, longest, tokens, problem, request_id)
 
 
 def quantiles_ms(values_s: Sequence[float]) -> dict[str, float]:
