@@ -194,28 +194,16 @@ def gains_of(rows: Sequence[dict[str, Any]], compared: str) -> list[dict[str, An
 def _show(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['load']['name']}; times in ms", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    for title in (
-        "count",
-        "TTFT P50",
-        "P99",
-        "TPOT P50",
-        "P99",
-        "gap P99",
-        "queued",
-        "stopped",
-        "preempted",
-        "moved",
-    ):
+    for title in ("count", "TTFT P50", "P99", "TPOT P50", "P99", "gap P99"):
         table.add_column(title, justify="right")
     for row in report["results"]:
         for which in COMPARISONS[report["compared"]][1]:
             found = row[which]
             points = [found[name][point] for name in ("ttft_ms", "tpot_ms") for point in ("p50", "p99")]
             points.append(found["longest_gap_ms"]["p99"])
-            counts = [str(row[name]) if which == "all" else "" for name in COUNTS]
             name = row["mode"] if which == "all" else f"  {which}"
             numbers = (f"{point:.0f}" for point in points)
-            table.add_row(name, str(found["requests"]), *numbers, *counts)
+            table.add_row(name, str(found["requests"]), *numbers)
     Console().print(table)
     for gain in report["gains"]:
         parts = (
@@ -224,7 +212,8 @@ def _show(report: dict[str, Any]) -> None:
         )
         print(f"P99 times smaller, {gain['requests']} requests: {', '.join(parts)}")
     for row in report["results"]:
-        print(f"{row['mode']}, slowest answers per token: {row['slowest']}")
+        counts = ", ".join(f"{row[name]} {name}" for name in COUNTS)
+        print(f"{row['mode']}: {counts}; slowest answers per token: {row['slowest']}")
     warn_of_others(report["others_cpu"])
 
 

@@ -15,18 +15,19 @@ from time import perf_counter_ns
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from llumnix.bench.machine import describe_machine
 from llumnix.bench.scheduler_end_to_end import EndToEnd
 from llumnix.bench.scheduler_end_to_end import run as end_to_end
-from llumnix.bench.scheduler_loads import Loads, percentile
+from llumnix.bench.scheduler_loads import REQUEST_KINDS, Loads, percentile
 from llumnix.control.global_scheduler import GlobalScheduler
 from llumnix.core.codec import decode, encode
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
-from llumnix.core.messages.control import FrontendHello, Place
+from llumnix.core.messages.control import FrontendHello
 from llumnix.runtime.garbage import SWEEP_S, Garbage
 
 INSTANCES = (16, 64, 256, 1024, 4096)
@@ -38,10 +39,11 @@ WARM_UP_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Decisions of one cluster size. Times as in the module; ``collection_ms`` is one garbage collection,
-    which the manager makes every SWEEP_S between two messages."""
+    """Decisions of one cluster size about ``requests`` of one kind (Loads.place); times as in the module.
+    ``collection_ms`` is one garbage collection, made by the manager every SWEEP_S between messages."""
 
     instances: int
+    requests: str
     dispatch_us_p50: float
     dispatch_us_p99: float
     decisions_per_s: float
@@ -64,8 +66,11 @@ class Cluster(Loads):
             self.core.handle(self.report(instance_id), 0.0)
 
 
-def run(config: SchedulerConfig, instances: int, *, decisions: int, rounds: int, seed: int) -> Result:
-    """Measure one cluster size. Garbage collection is as in the manager: not meanwhile."""
+def run(
+    config: SchedulerConfig, instances: int, requests: str, *, decisions: int, rounds: int, seed: int
+) -> Result:
+    """Measure one cluster size with one kind of requests. Garbage collection is as in the manager: not
+    meanwhile."""
     cluster = Cluster(config, instances, seed)
     core, turns = cluster.core, cluster.turns(cluster.ids)
     dispatch_ns: list[int] = []
@@ -84,7 +89,7 @@ def run(config: SchedulerConfig, instances: int, *, decisions: int, rounds: int,
             if turn * placements % per_round >= placements:
                 continue
             number += 1
-            place = Place(FRONTEND, f"r{number}", 200, 256, 0, 0, "")
+            place = cluster.place(requests, f"r{number}", FRONTEND, cluster.ids)
             begun = perf_counter_ns()
             answer = core.handle(place, now)[-1]
             dispatch_ns.append(perf_counter_ns() - begun)
@@ -100,6 +105,7 @@ def run(config: SchedulerConfig, instances: int, *, decisions: int, rounds: int,
     dispatch, reports, ticks = (_warm(series) for series in (dispatch_ns, report_ns, round_ns))
     return Result(
         instances=instances,
+        requests=requests,
         dispatch_us_p50=percentile(dispatch, 50) / 1e3,
         dispatch_us_p99=percentile(dispatch, 99) / 1e3,
         decisions_per_s=1e9 * len(dispatch) / sum(dispatch),
@@ -115,14 +121,16 @@ def _warm(series: list[int]) -> list[float]:
 
 
 def _show(results: list[Result]) -> None:
-    table = Table("instances", "dispatch p50", "p99 µs", "decisions/s", "reports/s", "round p50", "p99 ms")
+    titles = ("instances", "requests", "µs p50", "p99", "decisions/s", "reports/s", "round ms p50", "p99")
+    table = Table(*titles, box=box.SIMPLE)
     for row in results:
         table.add_row(
             str(row.instances),
+            row.requests,
             f"{row.dispatch_us_p50:.1f}",
             f"{row.dispatch_us_p99:.1f}",
-            f"{row.decisions_per_s:,.0f}",
-            f"{row.reports_per_s:,.0f}",
+            f"{row.decisions_per_s:.0f}",
+            f"{row.reports_per_s:.0f}",
             f"{row.round_ms_p50:.2f}",
             f"{row.round_ms_p99:.2f}",
         )
@@ -155,7 +163,9 @@ def _show_end_to_end(rows: list[EndToEnd]) -> None:
 @click.option(
     "--seconds", type=click.FloatRange(0), default=5.0, show_default=True, help="End to end; 0: without."
 )
-@click.option("--dispatch-policy", default="freeness", show_default=True, help="A name or module:Class.")
+@click.option(
+    "--dispatch-policy", default=SchedulerConfig().dispatch_policy, show_default=True, help="Or module:Class."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the loads.")
 def command(
     json_path: Path | None,
@@ -173,7 +183,8 @@ def command(
     machine = describe_machine()
     try:
         results = [
-            run(config, count, decisions=decisions, rounds=rounds, seed=seed)
+            run(config, count, kind, decisions=decisions, rounds=rounds, seed=seed)
+            for kind in REQUEST_KINDS
             for count in instances or INSTANCES
         ]
         _show(results)

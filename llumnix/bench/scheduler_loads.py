@@ -3,10 +3,17 @@ seed."""
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
-from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint, KvLayout
+from llumnix.control.placement import KEPT_CONSIDERED_MAX
+from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint, KvLayout, Place
 from llumnix.core.messages.load import LoadReport, MoveCandidate
 
+ADAPTERS = tuple(f"adapter{number}" for number in range(8))
+LOADED_MAX = 2
+PROMPT_TOKENS, TOKENS_MAX = 200, 256
+KEPT_TOKENS = 160
+REQUEST_KINDS = ("plain", "kept", "adapter")
 CAPACITY_BLOCKS = 851  # LLaMA-7B on a 24 GB card, 16 tokens a block
 BATCH_MAX = 60
 
@@ -23,7 +30,28 @@ class Loads:
         """An instance's introduction."""
         layout = KvLayout(CAPACITY_BLOCKS, 32, 32, 16, 128, "float16")
         endpoint = KvEndpoint("host", 1, -1, f"pool-{instance_id}", f"tcp://kv-{instance_id}")
-        return InstanceHello(instance_id, "a", address, InstanceRole.NEUTRAL, "model", 8192, layout, endpoint)
+        return InstanceHello(
+            instance_id,
+            "a",
+            address,
+            InstanceRole.NEUTRAL,
+            "model",
+            8192,
+            layout,
+            endpoint,
+            adapters=ADAPTERS,
+        )
+
+    def place(self, kind: str, request_id: str, frontend: str, ids: list[str]) -> Place:
+        """The next request: ``plain``; ``kept``: the frontend believes that as many instances as are looked
+        at keep its beginning; ``adapter``: with a LoRA adapter, which all serve and few have loaded."""
+        place = Place(frontend, request_id, PROMPT_TOKENS, TOKENS_MAX, 0, 0, "")
+        if kind == "kept":
+            keepers = self._random.choices(ids, k=KEPT_CONSIDERED_MAX)
+            return replace(place, kept=tuple((keeper, KEPT_TOKENS) for keeper in keepers))
+        if kind == "adapter":
+            return replace(place, adapter=self._random.choice(ADAPTERS))
+        return place
 
     def report(self, instance_id: str) -> LoadReport:
         """The next report of an instance: a new random load, and what was placed there since."""
@@ -58,6 +86,7 @@ class Loads:
             preemptions_total=0,
             finished_total=0,
             address=f"tcp://{instance_id}",
+            adapters=tuple(sorted(set(self._random.choices(ADAPTERS, k=LOADED_MAX)))),
         )
 
     def placed(self, instance_id: str, request_id: str) -> None:
