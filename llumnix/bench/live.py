@@ -224,11 +224,17 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--compare", type=click.Choice(sorted(COMPARISONS)), default="migration", show_default=True)
 @click.option("--lengths", type=click.Choice(sorted(LENGTHS)), default="sharegpt", show_default=True)
 @click.option("--shrink", type=float, default=4.0, show_default=True, help="Lengths are divided by this.")
-@click.option("--layers", type=click.IntRange(min=0), default=0, help="Only so many of the model's layers.")
-@click.option("--rate", type=float, default=2.5, show_default=True, help="Requests per second.")
+@click.option(
+    "--layers",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="Of a torch engine's model only so many; 0: all.",
+)
+@click.option("--rate", type=float, default=5.0, show_default=True, help="Requests per second.")
 @click.option("--cv", type=float, default=2.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
-@click.option("--requests", "count", type=click.IntRange(min=10), default=100, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--requests", "count", type=click.IntRange(min=10), default=180, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @config_options
 def command(
@@ -248,12 +254,13 @@ def command(
     """Bursts on a real cluster: migration off and on, or priorities ignored and used
     (with migration on).
 
-    Settings are those of serve, from four instances of SmolLM2 with one thread and little KV each on. Takes
-    about five minutes, on a machine that has nothing else to do."""
+    Settings are those of serve, from four instances of SmolLM2's first layers with one thread and little KV
+    each on. Takes about five minutes, on a machine that has nothing else to do."""
     load = Load(lengths, shrink, rate, cv, count)
     config = resolve(config_file, given, BASE)
     machine = describe_machine()
     model = config.engine.model
+    layers = layers if config.engine.kind == "torch" else 0
     cutting = cut_model(model, layers) if layers else nullcontext(model)
     with cutting as name, real_cluster(replace(config, engine=replace(config.engine, model=name))) as cluster:
         others = OthersCpu()

@@ -1,11 +1,16 @@
 """Benchmarks against a real cluster, without one: what they ask for, and what they make of the answers."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llumnix.bench.live import COMPARISONS, Run, gains_of, results_of
 from llumnix.bench.live_load import Load, Streamed
+from llumnix.bench.live_model import cut_model
 from llumnix.bench.machine import OthersCpu
 from llumnix.bench.validation import (
     BASE,
@@ -66,18 +71,35 @@ def answer(scale: float) -> Streamed:
 
 def test_modes_are_compared_over_their_repeats_and_by_priority() -> None:
     without, used = COMPARISONS["priorities"][0]
-    high = (True, False, False)
+    high, moves = (True, False, False), (0, 0, 1)
     runs = [
-        *(Run(without, (answer(4.0),) * 3, high, 2, 1) for _ in range(2)),
-        *(Run(used, (answer(1.0), answer(5.0), answer(5.0)), high, 1, 3) for _ in range(2)),
+        *(Run(without, (answer(4.0),) * 3, high, (0, 0, 0), 2, 1) for _ in range(2)),
+        *(Run(used, (answer(0.8), answer(5.0), answer(5.2)), high, moves, 1, 3) for _ in range(2)),
     ]
     rows = results_of(runs, "priorities")
     assert [(row["preemptions"], row["migrations"], row["runs"]) for row in rows] == [(4, 2, 2), (2, 6, 2)]
     assert [row["high"]["requests"] for row in rows] == [2, 2]
     assert rows[0]["all"]["tpot_ms"]["p50"] == pytest.approx(400.0)
     gains = {gain["requests"]: gain for gain in gains_of(rows, "priorities")}
-    assert gains["high"]["ttft_ms"]["p99"] == pytest.approx(4.0)
-    assert gains["normal"]["ttft_ms"]["p99"] == pytest.approx(0.8)
+    assert gains["high"]["ttft_ms"]["p99"] == pytest.approx(5.0)
+    assert gains["normal"]["ttft_ms"]["p99"] == pytest.approx(4.0 / 5.2, rel=0.01)
+    assert [one["ttft_ms"] for one in gains["all"]["each_run_p99"]] == pytest.approx([0.77, 0.77], rel=0.01)
+    assert [(row["queued"], row["stopped"]) for row in rows] == [(6, 0), (4, 4)]
+    assert rows[1]["slowest"] == {"answers": 1, "short": 0, "stopped": 1, "moved": 1}
+
+
+def test_a_cut_model_has_its_first_layers_and_what_is_of_none(tmp_path: Path) -> None:
+    names = ["model.embed_tokens.weight", *(f"model.layers.{layer}.norm.weight" for layer in range(12))]
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 12, "hidden_size": 2}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with cut_model(str(tmp_path), 2) as folder:
+        assert json.loads((Path(folder) / "config.json").read_text())["num_hidden_layers"] == 2
+        assert (Path(folder) / "tokenizer.json").is_file()
+        assert sorted(load_file(Path(folder) / "model.safetensors")) == names[:3]
+    assert not Path(folder).exists()
+    with pytest.raises(ConfigurationError, match=r"--layers 13: .* has 12"), cut_model(str(tmp_path), 13):
+        pass
 
 
 def test_the_processors_others_use_are_a_share() -> None:
