@@ -190,18 +190,22 @@ class InstanceRecord:
     def _real(self, load: Load) -> Load:
         return load._replace(draining=False) if load.draining else load
 
-    def _unreserved(self, report: LoadReport) -> int:
-        """Blocks of arriving requests that the instance does not hold for them yet; the others are in its
-        report."""
-        return max(0, self.arriving_blocks - report.reserved_blocks)
+    def _moving(self, report: LoadReport) -> tuple[int, int, int]:
+        """Blocks of arriving requests that the instance does not hold for them yet, the others being in its
+        report; how many requests arrive, and how many leave."""
+        coming, going = self.arriving_requests, self.leaving_requests
+        if not (coming or going or report.migrating_in or report.migrating_out):
+            return 0, 0, 0
+        unreserved = max(0, self.arriving_blocks - report.reserved_blocks)
+        return unreserved, max(coming, report.migrating_in), max(going, report.migrating_out)
 
     def _load(self, report: LoadReport, draining: bool) -> Load:
         """The same as Load.of the view, which has these numbers."""
         used, batch = report.used_blocks + report.reserved_blocks, report.running
-        if self.arriving_requests or self.leaving_requests or report.migrating_in or report.migrating_out:
-            used = max(0, used + self._unreserved(report) - self.leaving_blocks)
-            arriving = max(self.arriving_requests, report.migrating_in)
-            batch = max(0, batch + arriving - max(self.leaving_requests, report.migrating_out))
+        unreserved, arriving, leaving = self._moving(report)
+        if unreserved or arriving or leaving or self.leaving_blocks:
+            used = max(0, used + unreserved - self.leaving_blocks)
+            batch = max(0, batch + arriving - leaving)
         return Load(
             report.capacity_blocks,
             used,
@@ -217,6 +221,7 @@ class InstanceRecord:
 
     def _make_view(self, report: LoadReport) -> InstanceView:
         assert self.load is not None
+        unreserved, arriving, leaving = self._moving(report)
         return InstanceView(
             self.instance_id,
             self.role,
@@ -231,10 +236,10 @@ class InstanceRecord:
             report.candidates,
             self.placed_blocks,
             self.placed_requests,
-            self._unreserved(report),
+            unreserved,
             self.leaving_blocks,
-            max(self.arriving_requests, report.migrating_in),
-            max(self.leaving_requests, report.migrating_out),
+            arriving,
+            leaving,
             report.step_s,
             self.heard_at,
             self.load.freeness(self.headroom_blocks),
