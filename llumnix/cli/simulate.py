@@ -25,7 +25,7 @@ REQUESTS, PRESET_REQUESTS, STORIES = 1000, 10_000, 200
 )
 @click.option("--rate", "rates", type=float, multiple=True, help="Requests per second; repeatable.")
 @click.option(
-    "--cv", type=float, default=1.0, show_default=True, help="Burstiness of arrivals; 1 is Poisson."
+    "--cv", type=float, default=None, help="Burstiness of arrivals; 1 is Poisson [1; presets their own]."
 )
 @click.option("--requests", type=int, default=None, help=f"How many [{REQUESTS}; presets {PRESET_REQUESTS}].")
 @click.option(
@@ -131,7 +131,8 @@ def _cases(
         "osdi24-priorities": presets.priorities,
         "osdi24-autoscaling": presets.autoscaling,
     }[preset]
-    return make(own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config)
+    cvs = () if own["cv"] is None else (own["cv"],)
+    return make(own["traces"], own["rates"], own["policies"], count=count, seed=seed, config=config, cvs=cvs)
 
 
 def _generic(own: dict[str, Any], config: Config) -> "list[Case]":
@@ -153,7 +154,7 @@ def _generic(own: dict[str, Any], config: Config) -> "list[Case]":
                 rate=rate,
                 count=REQUESTS if own["requests"] is None else own["requests"],
                 seed=own["seed"],
-                cv=own["cv"],
+                cv=1.0 if own["cv"] is None else own["cv"],
                 tokens_max=cost.max_model_len,
                 mix=mix,
                 conversations=talk,

@@ -89,18 +89,20 @@ def serving(
     count: int,
     seed: int,
     config: Config,
+    cvs: Sequence[float] = (),
 ) -> list[Case]:
-    """``osdi24-serving``: Poisson arrivals, every trace at every rate under every policy."""
+    """``osdi24-serving``: every trace at every rate under every policy; Poisson arrivals unless told."""
     cases = []
     for trace in traces or ("S-S", "M-M", "L-L"):
         if trace not in PAPER_RATES:
             raise ConfigurationError(f"unknown trace {trace!r}; there are {', '.join(PAPER_RATES)}")
         for rate in rates or PAPER_RATES[trace]:
-            workload = Synthetic(trace, rate, count, seed)
-            cases += [
-                Case(policy, with_policy(config, policy), LLAMA_7B_A10, workload, seed)
-                for policy in policies or POLICIES
-            ]
+            for cv in cvs or (1.0,):
+                workload = Synthetic(trace, rate, count, seed, cv=cv)
+                cases += [
+                    Case(policy, with_policy(config, policy), LLAMA_7B_A10, workload, seed)
+                    for policy in policies or POLICIES
+                ]
     return cases
 
 
@@ -116,12 +118,13 @@ def priorities(
     count: int,
     seed: int,
     config: Config,
+    cvs: Sequence[float] = (),
 ) -> list[Case]:
     """``osdi24-priorities``: bursty arrivals, a tenth of high priority; priorities used, and ignored."""
     cases = []
     for trace in traces or (PRIORITY_TRACE,):
         for rate in rates or (PRIORITY_RATE,):
-            for cv in PRIORITY_CVS:
+            for cv in cvs or PRIORITY_CVS:
                 mix = Mix(high_share=HIGH_SHARE)
                 workload = Synthetic(trace, rate, count, seed, cv=cv, mix=mix)
                 blind = replace(workload, mix=replace(mix, high_priority=0))
@@ -144,6 +147,7 @@ def autoscaling(
     count: int,
     seed: int,
     config: Config,
+    cvs: Sequence[float] = (),
 ) -> list[Case]:
     """``osdi24-autoscaling``: the number of instances follows the load, up to 16; with and without moves,
     scaled as the paper does and by demand, each with several settings, so that policies can be compared at
@@ -172,7 +176,7 @@ def autoscaling(
         )
         for trace in traces or ("L-L",)
         for rate in rates or (SCALED_RATE,)
-        for cv in SCALED_CVS
+        for cv in cvs or SCALED_CVS
         for way in ways
         for policy in policies or ("load", "llumnix")
     ]

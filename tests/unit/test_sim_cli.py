@@ -42,6 +42,10 @@ def test_presets_run_at_given_rates(tmp_path: Path) -> None:
     scaled = json.loads(Path(f"{path}.scaled").read_text())["results"]
     assert all(row["events"]["scaling"] > 0 and row["finished"] == 60 for row in scaled)
     assert len(rows) == 8 and all(row["by_priority"].keys() == {"high", "normal"} for row in rows)
+    arguments = ["osdi24-priorities", "--rate", "9", "--requests", "9", "--cv", "3"]
+    assert main(["simulate", *arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert [row["workload"] for row in rows] == ["S-S at 9/s, CV 3"] * 2
 
 
 def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
