@@ -42,8 +42,9 @@ class Placer:
         urgent, adapter = place.scheduling_priority > 0 and place.execution_priority > 0, place.adapter
         entry = self._cluster.candidates(tokens, place.exclude, decode=False, urgent=urgent, adapter=adapter)
         decode = self._cluster.candidates(tokens, place.exclude, decode=True, adapter=adapter)
-        candidates = entry or decode
-        if not candidates:
+        entries, decoders = len(entry), len(decode)
+        candidates = entry if entries else decode
+        if not entries and not decoders:
             return self._refused(self._nobody(place, tokens), "", now)
         first = self._cluster.get(candidates[0].instance_id)
         if first is None:
@@ -58,12 +59,12 @@ class Placer:
             place.tenant,
             adapter,
         )
-        reasons, decoding = [], not entry
-        if entry and decode:
+        reasons, decoding = [], not entries
+        if entries and decoders:
             entered = self._roles.enter(request, entry[0], decode[0], now)
             reasons, decoding = [entered.reason], entered.decode
             candidates = decode if decoding else entry
-        considered = len(candidates)
+        considered = decoders if decoding else entries
         if adapter:
             near, reason = self._near(place, tokens, decoding, urgent)
             candidates, reasons = near or candidates, [reason, *reasons]
@@ -79,6 +80,7 @@ class Placer:
             decision = self._policy.overrule(request, candidates, fault, now)
             chosen = self._candidate(decision.instance_id, place, tokens, decoding) or first
         instance_id = chosen.instance_id
+        reason = "; ".join([decision.reason, *filter(None, reasons)]) if reasons else decision.reason
         self._cluster.place(chosen, place.request_id, tokens, now, adapter)
         self._log.add(
             place.request_id,
@@ -88,7 +90,7 @@ class Placer:
                 "",
                 instance_id,
                 self._policy.name,
-                "; ".join([decision.reason, *filter(None, reasons)]),
+                reason,
                 decision.scores,
                 considered,
             ),
