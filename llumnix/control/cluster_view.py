@@ -203,7 +203,6 @@ class ClusterView:
         self.refresh(record)
         if last is None or last.capacity_blocks != report.capacity_blocks:
             self._tokens_max_least = min(self._tokens_max_least, record.tokens_max)
-            self._shared = True  # a full headroom depends on the capacity
         return True
 
     def end(self, record: InstanceRecord, now: float) -> None:

@@ -103,3 +103,24 @@ def test_a_normal_request_is_not_kept_from_room_that_is_there() -> None:
     assert policy.place(request(8), views).instance_id == "a"
     high = request(8)._replace(scheduling_priority=1, execution_priority=1)
     assert policy.place(high, views).instance_id == "a", "headroom is for its like"
+
+
+def test_headroom_is_shared_anew_once_an_urgent_request_runs_and_after_the_last_has_gone() -> None:
+    config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=0.5, pairing_policy="none")
+    cluster = ToyCluster(config, a=1000, b=1000)
+    cluster.instances["b"].running = {"normal": 890}
+    cluster.report()
+    cluster.step()
+    assert kept(cluster) == 0, "nobody runs for whom it is kept"
+    cluster.instances["a"].running, cluster.instances["a"].priorities = {"high": 10}, {"high": 1}
+    cluster.report()
+    cluster.step()
+    assert kept(cluster) == 550
+    cluster.instances["a"].running, cluster.instances["a"].priorities = {}, {}
+    cluster.instances["b"].running = {}
+    cluster.report()
+    cluster.step()
+    assert kept(cluster) == 0
+    cluster.instances["a"].running, cluster.instances["a"].priorities = {"later": 10}, {"later": 1}
+    cluster.report()
+    assert kept(cluster) == 800, "as shared when the last had gone; the next round looks again"
