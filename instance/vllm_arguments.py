@@ -16,6 +16,7 @@ SUPPORTED: Final = ("0.32",)
 OURS: Final = {
     "async_scheduling": "a request can only leave between two steps",
     "data_parallel_size": "run more instances instead",
+    "decode_context_parallel_size": "not supported: ranks would have parts of a request's tokens",
     "enable_lora": "name adapters with --lora-modules",
     "disable_log_stats": "load reports take their place",
     "distributed_executor_backend": "vLLM runs in the instance's own process",
@@ -29,7 +30,9 @@ OURS: Final = {
     "model": "use --model",
     "num_gpu_blocks_override": "use --kv-blocks",
     "dtype": "use --dtype",
+    "nnodes": "an instance does not span hosts",
     "pipeline_parallel_size": "not supported yet",
+    "prefill_context_parallel_size": "not supported: ranks would have parts of a request's tokens",
     "scheduling_policy": "priorities need it",
     "skip_tokenizer_init": "the frontend has the tokenizer",
     "tensor_parallel_size": "use --tensor-parallel",

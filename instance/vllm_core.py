@@ -29,6 +29,7 @@ from llumnix.instance.vllm_model import end_tokens
 from llumnix.instance.vllm_ranks import Ranks
 from llumnix.instance.vllm_sampling import vllm_params
 
+WARM_UP_LENGTHS = (3, 5)
 REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -111,6 +112,17 @@ class VllmCore:
         lora = self._vllm.vllm_config.lora_config
         self._adapters_max = int(lora.max_loras) if lora is not None else 0
         self.batch_max = int(self._vllm.vllm_config.scheduler_config.max_num_seqs)
+        if self._ranks is not None:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Ranks compile a little in their first steps, for seconds, and anew for one token, a few, and any
+        number: have that done before anybody waits."""
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
+        for length in WARM_UP_LENGTHS:
+            self._vllm.add_request(f"warm-up-{length}", tokens_input([0] * length), params)
+            while self._vllm.has_unfinished_requests():
+                self._vllm.step()
 
     def close(self) -> None:
         """Shut vLLM down and give the pool up."""

@@ -55,6 +55,8 @@ def test_engines_on_one_device_refuse_it() -> None:
         EngineConfig(kind="vllm", tensor_parallel=0)
     with pytest.raises(ConfigurationError, match="use --tensor-parallel"):
         parse_arguments("tensor_parallel_size=2")
+    with pytest.raises(ConfigurationError, match="an instance does not span hosts"):
+        parse_arguments("nnodes=2")
 
 
 def test_one_bundle_holds_all_gpus_of_an_instance() -> None:

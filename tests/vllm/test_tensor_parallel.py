@@ -1,0 +1,230 @@
+"""vLLM instances of two ranks, beside ones of a single rank and of our own engine: what a request says, moved
+or not, is what a single rank says; nothing of an instance is left when it has ended."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+from local_cluster import LocalCluster, local_cluster, simulated_config
+from small_llama import small_llama
+from transformers import AutoModelForCausalLM
+
+from llumnix.api.backend import StreamCall
+from llumnix.core.admin import MigrationResult
+from llumnix.core.config import Config, EngineConfig
+from llumnix.core.messages.control import MigrationOutcome
+from llumnix.core.sampling import SamplingParams
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400), pytest.mark.asyncio(loop_scope="module")]
+
+START_S = 240.0
+NEW_TOKENS = 120
+PROMPTS = [tuple(range(100 + 7 * n, 130 + 30 * n)) for n in range(8)]
+DRAWN = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_llama(tmp_path_factory.mktemp("model"))
+
+
+def settings(model: str, degree: int, block_size: int = 32, kind: str = "vllm") -> Config:
+    config = simulated_config()
+    engine = EngineConfig(
+        kind=kind,
+        model=model,
+        device="cpu",
+        dtype="float32",
+        kv_blocks=400,
+        step_tokens_max=256,
+        threads=degree,
+        max_model_len=1024,
+        tensor_parallel=degree,
+        staging_gib=0.02,
+        batch_max=4,
+        engine_args=f"enforce_eager=true;block_size={block_size}" if kind == "vllm" else "",
+    )
+    return replace(
+        config,
+        engine=engine,
+        migration=replace(config.migration, answer_timeout_s=5.0, reservation_s=15.0),
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(model: str) -> AsyncIterator[LocalCluster]:
+    """One rank; two; two with other blocks. They run in order of the tests, the last of which kill."""
+    configs = [settings(model, 1), settings(model, 2), settings(model, 2, block_size=64)]
+    async with local_cluster(configs[0], instances=()) as cluster:
+        await asyncio.gather(
+            *(cluster.add_process(f"i{n}", config, START_S) for n, config in enumerate(configs))
+        )
+        await cluster.serving(len(configs))
+        yield cluster
+
+
+async def one(cluster: LocalCluster, name: str, prompt: Sequence[int], **sampling: Any) -> tuple[int, ...]:
+    params = SamplingParams(**{"max_tokens": NEW_TOKENS, "ignore_eos": True, "seed": 5, **sampling})
+    stream = cluster.frontend.open(StreamCall(name, tuple(prompt), params))
+    return tuple([token async for chunk in stream for token in chunk.tokens])
+
+
+def instances(cluster: LocalCluster) -> list[str]:
+    """Those that serve, in order."""
+    return [row.instance_id for row in cluster.manager.instances() if row.state == "serving"]
+
+
+def drain(cluster: LocalCluster, instance_ids: Sequence[str], draining: bool) -> None:
+    for instance_id in instance_ids:
+        cluster.manager.set_draining(instance_id, draining)
+
+
+async def all_of(
+    cluster: LocalCluster, name: str, **sampling: Any
+) -> tuple[list[tuple[int, ...]], set[tuple[str, str]], int]:
+    """All prompts at once, more than one instance runs, all to the first; then around among the instances.
+    Returns what they said, between which instances requests moved, and how many moved while they waited."""
+    ids, moved, waited = instances(cluster), set[tuple[str, str]](), 0
+    drain(cluster, ids[1:], True)
+    outputs = asyncio.gather(
+        *(one(cluster, f"{name}{n}", prompt, seed=n, **sampling) for n, prompt in enumerate(PROMPTS))
+    )
+    while not any(row.output_tokens for row in await cluster.manager.requests()):
+        await asyncio.sleep(0.02)
+    drain(cluster, ids[1:], False)
+    while not outputs.done():
+        rows = await cluster.manager.requests()
+        rows = [row for row in rows if row.instance_id in ids]
+        targets = {row.request_id: ids[(ids.index(row.instance_id) + 1) % len(ids)] for row in rows}
+        results = await asyncio.gather(
+            *(cluster.manager.migrate(row.request_id, targets[row.request_id]) for row in rows)
+        )
+        for row, result in zip(rows, results):
+            if isinstance(result, MigrationResult) and result.outcome is MigrationOutcome.COMMITTED:
+                moved.add((row.instance_id, targets[row.request_id]))
+                waited += row.output_tokens == 0
+        await asyncio.sleep(0.02)
+    return await outputs, moved, waited
+
+
+async def unmoved(cluster: LocalCluster, **sampling: Any) -> list[tuple[int, ...]]:
+    """What they say on the instance of one rank."""
+    others = instances(cluster)[1:]
+    drain(cluster, others, True)
+    said = await asyncio.gather(
+        *(one(cluster, f"u{n}", p, seed=n, **sampling) for n, p in enumerate(PROMPTS))
+    )
+    drain(cluster, others, False)
+    await cluster.idle()
+    return list(said)
+
+
+def likeliest(model: str, outputs: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What greedy decoding gives in each place of the outputs, by the reference implementation."""
+    reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    with torch.inference_mode():
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            scores = reference(torch.tensor([[*prompt, *output]])).logits[0]
+            found.append(tuple(scores[len(prompt) - 1 : -1].argmax(dim=-1).tolist()))
+    return found
+
+
+def children(pid: int) -> set[int]:
+    """Process ids directly below ``pid`` that run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == pid and fields[0] not in ("Z", "X"):
+            found.add(int(stat.parent.name))
+    return found
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def gone(pids: set[int]) -> None:
+    async with asyncio.timeout(20):
+        while any(runs(pid) for pid in pids):
+            await asyncio.sleep(0.05)
+
+
+async def test_requests_move_between_one_rank_and_two_and_different_blocks(
+    cluster: LocalCluster, model: str
+) -> None:
+    said, moved, waited = await all_of(cluster, "g", temperature=0.0)
+    assert said == likeliest(model, said)
+    assert moved == {("i0", "i1"), ("i1", "i2"), ("i2", "i0")}
+    assert waited, "some moved before they had begun"
+    await cluster.idle()
+
+
+async def test_sampled_requests_say_the_same_on_one_rank_and_on_the_move(cluster: LocalCluster) -> None:
+    undisturbed = await unmoved(cluster, **DRAWN)
+    said, moved, _ = await all_of(cluster, "s", **DRAWN)
+    assert said == undisturbed
+    assert len(moved) >= 2
+    await cluster.idle()
+
+
+async def test_requests_move_between_two_ranks_and_our_own_engine(cluster: LocalCluster, model: str) -> None:
+    drain(cluster, ["i0"], True)
+    await cluster.add_process("i3", settings(model, 1, kind="torch"), START_S)
+    said, moved, _ = await all_of(cluster, "t", temperature=0.0)
+    assert said == likeliest(model, said)
+    assert moved == {("i1", "i2"), ("i2", "i3"), ("i3", "i1")}
+    drain(cluster, ["i0"], False)
+    await cluster.idle()
+
+
+async def test_an_instance_ends_with_a_rank_and_its_requests_go_on(cluster: LocalCluster, model: str) -> None:
+    whole = cluster.processes["i1"]
+    assert whole.pid is not None
+    ranks = children(whole.pid)
+    running = asyncio.gather(*(one(cluster, f"k{n}", p, temperature=0.0) for n, p in enumerate(PROMPTS)))
+    while not any(
+        row.instance_id == "i1" and row.output_tokens > 3 for row in await cluster.manager.requests()
+    ):
+        await asyncio.sleep(0.02)
+    os.kill(max(ranks), signal.SIGKILL)
+    await gone({whole.pid} | ranks)
+    cluster.kill("i1")
+    said = await running
+    assert list(said) == likeliest(model, said)
+    await cluster.idle()
+
+
+async def test_a_killed_instance_takes_its_ranks_along_and_leaves_no_memory(
+    cluster: LocalCluster, model: str
+) -> None:
+    pid = cluster.processes["i2"].pid
+    assert pid is not None
+    ranks = children(pid)
+    assert len(ranks) >= 2
+    running = asyncio.gather(*(one(cluster, f"l{n}", p, temperature=0.0) for n, p in enumerate(PROMPTS)))
+    while not any(
+        row.instance_id == "i2" and row.output_tokens > 3 for row in await cluster.manager.requests()
+    ):
+        await asyncio.sleep(0.02)
+    shared = {name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")}
+    assert shared
+    cluster.kill("i2")
+    await gone(ranks)
+    assert not shared & set(os.listdir("/dev/shm"))
+    said = await running
+    assert list(said) == likeliest(model, said)
+    await cluster.idle()
