@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from vllm.inputs.engine import tokens_input
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus as VllmStatus
@@ -21,10 +20,10 @@ from llumnix.core.messages.serving import FinishReason, TokenLogprob
 from llumnix.instance.kv_pool import GIB, KvPool
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.request import Request
-from llumnix.instance.vllm_adapters import read_adapters
 from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
-from llumnix.instance.vllm_launch import start_vllm, unshared
+from llumnix.instance.vllm_launch import in_one_line, start_vllm, unshared
+from llumnix.instance.vllm_lora import LoraRequests
 from llumnix.instance.vllm_model import end_tokens
 from llumnix.instance.vllm_ranks import Ranks
 from llumnix.instance.vllm_sampling import vllm_params
@@ -79,6 +78,9 @@ class VllmCore:
         self._ranks = Ranks(self.exchange, pool_name, degree) if degree > 1 else None
         try:
             self._vllm = start_vllm(config, pool_name)
+            lora = self._vllm.vllm_config.lora_config
+            self._lora = LoraRequests(config, int(lora.max_loras) if lora is not None else 0)
+            in_one_line(lambda: self._lora.prepare(self._vllm.add_lora))
         except ConfigurationError as error:
             withdraw(pool_name)
             if self._ranks is not None:
@@ -91,9 +93,6 @@ class VllmCore:
         self._by_name: dict[str, Entered] = {}
         self._names = 0
         self._salted = unshared(config)
-        self._adapters = {
-            one.name: LoRARequest(one.name, one.number, one.folder) for one in read_adapters(config)
-        }
         self._eos = end_tokens(self._vllm.vllm_config.model_config.model)
         self.block_size = self.exchange.copier.shape.block_size
         self._blocks = self.exchange.copier.shape.blocks - 1  # vLLM never gives out one of them
@@ -106,11 +105,9 @@ class VllmCore:
             max_model_len=min(longest, self._blocks * self.block_size),
             vocab_size=int(self._vllm.vllm_config.model_config.get_vocab_size()),
             eos_token_ids=self._eos,
-            adapters=frozenset(self._adapters),
+            adapters=self._lora.names,
             greedy_only=self._vllm.vllm_config.speculative_config is not None,
         )
-        lora = self._vllm.vllm_config.lora_config
-        self._adapters_max = int(lora.max_loras) if lora is not None else 0
         self.batch_max = int(self._vllm.vllm_config.scheduler_config.max_num_seqs)
         if self._ranks is not None:
             self._warm_up()
@@ -131,6 +128,7 @@ class VllmCore:
         self._vllm.engine_core.shutdown()
         if self._ranks is not None:
             self._ranks.close()
+        self._lora.close()
         withdraw(self._pool_name)
         self.exchange.pool.close()
 
@@ -153,7 +151,7 @@ class VllmCore:
             tokens_input(list(request.tokens), cache_salt=name if self._salted else None),
             vllm_params(request, self._eos),
             arrival_time=request.arrived_at,
-            lora_request=self._adapters.get(request.adapter),
+            lora_request=self._lora.request(request.adapter),
             priority=-request.execution_priority,
         )
         entered = Entered(request, name, vllm_id, self.exchange.live[vllm_id], computed > 0)
@@ -169,7 +167,7 @@ class VllmCore:
         hasher = self._vllm.engine_core.engine_core.request_block_hasher
         if self._salted or hasher is None or not tokens:
             return []
-        params, lora = SamplingParams(max_tokens=1), self._adapters.get(adapter)
+        params, lora = SamplingParams(max_tokens=1), self._lora.request(adapter)
         probe = VllmRequest("", list(tokens), params, None, lora_request=lora, block_hasher=hasher)
         return list(probe.block_hashes)
 
@@ -219,15 +217,11 @@ class VllmCore:
 
     def adapters_loaded(self) -> set[str]:
         """Those in vLLM's memory now."""
-        if not self._adapters:
-            return set()
-        numbers = self._vllm.list_loras()
-        return {name for name, adapter in self._adapters.items() if adapter.lora_int_id in numbers}
+        return self._lora.loaded(self._vllm.list_loras()) if self._lora.names else set()
 
     def has_slot_for(self, adapter: str) -> bool:
         """Whether a request with this adapter can join the batch beside the adapters there."""
-        used = {one.request.adapter for one in self.entered.values() if one.request.adapter}
-        return not adapter or adapter in used or len(used) < self._adapters_max
+        return self._lora.has_slot_for(adapter, (one.request.adapter for one in self.entered.values()))
 
     # Room, in tokens that whole blocks of vLLM hold.
 

@@ -15,7 +15,7 @@ from llumnix.core.config import EngineConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.instance.kv_pool import GIB
 from llumnix.instance.model_loader import resolve_model
-from llumnix.instance.vllm_adapters import read_adapters, room_for
+from llumnix.instance.vllm_adapters import read_adapters
 from llumnix.instance.vllm_arguments import check_version, parse_arguments, speculates
 from llumnix.instance.vllm_exchange import BLOCK_SIZE, EXCHANGE
 
@@ -61,6 +61,8 @@ def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from llumnix.instance.vllm_lora import lora_arguments  # imports vLLM, which reads the environment
+
     adapters = read_adapters(config)
     known = {field.name for field in fields(EngineArgs)}
     for name in given:
@@ -71,9 +73,8 @@ def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     arguments = {**_arguments(config, model, exchange_name, given), **given}
     if plain:
         arguments = {name: value for name, value in arguments.items() if name not in OURS_ALONE}
-    if adapters:
-        arguments = {"enable_lora": True, "max_lora_rank": room_for(adapters), **arguments}
-    return _in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+    arguments |= lora_arguments(adapters, given)
+    return in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
 
 
 def unshared(config: EngineConfig) -> bool:
@@ -137,8 +138,9 @@ def _prepare_process(config: EngineConfig, environment: Mapping[str, str]) -> No
     logging.getLogger("vllm").setLevel(logging.WARNING)
 
 
-def _in_one_line(make: Callable[[], Any]) -> Any:
-    """vLLM refuses settings, models and memory with several kinds of error."""
+def in_one_line(make: Callable[[], Any]) -> Any:
+    """What vLLM makes. It refuses settings, models and memory with several kinds of error; here they are
+    ConfigurationError."""
     try:
         return make()
     except STARTING_ERRORS as error:

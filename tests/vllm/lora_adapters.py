@@ -3,11 +3,13 @@ each other. Random matrices: nothing is learnt, but every layer's queries and va
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LAYERS, HIDDEN, KV_WIDTH, RANK = 30, 576, 192, 4
+ALPHA = 8
 STRENGTH = 0.06
 
 
@@ -22,6 +24,18 @@ def write_adapter(folder: Path, seed: int) -> Path:
             weights[f"{stem}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=draw) * STRENGTH
             weights[f"{stem}.lora_B.weight"] = torch.randn(width, RANK, generator=draw) * STRENGTH
     save_file(weights, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
     return folder
+
+
+def merge_adapter(model: Any, folder: Path) -> None:
+    """Add what an adapter changes, ``alpha / r * B @ A`` (arXiv 2106.09685), to the weights of the model of
+    transformers."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, down in weights.items():
+            if name.endswith("lora_A.weight"):
+                up = weights[name.replace("lora_A", "lora_B")]
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                model.get_submodule(module).weight += ALPHA / RANK * up @ down

@@ -5,11 +5,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from local_cluster import LocalCluster, local_cluster, simulated_config
+from lora_adapters import merge_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llumnix.api.backend import StreamCall
@@ -96,9 +98,14 @@ async def all_of(
     return await outputs, committed
 
 
-def likeliest(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """What greedy decoding gives in each place of the outputs, by the reference implementation."""
+def likeliest(
+    prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], adapter: Path | None = None
+) -> list[tuple[int, ...]]:
+    """What greedy decoding gives in each place of the outputs, by the reference implementation, with a LoRA
+    adapter added to its weights if one is given."""
     model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=torch.float32).eval()
+    if adapter is not None:
+        merge_adapter(model, adapter)
     found = []
     with torch.inference_mode():
         for prompt, output in zip(prompts, outputs, strict=True):

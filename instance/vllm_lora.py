@@ -1,0 +1,114 @@
+"""LoRA inside vLLM: what its requests say of their adapter, and which share a batch.
+
+vLLM's CPU build computes rows without an adapter with the one in its last slot once a batch has any: they get
+slot -1, which its torch operations take for an index from the end. Hence on that build requests to the model
+alone carry an adapter too, one of zeros: x + 0 is x. vLLM gets a
+slot more than the user asked for, so as many of the user's own fit in a batch as before.
+
+Used by vllm_core.py, and by vllm_launch.py for the settings.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+
+from llumnix.core.config import EngineConfig
+from llumnix.core.errors import ConfigurationError
+from llumnix.instance.vllm_adapters import CONFIG, WEIGHTS, Adapter, read_adapters, room_for
+
+BLANK: Final = ";"
+"""A name no adapter of a user can have: it separates them."""
+MATRIX_A: Final = r"lora_(embedding_)?A"
+ROOM: Final = {"max_loras": 1, "max_cpu_loras": None}
+"""vLLM's settings that count adapters, with its defaults."""
+
+
+def lora_arguments(adapters: tuple[Adapter, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM is told about adapters beside, or instead of, what the user says (``given``)."""
+    if not adapters:
+        return {}
+    told: dict[str, Any] = {"enable_lora": True}
+    if "max_lora_rank" not in given:
+        told["max_lora_rank"] = room_for(adapters)
+    if current_platform.is_cpu():
+        counts = {name: given.get(name, default) for name, default in ROOM.items()}
+        told |= {name: count + 1 for name, count in counts.items() if type(count) is int and count > 0}
+    return told
+
+
+class LoraRequests:
+    """See the module. ``slots`` are vLLM's for adapters, 0 without."""
+
+    def __init__(self, config: EngineConfig, slots: int) -> None:
+        adapters = read_adapters(config)
+        self._requests = {one.name: LoRARequest(one.name, one.number, one.folder) for one in adapters}
+        self._slots = slots
+        self._folder: TemporaryDirectory[str] | None = None
+        self._blank: LoRARequest | None = None
+        if adapters and current_platform.is_cpu():
+            self._folder = TemporaryDirectory(prefix="llumnix-blank-adapter-")
+            _write_blank(Path(self._folder.name), Path(adapters[0].folder))
+            self._blank = LoRARequest(BLANK, len(adapters) + 1, self._folder.name)
+
+    def close(self) -> None:
+        """Nothing is loaded any more."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def prepare(self, add: Callable[[LoRARequest], object]) -> None:
+        """Have vLLM load what no user asks for, so that it is refused at the start if at all."""
+        if self._blank is not None:
+            add(self._blank)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The user's adapters."""
+        return frozenset(self._requests)
+
+    def request(self, adapter: str) -> LoRARequest | None:
+        """What vLLM is told of a request with this adapter, or with none (empty)."""
+        return self._requests.get(adapter) if adapter else self._blank
+
+    def loaded(self, numbers: Iterable[int]) -> set[str]:
+        """The user's adapters among those that vLLM holds by these numbers."""
+        held = set(numbers)
+        return {name for name, request in self._requests.items() if request.lora_int_id in held}
+
+    def has_slot_for(self, adapter: str, others: Iterable[str]) -> bool:
+        """Whether a request with this adapter can join a batch of requests with those."""
+        if self.request(adapter) is None:
+            return True
+        used = {other for other in others if self.request(other) is not None}
+        return adapter in used or len(used) < self._slots
+
+
+def _write_blank(folder: Path, like: Path) -> None:
+    """An adapter that changes nothing: one module's matrices of another, all zeros. vLLM takes none without
+    any."""
+    weights = _read_weights(like)
+    down = min((name for name in weights if re.search(MATRIX_A, name)), default="")
+    names = [name for name in (down, re.sub(MATRIX_A, r"lora_\1B", down)) if name in weights]
+    if len(names) != 2:
+        raise ConfigurationError(f"lora_modules: the weights in {like} have no pair of LoRA matrices")
+    save_file({name: torch.zeros_like(weights[name]) for name in names}, folder / WEIGHTS[0])
+    shutil.copyfile(like / CONFIG, folder / CONFIG)
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the file that vLLM would read."""
+    file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ConfigurationError(f"lora_modules: cannot read {file}: {error}") from error
