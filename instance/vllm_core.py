@@ -230,6 +230,12 @@ class VllmCore:
         """What vLLM has given out to requests."""
         return (self._blocks - self.exchange.free_blocks()) * self.block_size - self.arrivals.held_tokens
 
+    @property
+    def kept_tokens_max(self) -> int:
+        """Of how many tokens vLLM's prefix cache can have the KV beside what requests hold."""
+        caches = self.exchange.block_pool.enable_caching and not self._salted
+        return self.exchange.free_blocks() * self.block_size if caches else 0
+
     def free_tokens(self) -> int:
         """What is left once everything that vLLM holds has its known tokens computed. What arrivals hold is
         left too: they are counted by their reservations."""

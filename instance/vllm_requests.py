@@ -2,7 +2,7 @@
 protocol but for migrations, which vllm_engine.py adds; see there for who decides what.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
@@ -87,8 +87,14 @@ class VllmRequests(RequestTable):
         if computed:
             weight = STEP_MEAN_WEIGHT if self._step_s else 1.0
             self._step_s += weight * (ended - started - self._step_s)
-        steady = computed == len(produced) and not (finished or preempted)
+        steady = not (finished or preempted) and self._all_decode(produced)
         return StepResult(deltas, tuple(finished), preempted, computed, ended - started, steady)
+
+    def _all_decode(self, produced: Sequence[Produced]) -> bool:
+        """Whether all that run got tokens (several, if vLLM speculates), and none the first of its answer."""
+        running = sum(entered.running for entered in self._entered())
+        began = any(one.entered.request.output_len == len(one.tokens) for one in produced)
+        return len(produced) == running and not began
 
     def has_work(self) -> bool:
         """Raises TransportError if vLLM is no more."""
@@ -202,6 +208,7 @@ class VllmRequests(RequestTable):
             policy_fault=self._offers.fault,
             tenants=self._tenants.report(),
             adapters=tuple(sorted(self._core.adapters_loaded() | self._adapters_wanted())),
+            kept_tokens_max=self._core.kept_tokens_max,
         )
 
     def configure(self, config: SchedulerConfig) -> None:

@@ -2,10 +2,11 @@
 goes on from one of them, the next turn of a conversation for one.
 
 A frontend knows every token it delivered and which instance made the last one, after however many moves; that
-instance keeps the KV in its host memory. Conversations are told apart by hashes over the first 64, 128, 256 …
-tokens, so a few entries find one of any length. What an instance has room to keep is in the cluster's status;
-what was kept longest ago is forgotten when that is full, as the instance does. Everything here is a hint: a
-wrong one costs a needless preference, never a token. Used by the instance directory only.
+instance keeps the KV, in its host memory or in vLLM's prefix cache. Conversations are told apart by hashes
+over LoRA adapter and the first 64, 128, 256 … tokens, so a few entries find one of any length. What an
+instance has room to keep is in the cluster's status; when that is full, what was kept longest ago is
+forgotten, as the instance does. Everything here is a hint: a wrong one costs a needless preference, never a
+token. Used by the instance directory only.
 """
 
 from array import array
@@ -68,12 +69,10 @@ class KeptPrefixes:
             self._unlist(kept)
 
     def ended(self, instance_id: str, call: StreamCall, output: Sequence[int]) -> None:
-        """A request has ended well on that instance. KV made under a LoRA adapter is not remembered."""
+        """A request has ended well on that instance."""
         shelf = self._shelves.get(instance_id)
-        if shelf is None or call.adapter:
-            return
-        marks = tuple(_marks(call.prompt_tokens, output))
-        if not marks:
+        marks = () if shelf is None else tuple(_marks(call, output))
+        if shelf is None or not marks:
             return
         before = self._deepest(instance_id, marks)
         if before is not None and before.marks == marks[: len(before.marks)]:
@@ -91,11 +90,11 @@ class KeptPrefixes:
     def find(self, call: StreamCall, output: Sequence[int]) -> tuple[tuple[str, int], ...]:
         """Instances that are likely to have the KV of this beginning, and of about how many of its tokens;
         those that share most first, at most HINTS_MAX."""
-        if not self._index or call.adapter:
+        if not self._index:
             return ()
         last = len(call.prompt_tokens) + len(output) - 1  # the KV of the last token is never of use
         found: dict[str, int] = {}
-        marks = _marks(call.prompt_tokens, output)
+        marks = _marks(call, output)
         for place in range(len(marks) - 1, -1, -1):
             holders = self._index.get(marks[place], {})
             for instance_id in reversed(holders):  # whoever came to it last
@@ -125,11 +124,13 @@ class KeptPrefixes:
                     del self._index[key]
 
 
-def _marks(prompt: Sequence[int], output: Sequence[int]) -> list[bytes]:
-    """Hashes of the first MARK_MIN, twice, four times … as many tokens of prompt + output."""
-    whole = array("I", prompt)
+def _marks(call: StreamCall, output: Sequence[int]) -> list[bytes]:
+    """Hashes of the first MARK_MIN, twice, four times … as many tokens of prompt + output, each of the
+    adapter too."""
+    whole = array("I", call.prompt_tokens)
     whole.extend(output)
-    data, begun = memoryview(whole).cast("B"), blake2b(digest_size=HASH_BYTES)
+    adapter = blake2b(call.adapter.encode(), digest_size=HASH_BYTES).digest() if call.adapter else b""
+    data, begun = memoryview(whole).cast("B"), blake2b(digest_size=HASH_BYTES, key=adapter)
     marks, start, end = [], 0, MARK_MIN
     while end <= len(whole):
         begun.update(data[start * whole.itemsize : end * whole.itemsize])

@@ -38,13 +38,14 @@ def call(prompt: tuple[int, ...], adapter: str = "") -> StreamCall:
     return StreamCall("r", prompt, SamplingParams(max_tokens=2, seed=5), adapter=adapter)
 
 
-def test_kv_made_under_an_adapter_is_neither_remembered_nor_looked_for() -> None:
-    kept = remembering(status("a"))
+def test_kv_made_under_an_adapter_is_found_under_that_adapter_alone() -> None:
+    kept = remembering(status("a"), status("b"))
     kept.ended("a", call(talk(1, 400), adapter="x"), ())
     assert kept.find(call(talk(1, 900)), ()) == ()
-    kept.ended("a", call(talk(1, 400)), ())
-    assert kept.find(call(talk(1, 900), adapter="x"), ()) == ()
-    assert kept.find(call(talk(1, 900)), ()) == (("a", 400),)
+    assert kept.find(call(talk(1, 900), adapter="y"), ()) == ()
+    kept.ended("b", call(talk(1, 500)), ())
+    assert kept.find(call(talk(1, 900), adapter="x"), ()) == (("a", 400),)
+    assert kept.find(call(talk(1, 900)), ()) == (("b", 500),)
 
 
 def test_the_next_turn_finds_where_the_one_before_ended() -> None:

@@ -1,5 +1,5 @@
-"""What a vLLM instance has of a request in its prefix cache is not copied to it, and what another LoRA
-adapter computed does not count."""
+"""What a vLLM instance has of a request in its prefix cache is not copied to it, and dispatch prefers it for
+what goes on from there; what another LoRA adapter computed does not count."""
 
 import asyncio
 from pathlib import Path
@@ -10,7 +10,7 @@ from test_vllm_cluster import cluster_of
 from test_vllm_lora import with_adapters
 
 from llumnix.api.backend import StreamCall
-from llumnix.core.admin import MigrationResult
+from llumnix.core.admin import DecisionRow, MigrationResult
 from llumnix.core.messages.control import MigrationOutcome
 from llumnix.core.sampling import SamplingParams
 
@@ -41,6 +41,12 @@ async def moved(
     return await pending, result.kv_bytes
 
 
+def explained(cluster: LocalCluster, name: str) -> tuple[DecisionRow, ...]:
+    found = cluster.manager.explain(name)
+    assert isinstance(found, tuple)
+    return found
+
+
 @pytest.mark.asyncio
 async def test_blocks_in_the_targets_prefix_cache_do_not_travel(tmp_path: Path) -> None:
     async with cluster_of(with_adapters(tmp_path, 32), with_adapters(tmp_path, 64)) as cluster:
@@ -55,3 +61,7 @@ async def test_blocks_in_the_targets_prefix_cache_do_not_travel(tmp_path: Path) 
         tokens, rest = await moved(cluster, "d", "one", end)
         assert 0 < rest < all_of_it / 3
         assert tokens == await said(cluster, "e", "one", end)
+        (ended_on,) = {row.instance_id for row in explained(cluster, "d") if row.kind == "committed"}
+        await said(cluster, "f", "one", (*end, *tokens, 5))
+        placed = explained(cluster, "f")[0]
+        assert placed.instance_id == ended_on and placed.reason.startswith("keeps"), placed

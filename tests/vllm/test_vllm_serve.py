@@ -7,11 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from lora_adapters import write_adapter
+from openai import NotFoundError, OpenAI
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -23,16 +26,19 @@ SERVE = [
 STORY = "Tell a long story about a river, a mill and a miller who lost his hat."
 
 
+BATCH_MAX = 2
+WAIT_S = 60.0
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("adapters")
     arguments = [
         *SERVE,
-        "--instances",
-        "2",
-        "--engine-arg",
-        "enforce_eager=true",
-        "--engine-arg",
-        "block_size=32",
+        *("--instances", "2", "--batch-max", str(BATCH_MAX)),
+        *("--engine-arg", "enforce_eager=true", "--engine-arg", "block_size=32"),
+        *("--lora-modules", f"sql={write_adapter(folder / 'sql', 1)}"),
+        *("--lora-modules", f"law={write_adapter(folder / 'law', 2)}", "--engine-arg", "max_loras=2"),
     ]
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ, start_new_session=True
@@ -87,6 +93,56 @@ def test_a_chat_goes_on_unchanged_while_it_moves_from_vllm_to_vllm(url: str) -> 
     assert moves >= 1
     assert "".join(moved) == "".join(undisturbed)
     assert all(row["state"] == "serving" for row in json.loads(cli(url, "instances", "--json")))
+
+
+def complete(url: str, model: str) -> str:
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    extra = {"ignore_eos": True}
+    done = client.completions.create(
+        model=model, prompt=STORY, max_tokens=120, temperature=0.0, extra_body=extra
+    )
+    return done.choices[0].text
+
+
+def rows(url: str, told: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """The requests of the cluster, once they are as ``told``."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        found: list[dict[str, Any]] = httpx.get(f"{url}/admin/requests", timeout=WAIT_S).json()
+        if told(found):
+            return found
+        time.sleep(0.02)
+    raise AssertionError(found)
+
+
+def order(url: str, what: str, **arguments: str) -> str:
+    return httpx.post(f"{url}/admin/{what}", json=arguments, timeout=WAIT_S).text
+
+
+def test_adapters_are_models_that_move_waiting_and_running_and_outlive_an_instance(url: str) -> None:
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    assert {model.id for model in client.models.list()} == {"smollm2", "sql", "law"}
+    with pytest.raises(NotFoundError, match="no_such_adapter"):
+        complete(url, "no_such_adapter")
+    with ThreadPoolExecutor() as clients:
+        models = ("sql", "law", "smollm2")
+        undisturbed = dict(zip(models, clients.map(lambda model: complete(url, model), models), strict=True))
+        assert len(set(undisturbed.values())) == 3, "the adapters change nothing"
+        order(url, "drain", instance_id="i1")
+        asked = (*models[:BATCH_MAX], "sql", "law")
+        answers = [clients.submit(complete, url, model) for model in asked]
+        found = rows(
+            url, lambda seen: [one["status"] for one in seen].count("waiting") == len(asked) - BATCH_MAX
+        )
+        order(url, "resume", instance_id="i1")
+        assert {one["instance_id"] for one in found} == {"i0"}
+        for status in ("waiting", "running"):
+            name = next(one["request_id"] for one in found if one["status"] == status)
+            assert "committed" in order(url, "migrate", request_id=name, target_id="i1")
+        rows(url, lambda seen: any(one["instance_id"] == "i0" and one["output_tokens"] for one in seen))
+        (victim,) = (one for one in json.loads(cli(url, "instances", "--json")) if one["instance_id"] == "i0")
+        os.kill(victim["pid"], signal.SIGKILL)
+        assert [answer.result() for answer in answers] == [undisturbed[model] for model in asked]
 
 
 def test_a_vllm_that_does_not_start_leaves_a_line_and_nothing_running() -> None:

@@ -94,8 +94,8 @@ class LoadReport(NamedTuple):
     ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the role it works in, ``swap``
     None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
     adapters in its memory or wanted by requests it holds, sorted, ``kept_tokens_max``: of so many tokens it
-    can keep the KV after their requests have ended. Reports repeat about every second while nothing changes:
-    silence is how a hung instance is noticed."""
+    can keep the KV at present after their requests have ended. Reports repeat about every second while
+    nothing changes: silence is how a hung instance is noticed."""
 
     instance_id: str
     incarnation: str
