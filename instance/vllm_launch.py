@@ -134,6 +134,7 @@ def _prepare_process(config: EngineConfig, environment: Mapping[str, str]) -> No
     if config.threads:
         threads = max(1, config.threads // config.tensor_parallel)  # of each rank
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)  # guessing tokens by n-grams sets torch's too
         torch.set_num_threads(threads)
     logging.getLogger("vllm").setLevel(logging.WARNING)
 

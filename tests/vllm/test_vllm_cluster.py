@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from local_cluster import LocalCluster, local_cluster, simulated_config
-from lora_adapters import merge_adapter
+from lora_adapters import merge_adapter, write_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llumnix.api.backend import StreamCall
-from llumnix.core.admin import MigrationResult
+from llumnix.core.admin import MigrationResult, Refusal
 from llumnix.core.config import Config, EngineConfig
 from llumnix.core.messages.control import MigrationOutcome
 from llumnix.core.sampling import SamplingParams
@@ -53,6 +53,20 @@ def settings(kind: str = "vllm", block_size: int = 32) -> Config:
     )
 
 
+def with_adapters(folder: Path, block_size: int) -> Config:
+    config = settings(block_size=block_size)
+    modules = f"one={write_adapter(folder / 'one', 1)};two={write_adapter(folder / 'two', 2)}"
+    engine = replace(config.engine, lora_modules=modules)
+    return replace(config, engine=replace(engine, engine_args=f"{engine.engine_args};max_loras=2"))
+
+
+def speculating(block_size: int) -> Config:
+    """Up to three tokens guessed from what the request says already."""
+    config = settings(block_size=block_size)
+    guess = 'speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
+    return replace(config, engine=replace(config.engine, engine_args=f"{config.engine.engine_args};{guess}"))
+
+
 @asynccontextmanager
 async def cluster_of(*configs: Config) -> AsyncIterator[LocalCluster]:
     async with local_cluster(configs[0], instances=()) as cluster:
@@ -69,9 +83,11 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(tokenizer((TEXT * 6)[: 12 + 20 * n])["input_ids"]) for n in range(PROMPTS)]
 
 
-async def one(cluster: LocalCluster, name: str, prompt: Sequence[int], **sampling: Any) -> tuple[int, ...]:
+async def one(
+    cluster: LocalCluster, name: str, prompt: Sequence[int], adapter: str = "", **sampling: Any
+) -> tuple[int, ...]:
     params = SamplingParams(**{"max_tokens": NEW_TOKENS, "ignore_eos": True, "seed": 5, **sampling})
-    stream = cluster.frontend.open(StreamCall(name, tuple(prompt), params))
+    stream = cluster.frontend.open(StreamCall(name, tuple(prompt), params, adapter=adapter))
     return tuple([token async for chunk in stream for token in chunk.tokens])
 
 
@@ -131,21 +147,31 @@ async def test_moved_requests_say_the_same_with_different_block_sizes(prompts: A
 
 
 @pytest.mark.asyncio
-async def test_a_mixed_cluster_moves_requests_across_engines(prompts: Any) -> None:
-    async with cluster_of(settings("vllm"), settings("torch")) as cluster:
+async def test_a_mixed_cluster_moves_all_but_adapters_across_engines(prompts: Any, tmp_path: Path) -> None:
+    async with cluster_of(with_adapters(tmp_path, 32), settings("torch")) as cluster:
         outputs, committed = await all_of(cluster, "x", prompts[:12], moving=True, temperature=0.0)
+        await cluster.idle()
+        running = asyncio.ensure_future(one(cluster, "r", prompts[0], adapter="one"))
+        while not any(row.output_tokens for row in await cluster.manager.requests()):
+            await asyncio.sleep(0.05)
+        refusal = await cluster.manager.migrate("r", "i1")
+        assert isinstance(refusal, Refusal) and "i1 does not have the LoRA adapter one" in refusal.reason
+        assert len(await running) == NEW_TOKENS
         await cluster.idle()
     assert committed >= 4
     assert outputs == likeliest(prompts[:12], outputs)
 
 
 @pytest.mark.asyncio
-async def test_drained_aborted_and_killed(prompts: Any) -> None:
-    async with cluster_of(settings(), settings()) as cluster:
+async def test_moved_drained_aborted_and_killed_while_vllm_speculates(prompts: Any) -> None:
+    async with cluster_of(speculating(32), speculating(64)) as cluster:
+        moved, committed = await all_of(cluster, "m", prompts[-6:], moving=True, temperature=0.0)
+        assert committed >= 2
+        await cluster.idle()
         running = asyncio.gather(
             *(one(cluster, f"d{n}", prompt, temperature=0.0) for n, prompt in enumerate(prompts[:6]))
         )
-        endless = SamplingParams(max_tokens=600, seed=1, ignore_eos=True)
+        endless = SamplingParams(max_tokens=600, seed=1, ignore_eos=True, temperature=0.0)
         gone = cluster.frontend.open(StreamCall("gone", prompts[0], endless))
         while not any(row.output_tokens for row in await cluster.manager.requests()):
             await asyncio.sleep(0.05)
@@ -164,4 +190,4 @@ async def test_drained_aborted_and_killed(prompts: Any) -> None:
         cluster.kill("i1")
         assert await orphans == drained
         await cluster.idle()
-    assert drained == likeliest(prompts[:6], drained)
+    assert [*drained, *moved] == likeliest([*prompts[:6], *prompts[-6:]], [*drained, *moved])

@@ -1,36 +1,40 @@
 """LoRA adapters on real vLLM engines: a request that moves, or whose instance is killed, goes on with its
-adapter and says what the model with that adapter's weights added says, whatever else is in its batch; one
-adapter never finds another's KV."""
+adapter and says what the model with that adapter's weights added says, whatever else is in its batch. What an
+instance has of a request in its prefix cache is not copied to it, and dispatch prefers it for what goes on
+from there; what another adapter computed does not count."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from local_cluster import LocalCluster
-from lora_adapters import write_adapter
-from test_vllm_cluster import cluster_of, likeliest, settings
+from test_vllm_cluster import cluster_of, likeliest, with_adapters
 
 from llumnix.api.backend import StreamCall
-from llumnix.core.admin import MigrationResult, Refusal
-from llumnix.core.config import Config
+from llumnix.core.admin import DecisionRow, MigrationResult
 from llumnix.core.messages.control import MigrationOutcome
 from llumnix.core.sampling import SamplingParams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-PROMPT = tuple(range(1000, 1070))  # longer than two blocks of vLLM: its prefix cache has something to confuse
+PREFIX, LONG = tuple(range(1000, 1500)), 120
+PROMPT = tuple(range(2000, 2070))  # longer than two blocks of vLLM: its prefix cache has something to confuse
 NAMES = ("", "one", "two")
 """The model alone among them: vLLM's CPU build would compute its rows with the adapter in the last slot."""
 NEW_TOKENS = 32
 
 
-def with_adapters(folder: Path, block_size: int) -> Config:
-    config = settings(block_size=block_size)
-    modules = f"one={write_adapter(folder / 'one', 1)};two={write_adapter(folder / 'two', 2)}"
-    engine = replace(config.engine, lora_modules=modules)
-    return replace(config, engine=replace(engine, engine_args=f"{engine.engine_args};max_loras=2"))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(folder: Path) -> AsyncIterator[LocalCluster]:
+    async with cluster_of(with_adapters(folder, 32), with_adapters(folder, 64)) as cluster:
+        yield cluster
 
 
 async def say(cluster: LocalCluster, name: str, adapter: str) -> tuple[int, ...]:
@@ -57,37 +61,71 @@ async def move_all(cluster: LocalCluster, pending: "asyncio.Task[Sequence[object
     return committed
 
 
-@pytest.mark.asyncio
-async def test_adapters_move_with_their_requests_and_outlive_an_instance(tmp_path: Path) -> None:
-    configs = with_adapters(tmp_path, 32), with_adapters(tmp_path, 64)
-    async with cluster_of(*configs) as cluster:
-        still = await all_of(cluster, "still")
-        assert len(set(still)) == 3, "the adapters change nothing"
-        await cluster.idle()
-        moving = asyncio.ensure_future(all_of(cluster, "moved"))
-        assert await move_all(cluster, moving) >= 3
-        assert await moving == still
-        await cluster.idle()
-        known = {name for row in cluster.manager.instances() for name in row.adapters}
-        assert known == {"one", "two"}
-        orphans = asyncio.ensure_future(all_of(cluster, "orphan"))
-        while not any(row.output_tokens > 3 for row in await cluster.manager.requests()):
-            await asyncio.sleep(0.05)
-        cluster.kill("i0")
-        assert await orphans == still
-        await cluster.idle()
+async def said(cluster: LocalCluster, name: str, adapter: str, end: tuple[int, ...]) -> tuple[int, ...]:
+    params = SamplingParams(max_tokens=LONG, ignore_eos=True, seed=5, temperature=0.0)
+    stream = cluster.frontend.open(StreamCall(name, PREFIX + end, params, adapter=adapter))
+    return tuple([token async for chunk in stream for token in chunk.tokens])
+
+
+async def moved(
+    cluster: LocalCluster, name: str, adapter: str, end: tuple[int, ...] = ()
+) -> tuple[tuple[int, ...], int]:
+    """What a request says that goes to the other instance on its way, and the bytes that travelled."""
+    pending = asyncio.create_task(said(cluster, name, adapter, end))
+    while not (rows := [row for row in await cluster.manager.requests() if row.output_tokens]):
+        assert not pending.done()
+        await asyncio.sleep(0.01)
+    (row,) = rows
+    result = await cluster.manager.migrate(row.request_id, "i1" if row.instance_id == "i0" else "i0")
+    assert isinstance(result, MigrationResult)
+    assert result.outcome is MigrationOutcome.COMMITTED, result.reason
+    return await pending, result.kv_bytes
+
+
+def explained(cluster: LocalCluster, name: str) -> tuple[DecisionRow, ...]:
+    found = cluster.manager.explain(name)
+    assert isinstance(found, tuple)
+    return found
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_blocks_in_the_targets_prefix_cache_do_not_travel(cluster: LocalCluster) -> None:
+    first, all_of_it = await moved(cluster, "a", "one")
+    again, rest = await moved(cluster, "b", "one")
+    assert again == first
+    assert 0 < rest < all_of_it / 3
+    other, all_again = await moved(cluster, "c", "two")
+    assert other != first
+    assert all_again > 0.9 * all_of_it
+    end = (7, 8, 9)
+    tokens, rest = await moved(cluster, "d", "one", end)
+    assert 0 < rest < all_of_it / 3
+    assert tokens == await said(cluster, "e", "one", end)
+    (ended_on,) = {row.instance_id for row in explained(cluster, "d") if row.kind == "move committed"}
+    await said(cluster, "f", "one", (*end, *tokens, 5))
+    placed = explained(cluster, "f")[0]
+    assert placed.instance_id == ended_on and placed.reason.startswith("keeps"), placed
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_adapters_move_with_their_requests_and_outlive_an_instance(
+    cluster: LocalCluster, folder: Path
+) -> None:
+    still = await all_of(cluster, "still")
+    assert len(set(still)) == 3, "the adapters change nothing"
+    await cluster.idle()
+    moving = asyncio.ensure_future(all_of(cluster, "moved"))
+    assert await move_all(cluster, moving) >= 3
+    assert await moving == still
+    await cluster.idle()
+    known = {name for row in cluster.manager.instances() for name in row.adapters}
+    assert known == {"one", "two"}
+    orphans = asyncio.ensure_future(all_of(cluster, "orphan"))
+    while not any(row.output_tokens > 3 for row in await cluster.manager.requests()):
+        await asyncio.sleep(0.05)
+    cluster.kill("i0")
+    assert await orphans == still
+    await cluster.idle()
     for adapter, tokens in zip(NAMES, still, strict=True):
-        folder = tmp_path / adapter if adapter else None
-        assert likeliest([PROMPT], [tokens], folder) == [tokens], adapter
-
-
-@pytest.mark.asyncio
-async def test_an_instance_of_our_own_engine_beside_it_gets_none_of_them(tmp_path: Path) -> None:
-    async with cluster_of(with_adapters(tmp_path, 32), settings("torch")) as cluster:
-        running = asyncio.ensure_future(say(cluster, "r", "one"))
-        while not any(row.output_tokens for row in await cluster.manager.requests()):
-            await asyncio.sleep(0.05)
-        refusal = await cluster.manager.migrate("r-one", "i1")
-        assert isinstance(refusal, Refusal) and "i1 does not have the LoRA adapter one" in refusal.reason
-        assert len(await running) == NEW_TOKENS
-        await cluster.idle()
+        weights = folder / adapter if adapter else None
+        assert likeliest([PROMPT], [tokens], weights) == [tokens], adapter

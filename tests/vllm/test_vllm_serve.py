@@ -108,7 +108,7 @@ def rows(url: str, told: Callable[[list[dict[str, Any]]], bool]) -> list[dict[st
     """The requests of the cluster, once they are as ``told``."""
     until = time.monotonic() + WAIT_S
     while time.monotonic() < until:
-        found: list[dict[str, Any]] = httpx.get(f"{url}/admin/requests", timeout=WAIT_S).json()
+        found: list[dict[str, Any]] = httpx.get(f"{url}/admin/requests", timeout=WAIT_S).json()["data"]
         if told(found):
             return found
         time.sleep(0.02)
