@@ -312,7 +312,8 @@ def command(
     an instance over vLLM and of plain vLLM, in turns."""
     try:
         if kind == "vllm":
-            report = vllm_layer.measure(model, dtype, threads, steps=steps, repeats=repeats, seed=seed)
+            layered = vllm_layer.benchmark_config(model, dtype, threads)
+            report = vllm_layer.measure(layered, steps=steps, repeats=repeats, seed=seed)
             vllm_layer.show(report)
             _write(json_path, report)
             return

@@ -40,10 +40,10 @@ MEASURE_TIMEOUT_S = 240.0
 REST_S = 0.2
 
 
-def measure(model: str, dtype: str, threads: int, *, steps: int, repeats: int, seed: int) -> dict[str, Any]:
-    """All of it. Returns what goes into the JSON file. ``threads`` of each engine, 0: all cores but one,
-    which is left to the rest of the instance and to this process."""
-    config = EngineConfig(
+def benchmark_config(model: str, dtype: str, threads: int) -> EngineConfig:
+    """``threads`` of each engine, 0: all cores but one, which is left to the rest of the instance and to this
+    process."""
+    return EngineConfig(
         kind="vllm",
         model=model,
         dtype=dtype,
@@ -51,6 +51,10 @@ def measure(model: str, dtype: str, threads: int, *, steps: int, repeats: int, s
         max_model_len=2048,
         engine_args="enable_prefix_caching=false",  # nothing repeats
     )
+
+
+def measure(config: EngineConfig, *, steps: int, repeats: int, seed: int) -> dict[str, Any]:
+    """All of it. Returns what goes into the JSON file."""
     machine = describe_machine()
     vocabulary = read_facts(resolve_model(config.model)).vocab_size
     plain = _Plain(config, vocabulary, steps, seed)

@@ -157,6 +157,41 @@ def test_stages_are_in_vllm_before_the_request_joins(
     assert run.out()["b"] == undisturbed
 
 
+def test_running_requests_take_back_what_an_arrival_holds(engine: VllmEngine) -> None:
+    prompt, most = tuple(range(3200, 3350)), 90
+    undisturbed = Run(engine, spec("a", prompt, max_tokens=most)).out()["a"]
+    others = [
+        spec(name, tuple(range(at, at + 55)), max_tokens=180)
+        for name, at in (("c", 4000), ("d", 5000), ("e", 6000))
+    ]
+    reader, run = copy_here(engine), Run(engine, spec("a", prompt, max_tokens=most), *others)
+    run.step(12)
+    assert engine.begin_move("a") == ""
+    while (state := engine.movable("a")) is None or state.lagging:
+        pass
+    reserved = engine.reserve("m", state.full_blocks + 4)
+    assert reserved is not None
+    reader.read(state.blocks[: state.full_blocks], reserved[: state.full_blocks], 1.0)
+    arrivals = engine._core.arrivals
+    before = arrivals.held_tokens
+    while arrivals.held_tokens:
+        run.step()
+        assert engine.holds("a"), "nobody needed the blocks"
+    assert before > 0 and engine.load().reserved_blocks == len(reserved)
+    state = engine.movable("a")
+    assert state is not None and not state.waiting
+    reserved = engine.reserve("m", max(len(reserved), len(state.blocks))) or reserved
+    last, moving = engine.take_out("a"), engine.spec_of("a", 0.0)
+    assert len(last.blocks) <= len(reserved)
+    reader.read(last.blocks, reserved[: len(last.blocks)], 1.0, urgent=True)
+    engine.release("a")
+    engine.end_move("a")
+    arrived = replace(moving, request_id="b", epoch=next(EPOCHS))
+    assert engine.adopt("m", arrived, last.computed_tokens, 0.0) is None
+    run.said["b"] = list(arrived.output_tokens)
+    assert run.out()["b"] == undisturbed
+
+
 def test_what_is_released_or_aborted_is_gone(engine: VllmEngine) -> None:
     run = Run(engine, spec("a"), spec("b"), spec("c"), spec("d"))
     run.step(6)

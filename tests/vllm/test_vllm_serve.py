@@ -16,6 +16,10 @@ import pytest
 from lora_adapters import write_adapter
 from openai import NotFoundError, OpenAI
 
+from llumnix.bench import vllm_serving
+from llumnix.bench.live import DISPATCH_ONLY
+from llumnix.bench.live_load import RealCluster
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 COMMAND = [sys.executable, "-m", "llumnix.cli.main"]
@@ -93,6 +97,21 @@ def test_a_chat_goes_on_unchanged_while_it_moves_from_vllm_to_vllm(url: str) -> 
     assert moves >= 1
     assert "".join(moved) == "".join(undisturbed)
     assert all(row["state"] == "serving" for row in json.loads(cli(url, "instances", "--json")))
+
+
+def test_vllms_own_client_is_served_and_its_report_understood(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = vllm_serving.client_options
+    monkeypatch.setattr(
+        vllm_serving, "client_options", lambda *load: ["20" if one == "200" else one for one in whole(*load)]
+    )
+    load, cluster = (3, 10.0, 1), RealCluster(url)
+    done = vllm_serving._run_once(cluster, vllm_serving.settings(), DISPATCH_ONLY, load)
+    row = vllm_serving._row(DISPATCH_ONLY, [done, done])
+    assert (row["completed"], row["failed"], row["migrations"]) == (6, 0, 0)
+    assert set(row) == {"mode", *vllm_serving.FIGURES, "preemptions", "migrations"}
+    assert 0 < row["median_ttft_ms"] <= row["p99_ttft_ms"] and row["output_throughput"] > 0
 
 
 def complete(url: str, model: str) -> str:
