@@ -50,6 +50,7 @@ def settings(kind: str = "vllm", block_size: int = 32) -> Config:
         config,
         engine=engine(kind, block_size),
         migration=replace(config.migration, answer_timeout_s=5.0, reservation_s=15.0),
+        frontend=replace(config.frontend, silent_probe_s=5.0, place_timeout_s=2.0),
     )
 
 

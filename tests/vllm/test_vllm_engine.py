@@ -158,11 +158,10 @@ def test_stages_are_in_vllm_before_the_request_joins(
 
 
 def test_running_requests_take_back_what_an_arrival_holds(engine: VllmEngine) -> None:
-    prompt, most = tuple(range(3200, 3350)), 90
+    prompt, most = tuple(range(3200, 3300)), 90
     undisturbed = Run(engine, spec("a", prompt, max_tokens=most)).out()["a"]
     others = [
-        spec(name, tuple(range(at, at + 55)), max_tokens=180)
-        for name, at in (("c", 4000), ("d", 5000), ("e", 6000))
+        spec(name, tuple(range(at, at + 55)), max_tokens=180) for name, at in (("c", 4000), ("d", 5000))
     ]
     reader, run = copy_here(engine), Run(engine, spec("a", prompt, max_tokens=most), *others)
     run.step(12)
