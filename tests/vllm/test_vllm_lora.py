@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from local_cluster import LocalCluster
-from test_vllm_cluster import cluster_of, likeliest, with_adapters
+from test_vllm_cluster import cluster_of, likeliest, one, with_adapters
 
 from llumnix.api.backend import StreamCall
 from llumnix.core.admin import DecisionRow, MigrationResult
@@ -102,10 +102,13 @@ async def test_blocks_in_the_targets_prefix_cache_do_not_travel(cluster: LocalCl
     tokens, rest = await moved(cluster, "d", "one", end)
     assert 0 < rest < all_of_it / 3
     assert tokens == await said(cluster, "e", "one", end)
-    (ended_on,) = {row.instance_id for row in explained(cluster, "d") if row.kind == "move committed"}
-    await said(cluster, "f", "one", (*end, *tokens, 5))
-    placed = explained(cluster, "f")[0]
-    assert placed.instance_id == ended_on and placed.reason.startswith("keeps"), placed
+    cluster.manager.set_draining("i0", True)
+    turn = tuple(range(5000, 5200))
+    answer = await one(cluster, "f", turn, adapter="one", temperature=0.0)
+    cluster.manager.set_draining("i0", False)
+    await one(cluster, "g", (*turn, *answer, 5), adapter="one", temperature=0.0)
+    placed = explained(cluster, "g")[0]
+    assert placed.instance_id == "i1" and placed.reason.startswith("keeps"), placed
 
 
 @pytest.mark.asyncio(loop_scope="module")
