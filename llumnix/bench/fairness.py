@@ -132,7 +132,7 @@ def _show(report: dict[str, Any]) -> None:
     help="The cost models, the real engine on this machine, or both.",
 )
 @click.option("--requests", default=1000, show_default=True, help="Requests of each simulated run.")
-@click.option("--cpu-requests", default=100, show_default=True, help="Requests of each real run.")
+@click.option("--cpu-requests", default=80, show_default=True, help="Requests of each real run.")
 @click.option(
     "--link",
     type=click.Choice(["pcie4", "pcie4-light"]),
