@@ -7,7 +7,8 @@ nothing stays behind however the process ends. On a GPU, or where there is no me
 ``fd`` is -1. A host pool beside a GPU is pinned, so that copies run at full speed and in the background.
 
 Every page is written once at the start: a step or a migration never pays for a page fault, and too large a
-pool fails here rather than under load. A memfd's pages are huge where the kernel can make them so: attention
+pool fails here rather than under load. (Not so a host pool whose size nobody asked for: there copy threads
+pay, and it takes what it comes to use.) A memfd's pages are huge where the kernel can make them so: attention
 reads blocks from all over the pool. Made by executors; read by transports.
 """
 
@@ -21,11 +22,16 @@ import torch
 from llumnix.core.config import EngineConfig, SwapConfig
 from llumnix.core.errors import ConfigurationError, InvariantError
 from llumnix.core.messages.control import KvLayout
+from llumnix.instance.host_memory import available_bytes
 from llumnix.kernels.cpu.huge_pages import fill_with_zeros, map_shared
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME_BYTES_MAX = 200  # Linux takes 249, prefix included
 GIB = 1 << 30
+PINNED_UNASKED_BYTES: Final = 8 * GIB
+"""Most host memory pinned for a GPU without being asked: that takes seconds, and all of it at once."""
+PROBED_BLOCKS: Final = 512
+"""Blocks at the beginning of a host pool that are touched in any case: its copies are measured there."""
 
 
 def memfd_name(pool_name: str) -> str:
@@ -38,8 +44,15 @@ class KvPool:
     and values at 1; ``fd`` is the memfd or -1; ``pool_name`` tells a peer that it opened the right file."""
 
     def __init__(
-        self, layout: KvLayout, pool_name: str, device: torch.device, *, pinned: bool = False
+        self,
+        layout: KvLayout,
+        pool_name: str,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+        touched: bool = True,
     ) -> None:
+        """Not ``touched``: what is never used takes no memory, where the kernel can do that."""
         if not pool_name or len(pool_name.encode()) > NAME_BYTES_MAX:
             raise ConfigurationError(f"a pool's name has 1 to {NAME_BYTES_MAX} bytes, got {pool_name!r}")
         if layout.blocks < 1:
@@ -51,7 +64,7 @@ class KvPool:
         size_bytes = layout.blocks * layout.block_bytes
         if device.type == "cpu" and sys.platform == "linux":
             flat = self._map_memfd(size_bytes)
-            fill_with_zeros(flat)
+            fill_with_zeros(flat if touched else flat[: PROBED_BLOCKS * layout.block_bytes])
         else:
             flat = torch.empty(size_bytes, dtype=torch.uint8, device=device).zero_()
             if flat.is_cuda:
@@ -114,18 +127,21 @@ def _cuda(name: str, *arguments: int) -> None:
 
 
 def host_pool(config: SwapConfig, device_pool: KvPool) -> KvPool | None:
-    """Memory for the blocks of ``device_pool`` that are swapped out; None: there is to be none."""
-    if not config.enabled:
-        return None
-    layout = device_pool.layout
+    """Memory for the blocks of ``device_pool`` that are swapped out; None: there is to be none. A size that
+    was asked for is taken now; of one that follows from what is free (``host_share``), what is needed."""
+    layout, pinned = device_pool.layout, device_pool.bytes_view().is_cuda
     blocks = config.host_blocks or int(config.host_gib * GIB) // layout.block_bytes
-    if blocks < 1:
+    if config.sized and blocks < 1:
         raise ConfigurationError(
             f"host_gib {config.host_gib}, not enough for one KV block of {layout.block_bytes} bytes"
         )
-    name = f"{device_pool.pool_name}-host"
-    pinned = device_pool.bytes_view().is_cuda
-    return KvPool(replace(layout, blocks=blocks), name, torch.device("cpu"), pinned=pinned)
+    if not config.sized:
+        free = int(config.host_share * available_bytes())
+        blocks = min(layout.blocks, min(free, PINNED_UNASKED_BYTES if pinned else free) // layout.block_bytes)
+        if blocks < 1:
+            return None
+    name, layout = f"{device_pool.pool_name}-host", replace(layout, blocks=blocks)
+    return KvPool(layout, name, torch.device("cpu"), pinned=pinned, touched=config.sized or pinned)
 
 
 def pool_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:

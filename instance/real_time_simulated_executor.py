@@ -27,7 +27,7 @@ class RealTimeSimulatedExecutor(SimulatedExecutor):
     def __init__(self, config: EngineConfig, pool_name: str, swap: SwapConfig | None = None) -> None:
         super().__init__(config)
         self.pool = KvPool(self.kv_layout, pool_name, torch.device("cpu"))
-        self.swap_space = SwapSpace.beside(self.pool, swap or SwapConfig())
+        self.swap_space = SwapSpace.beside(self.pool, swap)
         self._expected_start: dict[str, int] = {}
 
     @property

@@ -6,7 +6,7 @@ Belongs to one thread at a time. Used by the copier's workers and by benchmarks.
 from llumnix.core.config import SwapConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.instance.copy_ladder import ALLOWED_RUNGS, CopyLadder, CopyTotals, PoolShape, Rung, paired_runs
-from llumnix.instance.kv_pool import KvPool
+from llumnix.instance.kv_pool import PROBED_BLOCKS, KvPool
 from llumnix.instance.swap import SwapDirection, SwapJob
 from llumnix.instance.swap_calibration import calibrate, move
 from llumnix.kernels.copies import mover
@@ -24,7 +24,8 @@ class SwapLane:
         device_bytes, host_bytes = device_pool.bytes_view(), host_pool.bytes_view()
         out = direction is SwapDirection.OUT
         self._mover = mover(device_bytes, host_bytes, to_host=out)
-        costs = calibrate(self._mover, device_bytes, host_bytes, to_host=out)
+        probed = (device_bytes[:PROBED_BLOCKS], host_bytes[:PROBED_BLOCKS])
+        costs = calibrate(self._mover, *probed, to_host=out)
         block_bytes, planes = device_pool.layout.block_bytes, 2 * device_pool.layout.layers
         self._blocks = PoolShape.block_first(block_bytes)
         self._pieces = PoolShape.block_first_pieces(block_bytes, planes)

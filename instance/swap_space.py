@@ -16,10 +16,12 @@ class SwapSpace:
     copier: SwapCopier
 
     @classmethod
-    def beside(cls, device_pool: KvPool, config: SwapConfig) -> "SwapSpace | None":
+    def beside(cls, device_pool: KvPool, config: SwapConfig | None) -> "SwapSpace | None":
         """For a device pool that holds nothing yet; None if swapping is off. Raises ConfigurationError."""
-        pool = host_pool(config, device_pool)
-        return None if pool is None else cls(pool, SwapCopier(device_pool, pool, config))
+        pool = None if config is None else host_pool(config, device_pool)
+        if config is None or pool is None:
+            return None
+        return cls(pool, SwapCopier(device_pool, pool, config))
 
     def close(self) -> None:
         """Stop copying and give the memory up. The device pool is the caller's."""

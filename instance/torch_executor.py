@@ -85,7 +85,7 @@ class TorchExecutor:
         self._decoder = Decoder(model.config, model.weights, self._max_model_len)
         self._sampler = Sampler(model.eos_token_ids)
         self.pool = KvPool(layout, pool_name, model.device)
-        self.swap_space = SwapSpace.beside(self.pool, swap or SwapConfig())
+        self.swap_space = SwapSpace.beside(self.pool, swap)
         log.info("model on %s, KV pool %s", model.device, layout)
 
     @classmethod

@@ -22,12 +22,13 @@ from llumnix.bench.live_load import LENGTHS, Load, RealCluster, Streamed, quanti
 from llumnix.bench.live_model import cut_model
 from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
 from llumnix.cli.config_flags import config_options, resolve
-from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.config_source import Value
 from llumnix.sim.workload import Arrival
 
 BASE = Config(
     engine=EngineConfig(dtype="bfloat16", threads=1, max_model_len=1024, kv_blocks=80),
+    swap=SwapConfig(host_share=0.0),
     scheduler=SchedulerConfig(queue_blocks_factor=1000.0),
     cluster=ClusterConfig(instances=4),
 )

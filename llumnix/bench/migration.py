@@ -23,7 +23,7 @@ from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
 from llumnix.bench.migration_driver import BATCH, BATCH_TOKENS, Driver, Ear, Moved
 from llumnix.bench.migration_pair import PairMaker, ThreadPair
 from llumnix.bench.migration_steps import Steps
-from llumnix.core.config import ClusterConfig, Config, EngineConfig, MigrationConfig
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, MigrationConfig, SwapConfig
 from llumnix.core.errors import LlumnixError
 from llumnix.migration.transports.base import ReadStats
 
@@ -51,7 +51,10 @@ def benchmark_config(device: str, transport: str, kind: str = "torch") -> Config
         threads=max(1, (os.cpu_count() or 1) // 2) if device == "cpu" else 0,
     )
     return Config(
-        engine=engine, migration=MigrationConfig(transport=transport), cluster=ClusterConfig(instances=2)
+        engine=engine,
+        swap=SwapConfig(host_share=0.0),
+        migration=MigrationConfig(transport=transport),
+        cluster=ClusterConfig(instances=2),
     )
 
 

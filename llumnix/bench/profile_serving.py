@@ -17,7 +17,7 @@ import numpy as np
 from llumnix.bench.live_load import RealCluster, Streamed, real_cluster
 from llumnix.bench.machine import OTHERS_MAX, OthersCpu
 from llumnix.bench.profile_fit import non_negative
-from llumnix.core.config import Config
+from llumnix.core.config import Config, SwapConfig
 from llumnix.sim.cost import STEP_TERMS, CostModel
 from llumnix.sim.network import LATENCY_S
 from llumnix.sim.workload import Arrival
@@ -61,8 +61,9 @@ def measure_serving(
 ) -> list[Pace]:
     """Run both workloads on a cluster of ``config``, which is started and stopped for it."""
     scheduler = replace(config.scheduler, dispatch_policy="round-robin", pairing_policy="none")
+    anew = SwapConfig(host_share=0.0)  # every round has the same prompts
     instances, paces = config.cluster.instances, []
-    with real_cluster(replace(config, scheduler=scheduler)) as cluster:
+    with real_cluster(replace(config, scheduler=scheduler, swap=anew)) as cluster:
         warm_up = Arrival(0.0, LONE_PROMPTS[0], LONE_TOKENS)
         cluster.run([warm_up] * instances, seed)  # connections are made now
         for prompt in LONE_PROMPTS:

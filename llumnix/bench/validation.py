@@ -25,7 +25,7 @@ from llumnix.bench.live_load import LENGTHS, Load, quantiles_ms, real_cluster
 from llumnix.bench.machine import OTHERS_MAX, OthersCpu, describe_machine, warn_of_others
 from llumnix.bench.profile import parts, profile
 from llumnix.cli.config_flags import config_options, resolve
-from llumnix.core.config import ClusterConfig, Config, EngineConfig
+from llumnix.core.config import ClusterConfig, Config, EngineConfig, SwapConfig
 from llumnix.core.config_source import Value
 from llumnix.sim.cost import CostModel, read_cost_model
 from llumnix.sim.simulation import Settings, Simulation
@@ -34,7 +34,9 @@ from llumnix.sim.traces import Trace
 from llumnix.sim.workload import Arrival
 
 BASE = Config(
-    engine=EngineConfig(dtype="bfloat16", threads=1, max_model_len=2048), cluster=ClusterConfig(instances=2)
+    engine=EngineConfig(dtype="bfloat16", threads=1, max_model_len=2048),
+    swap=SwapConfig(host_share=0.0),
+    cluster=ClusterConfig(instances=2),
 )
 TOLERANCE = 0.15
 SIMULATED_RUNS = 20

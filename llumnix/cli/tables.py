@@ -16,11 +16,16 @@ def plain(name: str) -> Callable[[Row], str]:
     return lambda row: str(row[name])
 
 
+def _host_memory(swap: Row | None) -> str:
+    return f"{swap['host_used']}/{swap['host_capacity']}" if swap else "none"
+
+
 INSTANCE_COLUMNS: tuple[Column, ...] = (
     ("instance", plain("instance_id")),
     ("state", plain("state")),
     ("role", plain("role")),
     ("blocks", lambda row: f"{row['used_blocks']}/{row['capacity_blocks']}"),
+    ("host KV", lambda row: _host_memory(row["swap"])),
     ("running", plain("running")),
     ("waiting", plain("waiting")),
     ("in/out", lambda row: f"{row['migrating_in']}/{row['migrating_out']}"),

@@ -118,7 +118,14 @@ class SwapConfig(Leaf):
     """How one instance swaps KV between its device and host memory (FastSwitch, arXiv 2411.18424). The parts
     can be turned off one by one, for comparison."""
 
-    host_gib: float = setting(0.0, "GiB of host memory per instance for KV swapped out; 0 never swaps")
+    host_share: float = setting(
+        0.25,
+        "share of the memory free at the start that a host's instances may come to use together for KV "
+        "swapped out or kept for later, each at most as much as its KV pool has; 0: none",
+    )
+    host_gib: float = setting(
+        0.0, "GiB of host memory per instance for such KV, taken at the start; 0 goes by host_share"
+    )
     host_blocks: int = setting(0, "KV blocks in host memory per instance; 0 sizes the pool by host_gib")
     block_groups: bool = setting(True, "give out KV blocks in runs that lie together; off: wherever they are")
     swap_copies: str = setting(
@@ -143,10 +150,11 @@ class SwapConfig(Leaf):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.need(self.rerank_frequency <= 1, "rerank_frequency", "within 0 and 1")
+        self.need(self.host_share <= 1, "host_share", "within 0 and 1")
 
     @property
-    def enabled(self) -> bool:
-        """Whether there is a host pool."""
+    def sized(self) -> bool:
+        """Whether the host pool has a size that does not depend on the machine."""
         return self.host_blocks > 0 or self.host_gib > 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from llumnix.core.config import Config, EngineConfig, parse_lora_modules
+from llumnix.core.config import Config, EngineConfig, SwapConfig, parse_lora_modules
 from llumnix.core.messages.control import InstanceHello, KvEndpoint, KvLayout
 from llumnix.core.roles import starting_role
 from llumnix.instance.agent import Agent
@@ -67,8 +67,13 @@ def build_engine(config: Config, pool_name: str) -> tuple[SteppedEngine, KvHolde
 def build_executor(config: Config, pool_name: str) -> TorchExecutor | RealTimeSimulatedExecutor:
     """The executor of an engine of ours. Raises ConfigurationError."""
     if config.engine.kind == "simulated":
-        return RealTimeSimulatedExecutor(config.engine, pool_name, config.swap)
-    return TorchExecutor(_with_threads(config), pool_name, swap=config.swap)
+        return RealTimeSimulatedExecutor(config.engine, pool_name, _share_of_host(config))
+    return TorchExecutor(_with_threads(config), pool_name, swap=_share_of_host(config))
+
+
+def _share_of_host(config: Config) -> SwapConfig:
+    """The settings of swapping, this instance's part of the host's memory in them."""
+    return replace(config.swap, host_share=config.swap.host_share / config.cluster.instances)
 
 
 def _with_threads(config: Config) -> EngineConfig:

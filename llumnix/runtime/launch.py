@@ -171,8 +171,13 @@ async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer)
         asyncio.get_running_loop().add_signal_handler(number, stop_serving, server, frontend)
     try:
         where = f"{server.url}/v1, Ray {ray.get_runtime_context().gcs_address}"
+        admin = RayAdmin(cluster.manager)
+        for row in await admin.instances():
+            if row.swap is not None:
+                tokens = row.swap.host_capacity * config.engine.block_size
+                print(f"{row.instance_id} keeps KV of up to {tokens} tokens in host memory")
         print(f"{model.name} on {config.cluster.instances} instances: {where}", flush=True)
-        await server.serve(ClusterBackend(frontend, RayAdmin(cluster.manager), model))
+        await server.serve(ClusterBackend(frontend, admin, model))
     finally:
         await frontend.close()
 

@@ -83,7 +83,7 @@ class Machine:
 
     def copier(self) -> VirtualCopier | None:
         """For one instance's host memory; None: it has none."""
-        if not self.swap.enabled:
+        if not self.swap.sized:
             return None
         clock = self.clock
         return VirtualCopier(host_link(self.cost.name), self.layout, self.swap, now=lambda: clock.now)

@@ -143,6 +143,19 @@ async def burst(
         assert await texts == [expected(seed, tokens) for seed in range(count)]
 
 
+def test_the_second_turn_of_a_conversation_finds_the_first_in_host_memory(served: Served) -> None:
+    """As configured for nobody: no flag of the server, no word of the client."""
+    example = ROOT / "examples" / "second_turn.py"
+    arguments = ["--url", served.url, "--conversations", "2", "--words", "40"]
+    done = subprocess.run(
+        [sys.executable, str(example), *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["second_turn_ms"]) == 2
+    totals = [row["swap"] for row in served.rows("instances")]
+    assert sum(swap["prefix_hits"] for swap in totals if isinstance(swap, dict)) >= 2
+
+
 def test_the_command_line_shows_and_moves(served: Served) -> None:
     assert [row["instance_id"] for row in served.rows("instances")] == ["i0", "i1"]
     assert "serving" in served.cli("instances")

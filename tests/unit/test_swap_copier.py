@@ -149,7 +149,8 @@ def test_estimates_grow_with_blocks() -> None:
 
 def test_no_host_memory_is_no_swap_space() -> None:
     pool = KvPool(LAYOUT, "swap-none", torch.device("cpu"))
-    assert SwapSpace.beside(pool, SwapConfig()) is None
+    assert SwapSpace.beside(pool, SwapConfig(host_share=0.0)) is None
+    assert SwapSpace.beside(pool, None) is None
     pool.close()
 
 
