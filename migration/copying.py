@@ -7,13 +7,16 @@ copied.
 """
 
 from llumnix.core.messages.control import InstanceHello, KvEndpoint
-from llumnix.core.messages.migration import RefusalCode, Refused, StageCopied
+from llumnix.core.messages.migration import Committed, RefusalCode, Refused, StageCopied
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.migration.engine_sides import Movable
 from llumnix.migration.pace import CopySpeeds
 
 KV_STAYS = (RefusalCode.NO_BLOCKS, RefusalCode.LAYOUT, RefusalCode.UNREADABLE)
 """Refusals of the KV rather than of its request."""
+
+AT_ONCE_S = 0.02
+"""KV in host memory that takes no longer to read goes with the commit; a step of the target waits for it."""
 
 WITHOUT_KV = "/without-kv"
 """Follows the id of a migration that goes on without KV, as a second exchange with its target."""
@@ -26,7 +29,7 @@ class Copying:
     def __init__(
         self, me: InstanceHello, target: str, speeds: CopySpeeds, movable: Movable, now: float
     ) -> None:
-        self.under_way = self.copied = 0
+        self.under_way = self.copied = self._last = 0
         self._layout = me.kv_layout
         self._target, self._speeds = target, speeds
         self._kv_version, self._known_tokens = movable.kv_version, movable.known_tokens
@@ -65,8 +68,9 @@ class Copying:
 
     @property
     def full_blocks(self) -> int:
-        """Full blocks at the beginning: what the target may have of its own."""
-        return 0 if self.endpoint is None else self._full_blocks
+        """Full blocks at the beginning: what the target may have of its own. It is not asked about those in
+        host memory, to save the time of the answer."""
+        return 0 if self.endpoint is None or self.swapped else self._full_blocks
 
     def skip(self, present: int) -> bool:
         """The target has the first ``present`` blocks. False: there are not so many."""
@@ -95,7 +99,20 @@ class Copying:
 
     def last_blocks(self, movable: Movable) -> tuple[int, ...]:
         """What the commit has to bring."""
-        return movable.blocks[self.copied : -(-movable.computed_tokens // self._layout.block_size)]
+        last = movable.blocks[self.copied : -(-movable.computed_tokens // self._layout.block_size)]
+        self._last = len(last)
+        return last
+
+    def at_once(self, movable: Movable, now: float) -> bool:
+        """Whether all there is can go with the commit: it lies in host memory, whole, and the target is known
+        to read it before a step is held up for long."""
+        copy_s = self._speeds.copy_s(self._target, len(movable.blocks) * self._layout.block_bytes, now)
+        return self.swapped and not movable.lagging and 0 < copy_s <= AT_ONCE_S
+
+    def committed(self, done: Committed, now: float) -> None:
+        """The target has read the last blocks too, in a time that says how fast it reads if they were all."""
+        if self.swapped and self.copied == 0:
+            self._speeds.note(self._target, self._last * self._layout.block_bytes, done.copy_s, now)
 
     def blocks_wanted(self, movable: Movable, spec: RequestSpec) -> int:
         """Blocks for what exists and what the next stage will add, judged by the one before."""

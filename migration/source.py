@@ -16,8 +16,10 @@ ABORTED, REFUSED  source            source, as before      (ended)
 READY means that all full blocks but the newest are over; the request runs on for the few steps after which
 leaving costs least (alignment.py), the last of them announced to the target. A waiting request has nothing to
 copy: it leaves with the Reserve, which then is its commit. A swapped-out one, whose KV the target reads from
-this side's host memory, is never READY: nothing is computed meanwhile, so it goes once its KV is over. Should
-it be swapped in before, or lose its KV, its kv_version has changed, and the migration is given up. If copying
+this side's host memory, is never READY: nothing is computed meanwhile, so it goes once its KV is over. As
+each message waits for a step of the other side to end, there are as few as can be: the first stage is asked
+for with the Reserve, and if the target is known to read it all quickly, the Reserve is the commit, too.
+Should it be swapped in before, or lose its KV, its kv_version has changed: the migration ends. If copying
 is known to take longer than computing again, it goes without KV; so it does if the target has no place for
 that or cannot read it, but by an exchange of its own: a repeat of that refusal must not be taken for the
 answer to its commit.
@@ -31,10 +33,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llumnix.core.effects import Send
-from llumnix.core.epochs import next_hop
 from llumnix.core.errors import InvariantError, ProtocolError
 from llumnix.core.messages.migration import (
-    Commit,
     CommitSoon,
     Committed,
     CopyStage,
@@ -69,7 +69,9 @@ class SourceMigration(SentCommit):
         self.spec = self._engine.spec_of(self.order.request_id, now)
         self._tally = Tally(now)
         self._copying = Copying(self._me, self.order.target_incarnation, self._speeds, movable, now)
-        return self._reserve(movable, now)
+        effects = self._reserve(movable, now)
+        still = self.state is S.RESERVING and self._copying.swapped and not movable.lagging
+        return [*effects, *self._begin_stage(movable, now)] if still and self._staged(movable) else effects
 
     def handle(self, event: object, now: float) -> list[Send]:
         """Take one event. Raises ProtocolError, with the migration's story, for one that cannot come now."""
@@ -98,7 +100,7 @@ class SourceMigration(SentCommit):
         lost = copying.lost(movable)
         if movable is None or lost:
             return self._give_up(lost, now)
-        if copying.fresh(movable) > LAST_FULL_BLOCKS and self._tally.stages < self._config.stages_max:
+        if self._staged(movable):
             return self._begin_stage(movable, now)
         if movable.lagging:  # look again after a step
             self.state = SourceState.COPYING
@@ -109,6 +111,11 @@ class SourceMigration(SentCommit):
         self.state = SourceState.READY
         self._wait(now)
         return self._leave_in_time(movable, now)
+
+    def _staged(self, movable: Movable) -> bool:
+        """Whether what is full by now is to be copied before the commit."""
+        fresh = self._copying.fresh(movable)
+        return fresh > LAST_FULL_BLOCKS and self._tally.stages < self._config.stages_max
 
     def _begin_stage(self, movable: Movable, now: float) -> list[Send]:
         wanted = self._copying.blocks_wanted(movable, self.spec)
@@ -142,15 +149,8 @@ class SourceMigration(SentCommit):
         return self._hand_over(movable, now) if self._announced else self._leave_in_time(movable, now)
 
     def _hand_over(self, movable: Movable, now: float) -> list[Send]:
-        current = self._engine.spec_of(self.order.request_id, now)
-        self._take_out(now)
-        last = self._copying.last_blocks(movable)
-        self._tally.blocks += len(last)
+        commit = self._commit(movable, now)
         self._wait(now)
-        first_index = len(self.spec.output_tokens)
-        fresh, epoch = current.output_tokens[first_index:], next_hop(self.spec.epoch)
-        where = (last, movable.computed_tokens)
-        commit = Commit(self.migration_id, epoch, *where, first_index, fresh, current.waited_s)
         return [self._send(commit)]
 
     def _no_answer(self, event: object, now: float) -> list[Send]:

@@ -30,6 +30,7 @@ class SentCommit(OpenMigration):
         epoch = next_hop(self.spec.epoch)
         if event.epoch != epoch:
             raise ProtocolError(f"Committed at epoch {event.epoch}, expected {epoch}: {self.story()}")
+        self._copying.committed(event, now)
         self._engine.release(self.order.request_id)
         told = Send(self.spec.frontend_address, self.moved)
         return [told, *self._end(S.COMMITTED, self._copying.explained(self.order.reason), now)]

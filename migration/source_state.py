@@ -8,7 +8,7 @@ from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import next_hop
 from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationOutcome
-from llumnix.core.messages.migration import AbortMigration, Denied, RefusalCode, Refused, Reserve
+from llumnix.core.messages.migration import AbortMigration, Commit, Denied, RefusalCode, Refused, Reserve
 from llumnix.core.messages.serving import Moved, RequestSpec
 from llumnix.migration.alignment import Rhythm
 from llumnix.migration.copying import WITHOUT_KV, Copying
@@ -89,10 +89,13 @@ class OpenMigration:
         return f"{head} after {self._tally.stages} stages: {self._story}"
 
     def _reserve(self, movable: Movable, now: float) -> list[Send]:
-        """Open an exchange with the target. For a request that goes without KV this is its commit."""
-        copying = self._copying
+        """Open an exchange with the target. For a request that goes without KV this is its commit, for one
+        whose KV is all in host memory and quickly over it brings the commit along."""
+        copying, commit = self._copying, None
         if copying.endpoint is None:
             self._take_out(now)
+        elif copying.at_once(movable, now):
+            commit = self._commit(movable, now)
         reserve = Reserve(
             migration_id=self.migration_id,
             source_id=self._me.instance_id,
@@ -105,9 +108,21 @@ class OpenMigration:
             blocks=0 if copying.endpoint is None else copying.blocks_wanted(movable, self.spec),
             swapped=copying.swapped,
             full_blocks=copying.full_blocks,
+            commit=commit,
         )
         self._wait(now)
         return [self._send(reserve)]
+
+    def _commit(self, movable: Movable, now: float) -> Commit:
+        """Take the request out for the target to have, with what it has not read yet."""
+        current = self._engine.spec_of(self.order.request_id, now)
+        self._take_out(now)
+        last = self._copying.last_blocks(movable)
+        self._tally.blocks += len(last)
+        first_index = len(self.spec.output_tokens)
+        fresh, epoch = current.output_tokens[first_index:], next_hop(self.spec.epoch)
+        where = (last, movable.computed_tokens)
+        return Commit(self.migration_id, epoch, *where, first_index, fresh, current.waited_s)
 
     def _refused(self, event: Refused, now: float) -> list[Send]:
         """The request is in queue or batch here. Swapped-out, it may still be queued at the target, without

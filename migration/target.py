@@ -103,13 +103,17 @@ class TargetMigration:
         """Hold the blocks asked for. Ends at once, with a refusal, if there is no room; and if there is
         nothing to copy, with the decision."""
         if self.reserve.blocks == 0:
-            return self._adopt(replace(self.reserve.spec, epoch=next_hop(self.reserve.spec.epoch)), 0, now)
+            spec = replace(self.reserve.spec, epoch=next_hop(self.reserve.spec.epoch))
+            return self._adopt(spec, 0, 0.0, now)
         most = min(self.reserve.full_blocks, self.reserve.blocks)
         self._present = self._engine.keep_present(self.migration_id, self.reserve.spec, most)
         blocks = self._engine.reserve(self.migration_id, self.reserve.blocks)
         if blocks is None:
             return self._refuse(RefusalCode.NO_BLOCKS, f"no room for {self.reserve.blocks} blocks")
         self._blocks, self._copied = blocks, self._present
+        if self.reserve.commit is not None:
+            self._wait(now)
+            return self._begin_commit(self.reserve.commit, now)
         return self._still_here(self.reserve, now)
 
     def handle(self, event: object, now: float) -> list[Effect]:
@@ -185,7 +189,7 @@ class TargetMigration:
             return self._deny(f"no room for {total} blocks")
         self._commit, self.expected_at = event, None
         if not event.source_blocks:
-            return self._take_over(event, now)
+            return self._take_over(event, 0.0, now)
         self.state, self.deadline = TargetState.COMMITTING, None
         self._stage += 1
         return [self._start_read(event.source_blocks, final=True)]
@@ -204,22 +208,22 @@ class TargetMigration:
             return self._refuse(RefusalCode.UNREADABLE, str(event.outcome))
         if self._commit is None:
             raise InvariantError(f"committing without a commit: {self.story()}")
-        return self._take_over(self._commit, now)
+        return self._take_over(self._commit, event.outcome.duration_s, now)
 
-    def _take_over(self, commit: Commit, now: float) -> list[Effect]:
+    def _take_over(self, commit: Commit, copy_s: float, now: float) -> list[Effect]:
         spec = replace(
             self.reserve.spec,
             epoch=commit.epoch,
             output_tokens=self.reserve.spec.output_tokens + commit.output_tokens,
             waited_s=commit.waited_s,
         )
-        return self._adopt(spec, commit.computed_tokens, now)
+        return self._adopt(spec, commit.computed_tokens, copy_s, now)
 
-    def _adopt(self, spec: RequestSpec, computed_tokens: int, now: float) -> list[Effect]:
+    def _adopt(self, spec: RequestSpec, computed_tokens: int, copy_s: float, now: float) -> list[Effect]:
         refusal = self._engine.adopt(self.migration_id, spec, computed_tokens, now)
         if refusal is not None:
             return self._deny(refusal.reason)
-        self.answer = Committed(self.migration_id, spec.epoch)
+        self.answer = Committed(self.migration_id, spec.epoch, copy_s)
         self._end(S.ADOPTED)
         return [self._send(self.answer)]
 

@@ -80,7 +80,9 @@ def test_a_request_arrives_and_goes_on_where_it_was() -> None:
     assert isinstance(last, StartRead)
     assert (last.source_blocks, last.final) == ((7,), True)
     assert not set(read.target_blocks) & set(last.target_blocks)
-    assert messages(migration.handle(ReadEnded(2, READ), 1.3)) == [Committed("m", FIRST_EPOCH + 1)]
+    assert messages(migration.handle(ReadEnded(2, READ), 1.3)) == [
+        Committed("m", FIRST_EPOCH + 1, READ.duration_s)
+    ]
     assert migration.ended
     adopted = engine.spec_of("r", 1.3)
     assert (adopted.epoch, adopted.output_tokens) == (FIRST_EPOCH + 1, OUTPUT[:2])

@@ -405,11 +405,70 @@ def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:
     two.source.abort(STAYS, EPOCH_MAX)
     del two.requests[STAYS]
     step(two.source, two.client)  # it is on its way in
-    name, order = two.mail.popleft()
+    name, order = next(mail for mail in two.mail if isinstance(mail[1], StartRead))
+    two.mail.remove((name, order))
     assert isinstance(order, StartRead)
     two.read(name, order, TransportError("connection refused"))
     two.carry_all()
     assert two.ended is not None and two.ended.outcome is MigrationOutcome.ABORTED
     assert "kv_not_readable" in two.ended.reason
     assert two.source.holds(OUT) and not two.target.holds(OUT)
+    two.finish()
+
+
+def test_where_reading_is_known_to_be_quick_one_exchange_does() -> None:
+    two = fast()
+    two.order()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert [type(message) for message in two.log] == [Reserve, StartRead, Committed]
+    read = two.log[1]
+    assert isinstance(read, StartRead) and read.final and len(read.source_blocks) == 8
+    assert two.ended.kv_bytes == 8 * hello("source", two.source).kv_layout.block_bytes
+    assert two.agents["source"]._outgoing._speeds.copy_s("target-1", 64, two.now) > 0, "measured anew"
+    assert set(two.finish()) == {1} and leased(two.source) == 0
+
+
+def fast(**settings: int) -> Two:
+    """OUT is swapped out, and the target has read quickly before."""
+    two = Two(**settings)
+    two.swap_out()
+    two.step()
+    two.agents["source"]._outgoing._speeds.note("target-1", 1 << 30, 0.1, two.now)
+    return two
+
+
+def test_what_goes_at_once_is_leased_and_comes_back_if_it_is_not_taken() -> None:
+    two = fast()
+    two.order()
+    assert leased(two.source) == 8 and two.source.movable(OUT) is None
+    two.mail.clear()
+    two.post("source", Fenced("target", "target-1"))
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.RESUMED
+    assert leased(two.source) == 0 and two.source.movable(OUT).swapped  # type: ignore[union-attr]
+    two.target, _ = swapping_engine()
+    two.finish()
+
+
+def test_a_lost_answer_to_what_went_at_once_is_asked_for() -> None:
+    two = fast()
+    two.order()
+    two.carry_until(StartRead)
+    assert isinstance(two.mail.pop()[1], Committed)
+    two.now += 100.0
+    two.take("source", two.agents["source"].tick(two.now))
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    two.finish()
+
+
+def test_what_went_at_once_to_a_target_without_room_goes_without_kv() -> None:
+    two = fast(target_blocks=20)
+    two.requests["other"] = other = spec("other", prompt_len=50, max_tokens=6)
+    assert two.target.submit(other, 0.5) is None
+    step(two.target, two.client)
+    two.order()
+    two.carry_all()
+    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
+    assert two.ended.kv_bytes == 0 and "no_blocks" in two.ended.reason
     two.finish()

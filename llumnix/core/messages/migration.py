@@ -31,7 +31,8 @@ class Reserve:
     commit only adds what was generated since. ``blocks`` 0: the request waits and brings no KV. It has left
     my queue with this message, and is yours at the next hop of its epoch. ``swapped``: it waits with its KV
     in my host memory, and ``kv_endpoint`` is that; it is in nobody's batch until it is yours.
-    ``full_blocks`` are full by now; of these the target may have some already."""
+    ``full_blocks`` are full by now; of these the target may have some already. ``commit``: nothing is to come
+    before it, so here it is."""
 
     migration_id: str
     source_id: str
@@ -44,6 +45,7 @@ class Reserve:
     blocks: int
     swapped: bool = False
     full_blocks: int = 0
+    commit: "Commit | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,12 @@ class CommitSoon:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Target to source: the request is mine at ``epoch``. Sent again for every repeat of the question."""
+    """Target to source: the request is mine at ``epoch``. Sent again for every repeat of the question.
+    Reading the commit's blocks took ``copy_s`` seconds."""
 
     migration_id: str
     epoch: int
+    copy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
