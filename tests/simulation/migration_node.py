@@ -4,9 +4,11 @@ virtual time."""
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llumnix.core.config import EngineConfig
+from migration_host import HostMemory
+
+from llumnix.core.config import EngineConfig, SchedulerConfig
 from llumnix.core.errors import TransportError
-from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint
+from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint, RequestRow, RequestStatus
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.agent import Agent
 from llumnix.instance.engine_core import EngineCore
@@ -30,6 +32,7 @@ ENGINE = EngineConfig(
     simulated_token_ms=0.2,
 )
 MANAGER_ADDRESS = "manager"
+ON_HOST = "-host"
 
 KvStamp = tuple[str, int, int]
 """Whose KV a slot holds: request, position, token."""
@@ -39,7 +42,8 @@ class CachingEngine(EngineCore):
     """One that happens to have some of the leading blocks of what comes in."""
 
     def __init__(self, node: "Node", limits: ModelLimits) -> None:
-        super().__init__(limits, node.world.engine)
+        super().__init__(limits, node.world.engine, swap=node.world.swap, host=node.host)
+        self.configure(SchedulerConfig(preemption_policy="swap"))
         self._node = node
         self._present: dict[str, tuple[RequestSpec, int]] = {}
 
@@ -69,6 +73,7 @@ class Node:
         self.address = f"{name}/{incarnation}"
         self.alive = True
         self.executor = SimulatedExecutor(world.engine)
+        self.host = HostMemory(self, world.swap.host_blocks, ENGINE.block_size)
         self.engine = CachingEngine(self, ModelLimits.of(self.executor, world.engine))
         self.hello = InstanceHello(
             instance_id=name,
@@ -79,6 +84,7 @@ class Node:
             max_model_len=self.engine.max_model_len,
             kv_layout=self.executor.kv_layout,
             kv_endpoint=KvEndpoint("host", 1, -1, self.address, ""),
+            host_endpoint=KvEndpoint("host", 1, -1, self.address + ON_HOST, ""),
         )
         self.agent = Agent(self.hello, self.engine, world.migration, 0.05, MANAGER_ADDRESS)
         self.kv: list[list[KvStamp | None]] = [
@@ -114,6 +120,7 @@ class Node:
         world.carry_out(self, self.agent.tick(world.now))
         self.engine.check()
         self.agent.check()
+        self.host.check()
         hold = self.agent.hold_until(world.now) if self.engine.has_work() else None
         if hold is not None:
             self._sleep_until(hold)
@@ -128,12 +135,36 @@ class Node:
             self._wake_at = when
             self.world.at(when, self.wake)
 
+    def memory(self, pool_name: str) -> list[list[KvStamp | None]]:
+        """The content of the pool that an endpoint names."""
+        return self.host.kv if pool_name.endswith(ON_HOST) else self.kv
+
+    def waiting_with_kv(self) -> list[RequestRow]:
+        """Requests that are swapped out here, and not on the move."""
+        rows = self.engine.rows(self.hello.instance_id, self.world.now)
+        return [
+            row
+            for row in rows
+            if row.status is RequestStatus.SWAPPED and not self.agent._outgoing.moving(row.request_id)
+        ]
+
     def _begin_step(self) -> None:
+        self._stepping = True
+        self.engine.swapped(self.host.done())
         plan = self.engine.schedule(self.world.now)
+        self.host.begin(plan.jobs)
+        self.host.after(plan.wait_for, lambda: self._copied(plan))
+
+    def _copied(self, plan: StepPlan) -> None:
+        """The copies that a step waits for have ended: if badly, it is planned anew."""
+        if not self.alive:
+            return
+        if plan.wait_for and self.engine.swapped(self.host.done()):
+            self._begin_step()
+            return
         for chunk in plan.chunks:
             self._compute(chunk.request, chunk.start, chunk.count, chunk.samples)
         duration = self.executor.cost_s(plan) * self.world.random.uniform(*self.world.slowness)
-        self._stepping = True
         self.world.at(self.world.now + duration, lambda: self._end_step(plan, duration))
 
     def _end_step(self, plan: StepPlan, duration: float) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from migration_node import ENGINE, MANAGER_ADDRESS, Node, ReadDone
+from migration_node import ENGINE, MANAGER_ADDRESS, ON_HOST, Node, ReadDone
 
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.stream_state import Deliver, Fail
 from llumnix.api.streams import StreamTable
-from llumnix.core.config import EngineConfig, FrontendConfig, MigrationConfig
+from llumnix.core.config import EngineConfig, FrontendConfig, MigrationConfig, SwapConfig
 from llumnix.core.effects import Send
 from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import (
@@ -41,6 +41,8 @@ from llumnix.migration.transports.base import ReadStats
 MIGRATION = MigrationConfig(answer_timeout_s=0.25, reservation_s=0.8, outgoing_max=3, incoming_max=3)
 FRONTEND = FrontendConfig(silent_probe_s=0.4, place_timeout_s=0.2)
 FRONTEND_ADDRESS = "frontend"
+ORDERS = 40
+NO_HOST_MEMORY = SwapConfig(host_blocks=0)
 FAULTS_S, HEALED_S = 2.5, 60.0
 STATUS_INTERVAL_S = 0.1
 TICK_S = 0.02
@@ -90,14 +92,21 @@ class World:
         engine: EngineConfig = ENGINE,
         migration: MigrationConfig = MIGRATION,
         slowness: tuple[float, float] = (0.9, 1.3),
+        swap: SwapConfig = NO_HOST_MEMORY,
+        orders: int = ORDERS,
+        crowded: float = 0.0,
     ) -> None:
+        """``crowded``: the share of requests that go to one and the same instance while it lives."""
         self.random = random.Random(seed)
         self.engine = engine
         self.migration = migration
         self.slowness = slowness
+        self.swap = swap
+        self.orders, self.crowded = orders, crowded
         self.now = 0.0
         self.faults = faults
-        self.waiting_moves = 0
+        self.waiting_moves = self.moved_from_host = self.left_kv = 0
+        self._from_host: set[str] = set()
         self.present_blocks = 0
         self.outcomes: dict[MigrationOutcome, int] = dict.fromkeys(MigrationOutcome, 0)
         self.table = StreamTable("f", FRONTEND_ADDRESS, MANAGER_ADDRESS, FRONTEND)
@@ -134,6 +143,8 @@ class World:
         hands_over = isinstance(message, Commit | Committed) or (
             isinstance(message, Reserve) and message.blocks == 0
         )
+        if isinstance(message, Reserve) and message.swapped:
+            self._from_host.add(message.migration_id)
         self.waiting_moves += isinstance(message, Reserve) and message.blocks == 0
         if hands_over and self.random.random() < faults.crash_near_commit:
             self.at(self.now + self.random.uniform(0, 0.04), lambda: self.crash(address))
@@ -159,12 +170,13 @@ class World:
         fails = self.random.random() < self.faults.failed_reads
 
         def end() -> None:
-            source = self.nodes[order.endpoint.pool_name]
+            source = self.nodes[order.endpoint.pool_name.removesuffix(ON_HOST)]
             outcome: ReadStats | TransportError = ReadStats(len(order.source_blocks), 1, duration, duration)
             if fails or not source.alive:
                 outcome = TransportError("the source is gone" if not fails else "cut short")
+            memory = source.memory(order.endpoint.pool_name)
             for ours, theirs in zip(order.target_blocks, order.source_blocks, strict=True):
-                node.kv[ours] = list(source.kv[theirs]) if not fails else [None] * ENGINE.block_size
+                node.kv[ours] = list(memory[theirs]) if not fails else [None] * ENGINE.block_size
             node.receive(ReadDone(order.migration_id, order.stage, outcome))
 
         self.at(self.now + duration, end)
@@ -204,11 +216,16 @@ class World:
         if isinstance(message, Place) and alive:
             allowed = [node for node in alive if node.hello.instance_id not in message.exclude] or alive
             node = self.random.choice(allowed)
+            if self.crowded and self.random.random() < self.crowded:
+                node = allowed[0]
             self.send(
                 message.frontend_address, Placed(message.request_id, node.hello.instance_id, node.address)
             )
         elif isinstance(message, MigrationEnded) and message.migration_id not in self._reported:
             self._reported.add(message.migration_id)
+            if message.migration_id in self._from_host and message.outcome is MigrationOutcome.COMMITTED:
+                self.moved_from_host += message.kv_bytes > 0
+                self.left_kv += message.kv_bytes == 0
             self.outcomes[message.outcome] += 1
 
     def _tell_status(self) -> None:
@@ -237,9 +254,16 @@ class World:
     def _order_something(self) -> None:
         source, target = self.random.choice(self._alive()), self.random.choice(list(self.nodes.values()))
         rows = source.engine.rows(source.hello.instance_id, self.now)
+        swapped = [(node, row) for node in self._alive() for row in node.waiting_with_kv()]
+        if swapped:  # the rare ones first, and often to where there is room
+            source, row = self.random.choice(swapped)
+            rows = (row,)
+            if self.random.random() < 0.8:
+                others = [node for node in self._alive() if not (node is source or node.agent.draining)]
+                target = max(others, key=lambda node: node.engine._blocks.idle_blocks, default=target)
         if rows and source is not target:
             self.order_migration(source, self.random.choice(rows).request_id, target)
-        if self.random.random() < 0.03:
+        if self.random.random() < 0.03 * ORDERS / self.orders:
             self.send(source.address, SetDraining(not source.agent.draining))
 
     # Clients.
@@ -298,7 +322,7 @@ class World:
         self._frontend_ticks()
         for number in range(self._requests):
             self.at(chance.uniform(0, FAULTS_S * 0.7), partial(self._open_and_perhaps_abort, number))
-        for _ in range(40):
+        for _ in range(self.orders):
             self.at(chance.uniform(0.1, FAULTS_S), self._order_something)
         for _ in range(self.faults.crashes):
             self.at(chance.uniform(0.1, FAULTS_S), self.crash)

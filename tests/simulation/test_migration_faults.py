@@ -3,11 +3,13 @@ names itself in the test's id, which is also how to replay it: ``pytest
 'tests/simulation/test_migration_faults.py::<id>'``."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from migration_node import ENGINE
 from migration_world import Faults, World
 
+from llumnix.core.config import SwapConfig
 from llumnix.core.messages.control import MigrationOutcome
 
 KINDS = {
@@ -26,6 +28,7 @@ KINDS = {
     ),
 }
 SEEDS_PER_KIND = 48
+SWAPPED_SEEDS = 24
 CROWDED = replace(ENGINE, kv_blocks=30, batch_max=1)
 
 
@@ -41,6 +44,31 @@ def test_waiting_requests_survive(kind: str, seed: int) -> None:
     world = World(seed, KINDS[kind], requests=20, engine=CROWDED)
     world.run()
     assert world.waiting_moves > 0
+
+
+SWAPPING = SwapConfig(host_blocks=120, rerank_frequency=0.2, rerank_by="random")
+
+
+@cache
+def swapped(kind: str, seed: int) -> World:
+    """A world in which requests are swapped out all the time, and moved while they are."""
+    engine = replace(ENGINE, kv_blocks=26 if seed % 2 else 34, max_model_len=96)
+    swap = replace(SWAPPING, host_blocks=24) if seed % 3 == 0 else SWAPPING
+    world = World(seed, KINDS[kind], requests=24, engine=engine, swap=swap, orders=160, crowded=0.8)
+    world.run()
+    return world
+
+
+@pytest.mark.parametrize("seed", range(SWAPPED_SEEDS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapped_out_requests_survive(kind: str, seed: int) -> None:
+    swapped(kind, seed)
+
+
+def test_hundreds_of_them_moved_from_host_memory() -> None:
+    worlds = [swapped(kind, seed) for kind in KINDS for seed in range(SWAPPED_SEEDS)]
+    assert sum(world.moved_from_host for world in worlds) >= 200
+    assert sum(world.left_kv for world in worlds) >= 150
 
 
 def test_the_faults_lead_to_every_outcome() -> None:
