@@ -1,8 +1,10 @@
-"""What the manager keeps has bounds and outlives no process: each was once taken away without a test that
-noticed."""
+"""What the manager keeps has bounds and outlives no process, and no policy gets past what can be: each was
+once taken away without a test that noticed."""
+
+from collections.abc import Sequence
 
 import pytest
-from control_driving import ToyInstance, hello
+from control_driving import ToyCluster, ToyInstance, hello
 
 from llumnix.control import audience, decision_log
 from llumnix.control.audience import Audience
@@ -11,6 +13,9 @@ from llumnix.control.cluster_view import ClusterView
 from llumnix.control.decision_log import Decision, DecisionLog
 from llumnix.control.ledger import MoveEntry
 from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import Placed
+from llumnix.core.messages.load import MoveCandidate, Shortage
+from llumnix.core.views import DispatchDecision, InstanceView, RequestView
 
 
 def test_frontends_strangers_and_deaths_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +85,44 @@ def test_the_decision_log_keeps_the_latest_requests_and_the_latest_of_each(
     for number in range(4):
         log.add("z", Decision(float(number), str(number), "", "a", "", ""))
     assert [row.kind for row in log.rows("z", 9.0)] == ["1", "2", "3"]
+
+
+class Bold:
+    """Names an instance whether or not it can serve the request."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
+        return DispatchDecision("a", (), "because")
+
+
+def test_no_policy_can_place_a_request_where_its_adapter_is_not() -> None:
+    cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:Bold"))
+    cluster.add("a")
+    cluster.add("b", adapters=("sql",))
+    answer = cluster.place("r", adapter="sql")
+    assert isinstance(answer, Placed) and answer.instance_id == "b"
+    assert cluster.events("policy_error")
+
+
+def test_relief_moves_nothing_to_another_model() -> None:
+    cluster = ToyCluster(SchedulerConfig(), a=100)
+    cluster.instances["b"] = ToyInstance("b", "a", 100)
+    cluster.do(cluster.core.handle(hello("b", layers=4), cluster.now))
+    cluster.instances["a"].running = {"u": 48, "v": 48}
+    cluster.report()
+    shortage = Shortage(MoveCandidate("v", 48, 0, False), 10, 0.5)
+    cluster.do(cluster.core.handle(cluster.instances["a"].report()._replace(shortage=shortage), cluster.now))
+    assert cluster.orders == []
+
+
+def test_a_move_of_a_policy_that_cannot_be_is_not_tried_again_at_once() -> None:
+    cluster = ToyCluster(SchedulerConfig(), a=100)
+    cluster.instances["b"] = ToyInstance("b", "a", 100)
+    cluster.do(cluster.core.handle(hello("b", layers=4), cluster.now))
+    cluster.instances["a"].running = {"u": 48, "v": 48}
+    for _ in range(6):
+        cluster.step()
+    assert cluster.orders == []
+    assert len(cluster.events("move_ignored")) == 2, "each of the two was tried once and rests"
