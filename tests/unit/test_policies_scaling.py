@@ -154,3 +154,27 @@ def test_a_wish_at_once_waits_for_no_cool_down_nor_for_a_drain_and_is_ordered_on
 def test_a_band_or_bound_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError, match=r"scale_(high|instances|horizon|spare)"):
         SchedulerConfig(**wrong)  # type: ignore[arg-type]
+
+
+class OneMore:
+    """Always wants one more, and at once."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Takes no setting."""
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision:
+        return ScalingDecision(1, "more", at_once=True)
+
+
+def test_nothing_changes_while_an_instance_is_silent() -> None:
+    config = SchedulerConfig(
+        scaling_policy=f"{__name__}:OneMore", pairing_policy="none", scale_instances_max=1000
+    )
+    cluster = Cluster(config, a=100, b=100)
+    assert cluster.wanted(1.0)
+    silent = cluster.instances.pop("b")
+    cluster.wanted(5.0)
+    assert cluster.events("instance_silent")
+    assert cluster.wanted(2.0) == [], "nobody knows what there is"
+    cluster.instances["b"] = silent
+    assert cluster.wanted(1.0)
