@@ -33,7 +33,8 @@ from llumnix.instance.swap import SwapDone
 from llumnix.instance.switching import Switching
 from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.waiting_queue import WaitingQueue
-from llumnix.policies.freeness import growth_blocks
+
+WATERMARK_SHARE = 0.01
 
 
 class LocalScheduler:
@@ -62,6 +63,7 @@ class LocalScheduler:
         self._prefill_alone = prefill_alone
         # Every decode must fit the budget, and one prefilling request among them must find a token left.
         self._batch_max = min(batch_max, step_tokens_max)
+        self._watermark = max(1, int(blocks.capacity * WATERMARK_SHARE))
 
     @property
     def running(self) -> int:
@@ -131,8 +133,9 @@ class LocalScheduler:
         return self.running + aside + self._blocks.reservations < self._batch_max
 
     def spare_blocks(self) -> int:
-        """Blocks that newcomers, admitted or arriving, leave free."""
-        return growth_blocks(self._blocks.capacity, self.running)
+        """Blocks that newcomers, admitted or arriving, leave free: one for each running request to grow into,
+        so that a newcomer does not have to give way again within its first block."""
+        return max(self._watermark, self.running) if self.running else 0
 
     def swapped(self, done: Collection[SwapDone]) -> bool:
         """Take in which copies have ended. True: the last plan counts on KV that is lost, so it must not be

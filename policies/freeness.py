@@ -23,7 +23,6 @@ from llumnix.core.messages.control import InstanceState
 from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import InstanceView
 
-GROWTH_SHARE = 0.01
 Priorities = tuple[tuple[int, int], ...]
 
 
@@ -132,15 +131,9 @@ def free_blocks(view: InstanceView) -> int:
 
 def room_blocks(view: InstanceView) -> int:
     """Blocks left for a newcomer right now: as `free_blocks`, but a request that is leaving has its blocks
-    until it is gone, and those that run keep some to grow into."""
-    used = view.used_blocks + view.arriving_blocks + growth_blocks(view.capacity_blocks, view.running)
+    until it is gone."""
+    used = view.used_blocks + view.arriving_blocks
     return view.capacity_blocks - used - view.waiting_blocks - view.placed_blocks
-
-
-def growth_blocks(capacity_blocks: int, running: int) -> int:
-    """Blocks that an instance does not give to newcomers: one for each running request to grow into, so that
-    a newcomer does not have to give way again within its first block."""
-    return max(1, int(capacity_blocks * GROWTH_SHARE), running) if running else 0
 
 
 def headroom(priorities: Priorities, headroom_blocks: int) -> int:
