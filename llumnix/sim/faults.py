@@ -36,6 +36,8 @@ REQUESTS = 14
 CRASHES_MAX = 4
 SWAPPING_SHARE, SWAPPING_BLOCKS = 0.4, 32
 """Of stories in which instances have host memory, and so many blocks: the longest request just fits."""
+MOVES_PER_S = 96.0
+"""Ordered at random in such stories, most of them of what is swapped out; an eighth of that in others."""
 STORIES_AHEAD = 100  # told by other processes before the first of them is looked at
 
 Deed = Callable[[], None]
@@ -109,7 +111,7 @@ class Trouble:
             (self._crash_any, 0.4),
             (self._slow, 0.5),
             (self._restart_manager, 0.3),
-            (self._move, 12.0),
+            (self._move, MOVES_PER_S if simulation.settings.config.swap.sized else MOVES_PER_S / 8),
             (self._drain, 0.4),
             (self._abort, 0.3),
         )
@@ -216,8 +218,15 @@ class Trouble:
         swapped = [row for some in rows.values() for row in some if row.status is RequestStatus.SWAPPED]
         choice = swapped or rows[source.hello.instance_id]  # the rare ones first
         if choice:
-            request_id = self._random.choice(choice).request_id
-            simulation.scheduler.migrate(request_id, target.hello.instance_id)
+            row = self._random.choice(choice)
+            if swapped and self._random.random() < 0.7:
+                target = self._roomiest(row.instance_id) or target
+            simulation.scheduler.migrate(row.request_id, target.hello.instance_id)
+
+    def _roomiest(self, but: str) -> Instance | None:
+        """Where there is most room, apart from one instance."""
+        others = [one for name, one in self._simulation.instances.items() if name != but]
+        return max(others, key=_free_blocks, default=None)
 
     def _drain(self) -> None:
         name, on = self._any().hello.instance_id, self._random.random() < 0.5
@@ -225,6 +234,11 @@ class Trouble:
 
     def _abort(self) -> None:
         self._random.choice(self._simulation.frontends).abort_one(self._random.choice)
+
+
+def _free_blocks(instance: Instance) -> int:
+    load = instance.engine.load()
+    return load.capacity_blocks - load.used_blocks - load.reserved_blocks
 
 
 def run_seeds(seeds: range, jobs: int) -> Iterator[Story]:
@@ -240,25 +254,27 @@ def run_seeds(seeds: range, jobs: int) -> Iterator[Story]:
 def run_seed(seed: int) -> Story:
     """One story. Raises InvariantError at the first broken promise."""
     chance = random.Random(f"story {seed}")
+    swaps = chance.random() < SWAPPING_SHARE
     workload = Synthetic(
-        lengths=f"{chance.choice((3, 9, 40))}:{chance.choice((5, 25, 60))}",
-        rate=chance.choice((3.0, 6.0, 15.0)),
-        count=REQUESTS,
+        lengths=f"{chance.choice((3, 9, 40))}:{chance.choice((25, 40) if swaps else (5, 25, 60))}",
+        rate=chance.choice((10.0, 15.0) if swaps else (3.0, 6.0, 15.0)),
+        count=REQUESTS * 2 if swaps else REQUESTS,
         seed=seed,
         cv=chance.choice((1.0, 3.0)),
         tokens_max=CONFIG.engine.max_model_len,
         mix=Mix(high_share=chance.choice((0.0, 0.3))),
         conversations=Conversations(2.0, 0.2) if chance.random() < 0.3 else None,
     )
-    config = replace(CONFIG, cluster=replace(CONFIG.cluster, instances=chance.choice((2, 3, 4))))
-    if chance.random() < SWAPPING_SHARE:
+    instances = chance.choice((3, 4, 5) if swaps else (2, 3, 4))
+    config = replace(CONFIG, cluster=replace(CONFIG.cluster, instances=instances))
+    if swaps:
         config = replace(
             config,
-            engine=replace(config.engine, kv_blocks=SWAPPING_BLOCKS),
+            engine=replace(config.engine, kv_blocks=SWAPPING_BLOCKS, batch_max=12),
             scheduler=replace(config.scheduler, preemption_policy="swap"),
             swap=SwapConfig(
                 host_blocks=chance.choice((20, 60, 200)),
-                rerank_frequency=chance.choice((0.1, 0.5, 1.0)),
+                rerank_frequency=chance.choice((0.03, 0.1, 0.3)),
                 rerank_by="random",
             ),
         )
