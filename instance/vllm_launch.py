@@ -29,7 +29,6 @@ PLAIN_ENVIRONMENT: Final = {
     name: value for name, value in ENVIRONMENT.items() if name != "VLLM_USE_V2_MODEL_RUNNER"
 }
 DEFAULTS: Final = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-STARTING_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, AssertionError, MemoryError)
 ERROR_CHARS_MAX: Final = 500
 PREFIX_CACHING: Final = "enable_prefix_caching"
 NULL_BLOCKS: Final = 1
@@ -144,6 +143,6 @@ def in_one_line(make: Callable[[], Any]) -> Any:
     ConfigurationError."""
     try:
         return make()
-    except STARTING_ERRORS as error:
+    except Exception as error:  # of many kinds, and a bare one when a rank does not come up
         text = " ".join(str(error).split())[:ERROR_CHARS_MAX] or type(error).__name__
         raise ConfigurationError(f"vLLM did not start: {text}") from error

@@ -68,6 +68,7 @@ IMPURE_ALLOWED = {
 BROAD_EXCEPT_ALLOWED = {
     "policies/guard.py": "other people's policies: their faults are told, and the default decides",
     "runtime/launch.py": "Ray raises a bare Exception when its node does not come up",
+    "instance/vllm_launch.py": "vLLM raises a bare Exception when the process of a rank does not come up",
     "runtime/instance_server.py": "the supervisor: logs, and fails the whole instance",
 }
 
