@@ -58,6 +58,8 @@ def test_the_next_in_line_becomes_the_head() -> None:
     source = load(head_blocks=40, queued_blocks=100, waiting=4)
     assert source.without(candidate) == load(head_blocks=20, queued_blocks=60, waiting=3)
     assert IDLE.joined(candidate, 40) == load(head_blocks=40, queued_blocks=40, waiting=1)
+    behind = MoveCandidate("s", 30, 0, True)
+    assert source.without(behind) == load(head_blocks=40, queued_blocks=70, waiting=3)
 
 
 def test_a_waiting_request_of_unstated_size_counts_as_the_mean() -> None:

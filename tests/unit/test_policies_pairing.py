@@ -251,3 +251,12 @@ def test_urgent_requests_are_brought_to_where_headroom_is_kept() -> None:
     assert pair(stray, urgent_on("b", 30, 20)) == (), "it would run no better there"
     assert pair(stray, view("c")) == (), "none is kept anywhere"
     assert pair(stray, urgent_on("b", 10), resting=("ahigh",)) == ()
+
+
+def test_who_gave_takes_nothing_in_the_same_round() -> None:
+    crowded = urgent_on("b", 30, 24, 6)  # gives one to "c" for the headroom it keeps
+    stray = urgent_on("a", 10, 30, 30, 10)._replace(headroom_blocks=0)
+    assert routes(pair(crowded, view("c"))) == [("b0", "b", "c")]
+    assert routes(pair(stray, crowded)) == [("ahigh", "a", "b")]
+    moves = routes(pair(stray, crowded, view("c")))
+    assert ("b0", "b", "c") in moves and all(target != "b" for _, _, target in moves)
