@@ -248,8 +248,8 @@ class Agent:
         return list(effects)
 
     def _probe(self, message: Probe, now: float) -> list[Effect]:
-        """Missing tokens go out after the reply. One that left lately is not unknown: its frontend may
-        have missed where it went."""
+        """Missing tokens go out after the reply, before it where one went that left lately: its frontend may
+        have missed that."""
         unknown: list[str] = []
         deltas: list[TokenDelta] = []
         moved: list[Effect] = []
@@ -259,7 +259,9 @@ class Agent:
             if self._outgoing.stuck(request_id):
                 unknown.append(request_id)
             elif departed is not None and (delta is None or departed.epoch > delta.epoch):
+                # Of an older generation it tells the frontend nothing: then it is unknown, too.
                 moved.append(Send(message.frontend_address, departed))
+                unknown.append(request_id)
             elif delta is None:
                 unknown.append(request_id)
             elif delta.tokens or delta.finish_reason is not None:

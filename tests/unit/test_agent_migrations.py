@@ -138,14 +138,14 @@ def test_every_repeat_of_the_question_gets_the_same_yes() -> None:
         assert sent_to(one.handle(QueryCommit("m", SOURCE), 9.0), SOURCE) == [Committed("m", FIRST_EPOCH + 1)]
 
 
-def test_who_left_is_not_unknown_until_its_new_owner_dies() -> None:
+def test_who_left_is_said_to_have_moved_until_its_new_owner_dies() -> None:
     cluster = Cluster()
     cluster.tell("source", Submit(spec("r")))
     cluster.tell("source", order())
     source = cluster.agents["source"]
     moved, reply = sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 2.0), FRONTEND)
     assert moved == Moved("r", FIRST_EPOCH + 1, "target")
-    assert reply == ProbeReply("source", ())
+    assert reply == ProbeReply("source", ("r",))
     source.handle(Fenced("target", "target-1"), 3.0)
     assert sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 4.0), FRONTEND) == [
         ProbeReply("source", ("r",))
