@@ -10,7 +10,7 @@ from llumnix.instance.swap import SwapDirection, SwapDone, SwapJob
 if TYPE_CHECKING:
     from migration_node import KvStamp, Node
 
-COPY_S = (0.0005, 0.02)
+COPY_S = (0.0005, 0.05)
 FAILED_COPIES = 0.02
 
 

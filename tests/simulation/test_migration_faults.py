@@ -10,7 +10,11 @@ from migration_node import ENGINE
 from migration_world import Faults, World
 
 from llumnix.core.config import SwapConfig
+from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import MigrationOutcome
+from llumnix.instance.host_cache import HostCache
+from llumnix.migration.copying import Copying
+from llumnix.migration.source_commit import SentCommit
 
 KINDS = {
     "calm": Faults(),
@@ -53,7 +57,7 @@ SWAPPING = SwapConfig(host_blocks=120, rerank_frequency=0.2, rerank_by="random")
 def swapped(kind: str, seed: int) -> World:
     """A world in which requests are swapped out all the time, and moved while they are."""
     engine = replace(ENGINE, kv_blocks=26 if seed % 2 else 34, max_model_len=96)
-    swap = replace(SWAPPING, host_blocks=24) if seed % 3 == 0 else SWAPPING
+    swap = replace(SWAPPING, host_blocks=(24, 40, 120)[seed % 3])
     world = World(seed, KINDS[kind], requests=24, engine=engine, swap=swap, orders=160, crowded=0.8)
     world.run()
     return world
@@ -67,8 +71,29 @@ def test_swapped_out_requests_survive(kind: str, seed: int) -> None:
 
 def test_hundreds_of_them_moved_from_host_memory() -> None:
     worlds = [swapped(kind, seed) for kind in KINDS for seed in range(SWAPPED_SEEDS)]
-    assert sum(world.moved_from_host for world in worlds) >= 200
+    assert sum(world.moved_from_host for world in worlds) >= 150
     assert sum(world.left_kv for world in worlds) >= 150
+
+
+BROKEN = {
+    "leases are not given back": (HostCache, "end_lease", lambda cache, request: None),
+    "KV that is gone still counts": (Copying, "lost", lambda copying, movable: "" if movable else "gone"),
+    "a denied request is forgotten": (SentCommit, "_put_back", lambda migration: None),
+    "a copy is taken to hold one token more": (
+        HostCache,
+        "usable_tokens",
+        lambda cache, copy, request: min(copy.valid_tokens + 1, len(request.tokens) - 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_around_host_memory_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN[what])
+    with pytest.raises((AssertionError, InvariantError)):
+        for seed in range(8):
+            for kind in KINDS:
+                swapped.__wrapped__(kind, seed)
 
 
 def test_the_faults_lead_to_every_outcome() -> None:
