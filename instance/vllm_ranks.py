@@ -53,12 +53,13 @@ class Ranks:
         self._exchange = exchange
         self._count = count
         self._lock = threading.Lock()
+        self._taken_in: list[Line] = []
         self._lines: dict[int, Line] = {}
         self._ready: dict[int, RankReady] = {}
         self._pool: KvPool | None = None
         self._copies: dict[int, _Copy] = {}
         self._numbers = 0
-        self._closing = False
+        self._closing = self._cut = False
         self._lost = ""
         self._failure = ""
         self._keepers: tuple[int, ...] = ()
@@ -148,6 +149,10 @@ class Ranks:
             if self._closing or not line.same_user:
                 line.close()
                 continue
+            with self._lock:
+                self._taken_in.append(line)
+                if self._cut:
+                    line.cut()
             thread = threading.Thread(target=self._listen, args=(line,), name="rank", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -229,8 +234,10 @@ class Ranks:
             self._lost = self._lost or reason
 
     def _cut_all(self) -> None:
+        """Those of ranks that have yet to come too."""
         with self._lock:
-            for line in self._lines.values():
+            self._cut = True
+            for line in self._taken_in:
                 line.cut()
             for copy in self._copies.values():
                 copy.reason = copy.reason or self._lost or "the engine is being closed"

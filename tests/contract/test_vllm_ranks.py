@@ -143,6 +143,23 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_nothing() -> None:
     assert running.ranks.failure == "not enough memory on this device"
 
 
+def test_a_rank_that_comes_when_another_has_failed_ends_too() -> None:
+    name = f"late-{os.getpid()}"
+    ranks = Ranks(Exchange(lambda shape: KvPool(layout(12), name, torch.device("cpu"))), name, 2)
+    first = PROCESSES.Process(target=run_rank, args=(name, 1, 2, 32, "not enough memory on this device"))
+    late = PROCESSES.Process(target=run_rank, args=(name, 0, 2, 32))
+    first.start()
+    first.join(WAIT_S)
+    give_up_at = time.monotonic() + WAIT_S
+    while not ranks.lost:
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+    late.start()
+    late.join(WAIT_S)
+    assert late.exitcode is not None
+    ranks.close()
+
+
 def test_ranks_hear_that_there_is_no_pool() -> None:
     running = Started(f"none-{os.getpid()}", 2, blocks=0)
     assert running.ended()
