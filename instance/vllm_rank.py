@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,8 @@ class Rank:
 
 def leave(status: int) -> NoReturn:
     """End this process at once."""
-    _remove_shared_memory()
+    with suppress(OSError):
+        _remove_shared_memory()
     os._exit(status)
 
 
@@ -157,6 +159,16 @@ def _remove_shared_memory() -> None:
     if ident.startswith("vllm_dist_"):
         for file in Path("/dev/shm").glob(f"{ident}*"):
             file.unlink(missing_ok=True)
+    for file in _message_queues():
+        file.unlink(missing_ok=True)
+
+
+def _message_queues() -> set[Path]:
+    """The queues between vLLM's processes that this one has mapped: Python's SharedMemory, whose cleaner Ray
+    ends together with the instance."""
+    with open("/proc/self/maps") as maps:
+        paths = {line.rstrip("\n").partition("/dev/shm/psm_")[2] for line in maps}
+    return {Path("/dev/shm/psm_" + name) for name in paths if name and " " not in name}
 
 
 _joined: list[Rank] = []

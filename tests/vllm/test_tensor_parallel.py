@@ -220,7 +220,7 @@ async def test_a_killed_instance_takes_its_ranks_along_and_leaves_no_memory(
         row.instance_id == "i2" and row.output_tokens > 3 for row in await cluster.manager.requests()
     ):
         await asyncio.sleep(0.02)
-    shared = {name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")}
+    shared = {name for name in os.listdir("/dev/shm") if name.startswith(("vllm_dist_", "psm_"))}
     assert shared
     cluster.kill("i2")
     await gone(ranks)

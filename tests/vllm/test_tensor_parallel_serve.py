@@ -79,7 +79,7 @@ def test_an_instance_of_two_ranks_serves_and_leaves_nothing(model: Path) -> None
         assert "reserved ['i0']" in told.stdout, told.stderr
         everything = below(process.pid)
         assert sum("VLLM::Worker" in title(pid) for pid in everything) == 2
-        shared = {name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")}
+        shared = {name for name in os.listdir("/dev/shm") if name.startswith(("vllm_dist_", "psm_"))}
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0
