@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from shared_memory import shared_by
 from small_llama import small_llama
 from test_tensor_parallel import children, runs
 
@@ -49,6 +50,17 @@ def below(pid: int) -> set[int]:
     return found.union(*(below(child) for child in found))
 
 
+def with_workers(pid: int, count: int) -> set[int]:
+    """All processes below this one, once so many workers of vLLM are seen among them."""
+    give_up_at = time.monotonic() + 20
+    while True:
+        titles = {one: title(one) for one in below(pid)}
+        if sum("VLLM::Worker" in text for text in titles.values()) == count:
+            return set(titles)
+        assert time.monotonic() < give_up_at, titles
+        time.sleep(0.2)
+
+
 def left_of(pids: set[int]) -> set[int]:
     """Those that have not ended within a while."""
     give_up_at = time.monotonic() + 20
@@ -77,9 +89,8 @@ def test_an_instance_of_two_ranks_serves_and_leaves_nothing(model: Path) -> None
             env=os.environ | {"RAY_AUTH_MODE": "token"},
         )
         assert "reserved ['i0']" in told.stdout, told.stderr
-        everything = below(process.pid)
-        assert sum("VLLM::Worker" in title(pid) for pid in everything) == 2
-        shared = {name for name in os.listdir("/dev/shm") if name.startswith(("vllm_dist_", "psm_"))}
+        everything = with_workers(process.pid, 2)
+        shared = shared_by(everything)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0
