@@ -1,129 +1,25 @@
-"""A swapped-out request moves with its KV: two agents over engines whose every word of KV is checked, the
-messages between them carried by hand."""
+"""A swapped-out request moves with its KV, in stages or without it where that is refused."""
 
-from collections import deque
 from dataclasses import replace
 
 import pytest
-from engine_driving import Client, run_out, spec, step, undisturbed
-from migration_driving import CONFIG, MANAGER, agent, hello
-from swap_driving import WordExecutor, swapping_engine
+from engine_driving import spec, step
+from migration_driving import CONFIG, agent, hello
+from swap_driving import swapping_engine
+from swapped_pair import ORDER, OUT, REUSE, STAYS, Two, leased
 
 from llumnix.core.config import SchedulerConfig, SwapConfig
-from llumnix.core.effects import Send
 from llumnix.core.epochs import EPOCH_MAX, FIRST_EPOCH
 from llumnix.core.errors import InvariantError, TransportError
 from llumnix.core.messages.control import (
     Fenced,
-    MigrateOrder,
-    MigrationEnded,
     MigrationOutcome,
     RequestStatus,
 )
 from llumnix.core.messages.migration import Commit, Committed, CopyStage, Refused, Reserve
 from llumnix.core.messages.serving import Abort
 from llumnix.instance.agent import StartRead
-from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.migration.pace import SPEED_S, CopySpeeds
-from llumnix.migration.transports.base import ReadStats
-
-REUSE = SwapConfig(swap_ahead=False)
-OUT, STAYS = "b", "a"
-ORDER = MigrateOrder("m", OUT, "target", "target-1", "tcp://target:1", "test")
-
-
-class Two:
-    """A source with OUT swapped out, STAYS running, and a target; messages wait in ``mail`` until carried."""
-
-    def __init__(
-        self, target_blocks: int = 64, host_blocks: int = 64, swap: SwapConfig = REUSE, **settings: int
-    ) -> None:
-        self.source, self.copier = swapping_engine(host_blocks, swap=swap, **settings)
-        self.target, _ = swapping_engine(kv_blocks=target_blocks)
-        self.client = Client()
-        self.now = 1.0
-        self.agents = {"source": agent("source", self.source), "target": agent("target", self.target)}
-        self.mail: deque[tuple[str, object]] = deque()
-        self.log: list[object] = []
-        self.ended: MigrationEnded | None = None
-        self.requests = {name: spec(name, prompt_len=15, max_tokens=40) for name in (STAYS, OUT)}
-        for index, request in enumerate(self.requests.values()):
-            assert self.source.submit(request, float(index)) is None
-
-    def swap_out(self) -> None:
-        while OUT not in step(self.source, self.client).preempted:
-            pass
-
-    def order(self, order: MigrateOrder = ORDER) -> None:
-        self.post("source", order)
-
-    def post(self, name: str, message: object) -> None:
-        agent_ = self.agents[name]
-        self.take(name, agent_.handle(message, self.now))
-        agent_.check()
-
-    def take(self, name: str, effects: list[object]) -> None:
-        for effect in effects:
-            if isinstance(effect, StartRead):
-                self.mail.append((name, effect))
-            elif isinstance(effect, Send) and effect.address == MANAGER:
-                if isinstance(effect.message, MigrationEnded):
-                    self.ended = effect.message
-            elif isinstance(effect, Send) and effect.address.startswith(("tcp://source", "tcp://target")):
-                self.mail.append((effect.address.split("/")[2].split(":")[0], effect.message))
-
-    def carry(self) -> object:
-        """Deliver the oldest piece of mail; what it was."""
-        name, message = self.mail.popleft()
-        self.log.append(message)
-        if isinstance(message, StartRead):
-            self.read(name, message)
-        else:
-            self.post(name, message)
-        return message
-
-    def read(self, name: str, order: StartRead, outcome: ReadStats | TransportError | None = None) -> None:
-        assert order.endpoint.pool_name == "pool-of-source-host"
-        for theirs, ours in zip(order.source_blocks, order.target_blocks, strict=True):
-            words_of(self.target)[ours] = list(self.copier.host[theirs])
-        stats = outcome or ReadStats(64 * len(order.source_blocks), 1, 0.001, 0.001)
-        self.take(name, self.agents[name].read_ended(order.migration_id, order.stage, stats, self.now))
-
-    def carry_all(self) -> None:
-        while self.mail:
-            self.carry()
-
-    def step(self) -> None:
-        """One step of the source, as its engine thread does it."""
-        result = step(self.source, self.client)
-        self.take("source", self.agents["source"].after_step(result, self.now))
-
-    def carry_until(self, kind: type) -> None:
-        while not self.log or not isinstance(self.log[-1], kind):
-            self.carry()
-
-    def finish(self) -> list[int]:
-        """Both engines to their end; tokens computed in each of the target's steps. Everybody got what
-        nothing disturbed."""
-        computed = [result.tokens for result in run_out(self.target, self.client) if result.tokens]
-        run_out(self.source, self.client)
-        for name, request in self.requests.items():
-            assert tuple(self.client.tokens[name]) == undisturbed(request)
-        for engine in (self.source, self.target):
-            engine.check()
-            assert engine.load().used_blocks == engine.load().reserved_blocks == 0
-        return computed
-
-
-def words_of(engine: InProcessEngine) -> list[list[tuple[int, int] | None]]:
-    assert isinstance(engine.executor, WordExecutor)
-    return engine.executor.words
-
-
-def leased(engine: InProcessEngine) -> int:
-    swap = engine.load().swap
-    assert swap is not None
-    return swap.host_leased
 
 
 def test_it_goes_on_where_it_was_and_nothing_that_travelled_is_computed_again() -> None:
@@ -325,10 +221,7 @@ def test_a_lost_second_answer_is_asked_for() -> None:
     two = crowded()
     two.carry_until(Refused)
     two.carry_until(Reserve)
-    assert isinstance(two.mail.pop()[1], Committed)
-    two.now += 100.0
-    two.take("source", two.agents["source"].tick(two.now))
-    two.carry_all()
+    two.lose_answer()
     assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
     two.finish()
 
@@ -413,62 +306,4 @@ def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:
     assert two.ended is not None and two.ended.outcome is MigrationOutcome.ABORTED
     assert "kv_not_readable" in two.ended.reason
     assert two.source.holds(OUT) and not two.target.holds(OUT)
-    two.finish()
-
-
-def test_where_reading_is_known_to_be_quick_one_exchange_does() -> None:
-    two = fast()
-    two.order()
-    two.carry_all()
-    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
-    assert [type(message) for message in two.log] == [Reserve, StartRead, Committed]
-    read = two.log[1]
-    assert isinstance(read, StartRead) and read.final and len(read.source_blocks) == 8
-    assert two.ended.kv_bytes == 8 * hello("source", two.source).kv_layout.block_bytes
-    assert two.agents["source"]._outgoing._speeds.copy_s("target-1", 64, two.now) > 0, "measured anew"
-    assert set(two.finish()) == {1} and leased(two.source) == 0
-
-
-def fast(**settings: int) -> Two:
-    """OUT is swapped out, and the target has read quickly before."""
-    two = Two(**settings)
-    two.swap_out()
-    two.step()
-    two.agents["source"]._outgoing._speeds.note("target-1", 1 << 30, 0.1, two.now)
-    return two
-
-
-def test_what_goes_at_once_is_leased_and_comes_back_if_it_is_not_taken() -> None:
-    two = fast()
-    two.order()
-    assert leased(two.source) == 8 and two.source.movable(OUT) is None
-    two.mail.clear()
-    two.post("source", Fenced("target", "target-1"))
-    assert two.ended is not None and two.ended.outcome is MigrationOutcome.RESUMED
-    assert leased(two.source) == 0 and two.source.movable(OUT).swapped  # type: ignore[union-attr]
-    two.target, _ = swapping_engine()
-    two.finish()
-
-
-def test_a_lost_answer_to_what_went_at_once_is_asked_for() -> None:
-    two = fast()
-    two.order()
-    two.carry_until(StartRead)
-    assert isinstance(two.mail.pop()[1], Committed)
-    two.now += 100.0
-    two.take("source", two.agents["source"].tick(two.now))
-    two.carry_all()
-    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
-    two.finish()
-
-
-def test_what_went_at_once_to_a_target_without_room_goes_without_kv() -> None:
-    two = fast(target_blocks=20)
-    two.requests["other"] = other = spec("other", prompt_len=50, max_tokens=6)
-    assert two.target.submit(other, 0.5) is None
-    step(two.target, two.client)
-    two.order()
-    two.carry_all()
-    assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
-    assert two.ended.kv_bytes == 0 and "no_blocks" in two.ended.reason
     two.finish()
