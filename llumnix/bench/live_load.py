@@ -80,7 +80,7 @@ def _shrunk(lengths: Quantiles, shrink: float) -> Quantiles:
 class Streamed:
     """What one client saw, in seconds from the run's begin. ``arrival`` is when it was to send and
     ``sent_s`` when it did; ``longest_gap_s`` between two chunks; ``problem`` is empty for an answer that is
-    complete. ``request_id`` is the cluster's name for it."""
+    complete. ``request_id`` is the cluster's name for it, ``chunks_s`` when each of its chunks came."""
 
     arrival: Arrival
     sent_s: float
@@ -90,6 +90,7 @@ class Streamed:
     tokens: int
     problem: str
     request_id: str = ""
+    chunks_s: tuple[float, ...] = ()
 
     @property
     def ttft_s(self) -> float:
@@ -142,6 +143,11 @@ class RealCluster:
             "preemptions": sum(row["preemptions_total"] for row in self.ask("instances")["data"]),
             "migrations": self.ask("status")["migrations_committed"],
         }
+
+    def placed(self, request_id: str) -> str:
+        """The instance that a request was first placed on."""
+        decisions = self.ask(f"explain?request={request_id}")["data"]
+        return str(next(one["instance_id"] for one in decisions if one["kind"] == "placed"))
 
     def moved(self, after: int) -> tuple[list[str], int]:
         """The request of every migration committed after that event, and the number of the last event."""
@@ -212,7 +218,8 @@ def _read(client: StreamingClient, arrival: Arrival, began: float) -> Streamed:
     first, last = (times[0], times[-1]) if times else (began, began)
     longest = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
     at_s = (client.sent_at - began, first - began, last - began)
-    return Streamed(arrival, *at_s, longest, tokens, problem, request_id)
+    chunks_s = tuple(at - began for at in times)
+    return Streamed(arrival, *at_s, longest, tokens, problem, request_id, chunks_s)
 
 
 def quantiles_ms(values_s: Sequence[float]) -> dict[str, float]:

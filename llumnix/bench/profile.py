@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 
 from llumnix.bench.machine import describe_machine
+from llumnix.bench.profile_arrivals import ratios
 from llumnix.bench.profile_fit import fit_copy_ms, fit_steps, relative_errors
 from llumnix.bench.profile_grid import HELD_OUT, grid, held_out
 from llumnix.bench.profile_processes import Measured, Timed, measure_engines
-from llumnix.bench.profile_serving import added, measure_serving, rounds, with_serving
+from llumnix.bench.profile_serving import (
+    Served,
+    added,
+    measure_serving,
+    rounds,
+    with_arrivals,
+    with_serving,
+)
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError, LlumnixError
 from llumnix.sim.cost import STEP_TERMS, CostModel, to_json
@@ -47,9 +55,10 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
     measured = measure_engines(config, grid(), held_out(seed), progress)
     fitted, checked = (_calm(timed) for timed in (measured.fitted, measured.held_out))
     engine = _fit(config, measured, fitted)
-    paces = measure_serving(config, engine, seed, progress)
-    extra = added(paces)
-    cost = with_serving(engine, extra)
+    served = measure_serving(config, engine, seed, progress)
+    extra = added(served.paces)
+    mean = with_serving(engine, extra)
+    cost = with_arrivals(mean, served.steps)
     report = {
         "benchmark": "profile",
         "seed": seed,
@@ -65,7 +74,8 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
             "steps": sum(p.disturbed for t in (*measured.fitted, *measured.held_out) for p in t.points),
             "kinds_left_out": len(measured.fitted) + len(measured.held_out) - len(fitted) - len(checked),
         },
-        "serving": {**asdict(extra), "paces": [asdict(pace) for pace in paces]},
+        "serving": {**asdict(extra), "paces": [asdict(pace) for pace in served.paces]},
+        "arrivals": _arrivals(cost, served),
         "copies": [{"tokens": tokens, "ms": round(seconds * 1e3, 4)} for tokens, seconds in measured.copies],
         "points": [_row(engine, timed, "fitted") for timed in measured.fitted]
         + [_row(engine, timed, "held out") for timed in measured.held_out],
@@ -90,13 +100,16 @@ def _calm(timed: tuple[Timed, ...]) -> tuple[Timed, ...]:
 
 def _fit(config: Config, measured: Measured, fitted: tuple[Timed, ...]) -> CostModel:
     layout = measured.layout
-    coefficients = fit_steps(*_split(fitted))
+    terms: dict[str, Any] = fit_steps(*_split(fitted))
     model = Path(config.engine.model).name
     instances = config.cluster.instances
     return CostModel(
         name=f"{model}, {instances} instances on one host" if instances > 1 else model,
         source=f"llumnix profile: {model} in {layout.dtype}, {instances} engines at once, least squares over "
         f"{len(fitted)} kinds of steps and what serving added to them",
+        arrival_ms=0.0,
+        decode_spread=(),
+        prefill_spread=(),
         copy_ms=float(f"{fit_copy_ms(measured.copies):.5g}"),
         serving_ms=0.0,
         capacity_tokens=layout.blocks * layout.block_size,
@@ -105,7 +118,7 @@ def _fit(config: Config, measured: Measured, fitted: tuple[Timed, ...]) -> CostM
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         dtype=layout.dtype,
-        **{name: float(f"{value:.5g}") for name, value in coefficients.items()},
+        **{name: float(f"{value:.5g}") for name, value in terms.items()},
     )
 
 
@@ -123,6 +136,26 @@ def _errors(cost: CostModel, timed: tuple[Timed, ...]) -> dict[str, float]:
         "mean": round(float(errors.mean()), 4),
         "p90": round(float(np.percentile(errors, 90)), 4),
         "worst": round(float(errors.max()), 4),
+    }
+
+
+def _arrivals(cost: CostModel, served: Served) -> dict[str, Any]:
+    """The steps that arrivals and spreads were taken from: how many, and how far their mean is from the
+    model's, which the spreads do not follow."""
+    kinds = {}
+    for name, prefills in (("decode", False), ("prefill", True)):
+        steps = [step for step in served.steps if step.prefills == prefills]
+        over = ratios(cost, steps)
+        kinds[name] = {
+            "steps": len(steps),
+            "with_arrivals": sum(step.arrivals > 0 for step in steps),
+            "mean": round(float(np.mean(over)), 4),
+            "deviation": round(float(np.std(over)), 4),
+        }
+    return {
+        **kinds,
+        "not_told_apart": served.crowds_lost,
+        "steps": [[*step.features, round(step.seconds * 1e3, 2), step.arrivals] for step in served.steps],
     }
 
 

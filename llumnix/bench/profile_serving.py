@@ -2,9 +2,10 @@
 
 An instance's process also reads and writes messages, and frontend, manager, Ray and clients want processors
 too. Two quiet workloads tell how much: lone prompts (time to the first token), and batches that only decode
-(time per token). Every instance is as busy as the others, as in the first part. What the steps of the fitted
-formula do not explain is split into a share of every step, a part of each request in a step, and a part of
-each request's beginning. No arrival process, no queue, and none of the requests of any other benchmark.
+(time per token); a third, single steps while requests arrive (profile_arrivals.py). Every instance is as busy
+as the others, as in the first part. What the steps of the fitted formula do not explain is split into a share
+of every step, a part of each request in a step, a part of steps that both decode and prefill, and a part of
+each request's beginning. No queue, and none of the requests of any other benchmark.
 """
 
 import statistics
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from llumnix.bench import profile_arrivals as arrivals
 from llumnix.bench.live_load import RealCluster, Streamed, real_cluster
 from llumnix.bench.machine import OTHERS_MAX, OthersCpu
+from llumnix.bench.profile_arrivals import ServedStep
 from llumnix.bench.profile_fit import non_negative
 from llumnix.core.config import Config, SwapConfig
 from llumnix.sim.cost import STEP_TERMS, CostModel
@@ -36,12 +39,12 @@ MESSAGES = 4
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Medians of a few rounds on the cluster that others on the machine left in peace, and what the engine's
-    formula says, in ms. ``batch`` requests
-    decoding on each instance, time per token; 0: a lone prompt of ``prompt`` tokens, time to the first."""
+    """What was measured on the cluster, where others on the machine left it in peace, and what the engine's
+    formula says, in ms: a step in which ``batch`` requests decode on each instance and ``prompt`` tokens are
+    prefilled, or, ``batch`` being 0, the time to the first token of a lone prompt."""
 
-    batch: int
-    prompt: int
+    batch: float
+    prompt: float
     measured_ms: float
     formula_ms: float
 
@@ -49,17 +52,32 @@ class Pace:
 @dataclass(frozen=True, slots=True)
 class Added:
     """What serving adds: ``share`` of every step, ``per_request_ms`` to a step for each request it decodes,
-    ``first_token_ms`` to each request's first token, messages included."""
+    ``mixed_ms`` to a step that both decodes and prefills, ``first_token_ms`` to each request's first token,
+    messages included."""
 
     share: float
     per_request_ms: float
+    mixed_ms: float
     first_token_ms: float
 
 
-def measure_serving(
-    config: Config, cost: CostModel, seed: int, progress: Callable[[int], None]
-) -> list[Pace]:
-    """Run both workloads on a cluster of ``config``, which is started and stopped for it."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the cluster showed. ``crowds``: single steps while requests arrived, by batch; ``crowds_lost``
+    instances, one round each, in which no client got its tokens one by one."""
+
+    paces: tuple[Pace, ...]
+    crowds: tuple[tuple[ServedStep, ...], ...]
+    crowds_lost: int
+
+    @property
+    def steps(self) -> list[ServedStep]:
+        """All of them."""
+        return [step for crowd in self.crowds for step in crowd]
+
+
+def measure_serving(config: Config, cost: CostModel, seed: int, progress: Callable[[int], None]) -> Served:
+    """Run the workloads on a cluster of ``config``, which is started and stopped for it."""
     scheduler = replace(config.scheduler, dispatch_policy="round-robin", pairing_policy="none")
     anew = SwapConfig(host_share=0.0)  # every round has the same prompts
     instances, paces = config.cluster.instances, []
@@ -70,30 +88,72 @@ def measure_serving(
             if prompt + LONE_TOKENS <= cost.max_model_len:
                 asked = [Arrival(0.0, prompt, LONE_TOKENS)] * instances
                 answers = _calm(cluster, asked, LONE_ROUNDS, seed, progress)
-                first_s = statistics.median(answer.ttft_s for answer in answers)
+                first_s = statistics.median(answer.ttft_s for round in answers for answer in round)
                 formula_s = _prefill_s(cost, prompt, config.engine.step_tokens_max)
                 paces.append(Pace(0, prompt, first_s * 1e3, formula_s * 1e3))
         for batch in BATCHES:
             if batch <= config.engine.batch_max:
                 asked = [Arrival(0.0, BATCH_PROMPT, BATCH_TOKENS)] * (batch * instances)
                 answers = _calm(cluster, asked, BATCH_ROUNDS, seed, progress)
-                step_s = statistics.median(answer.tpot_s for answer in answers)
+                step_s = statistics.median(answer.tpot_s for round in answers for answer in round)
                 formula_s = cost.step_s(batch, batch * (BATCH_PROMPT + BATCH_TOKENS // 2), 0, 0)
                 paces.append(Pace(batch, 0, step_s * 1e3, formula_s * 1e3))
+        crowds, lost = _crowds(cluster, config, cost, seed, progress)
+    paces += [pace for crowd in crowds for pace in paces_of(cost, crowd)]
+    return Served(tuple(paces), tuple(crowds), lost)
+
+
+def _crowds(
+    cluster: RealCluster, config: Config, cost: CostModel, seed: int, progress: Callable[[int], None]
+) -> tuple[list[tuple[ServedStep, ...]], int]:
+    """Single steps while requests arrive, by batch, and how many instances of a round showed none."""
+    instances, crowds, lost = config.cluster.instances, [], 0
+    for batch in arrivals.BATCHES:
+        if batch + arrivals.NEW_TOKENS > config.engine.batch_max:
+            continue
+        step_s = cost.step_s(batch, batch * arrivals.STEADY_TOKENS // 2, 0, 0)
+        prompt_most = (config.engine.step_tokens_max - batch) // 2  # two fit a step
+        asked = arrivals.crowd(batch, instances, step_s, prompt_most, seed)
+        steps: list[ServedStep] = []
+        for answers in _calm(cluster, asked, arrivals.ROUNDS, seed, progress):
+            places = [cluster.placed(answer.request_id) for answer in answers]
+            calls_s = [one.sent_s for one in answers if one.tokens == arrivals.NEW_TOKENS]
+            for place in sorted(set(places)):
+                ours = [one for one, where in zip(answers, places, strict=True) if where == place]
+                told = arrivals.steps_of(ours, calls_s)
+                steps += told
+                lost += not told
+        crowds.append(tuple(steps))
+    return crowds, lost
+
+
+def paces_of(cost: CostModel, steps: Sequence[ServedStep]) -> list[Pace]:
+    """The mean of the steps in which no request arrived: those that only decode, and the others."""
+    paces = []
+    for prefills in (False, True):
+        kind = [step for step in steps if step.prefills == prefills and not step.arrivals]
+        if kind:
+            features = np.array([step.features for step in kind], dtype=np.float64)
+            measured_s = statistics.fmean(step.seconds for step in kind)
+            formula_s = statistics.fmean(cost.step_s(*step.features) for step in kind)
+            batch, prompt = (round(float(features[:, column].mean()), 2) for column in (0, 2))
+            paces.append(Pace(batch, prompt, measured_s * 1e3, formula_s * 1e3))
     return paces
 
 
 def rounds() -> int:
     """How often ``progress`` is told, at most."""
-    return LONE_ROUNDS * len(LONE_PROMPTS) + BATCH_ROUNDS * len(BATCHES)
+    crowds = arrivals.ROUNDS * len(arrivals.BATCHES)
+    return LONE_ROUNDS * len(LONE_PROMPTS) + BATCH_ROUNDS * len(BATCHES) + crowds
 
 
 def added(paces: Sequence[Pace]) -> Added:
     """Least squares of the relative error, nothing negative."""
     measured = np.array([pace.measured_ms for pace in paces])
     formula = np.array([pace.formula_ms for pace in paces])
-    batches = np.array([float(pace.batch) for pace in paces])
-    matrix = np.stack([formula, batches, batches == 0], axis=1) / measured[:, None]
+    batches, prompts = (np.array([getattr(pace, name) for pace in paces]) for name in ("batch", "prompt"))
+    mixed = (batches > 0) & (prompts > 0)
+    matrix = np.stack([formula, batches, mixed, batches == 0], axis=1) / measured[:, None]
     return Added(*(float(f"{value:.4g}") for value in non_negative(matrix, (measured - formula) / measured)))
 
 
@@ -101,23 +161,36 @@ def with_serving(cost: CostModel, extra: Added) -> CostModel:
     """The model with what serving adds; the messages that the simulator times itself are taken off."""
     terms = {name: getattr(cost, name) * (1 + extra.share) for name in STEP_TERMS}
     terms["request_ms"] += extra.per_request_ms
+    terms["mixed_ms"] += extra.mixed_ms
     terms["serving_ms"] = max(0.0, extra.first_token_ms - MESSAGES * LATENCY_S * 1e3)
     rounded: dict[str, Any] = {name: float(f"{value:.5g}") for name, value in terms.items()}
     return replace(cost, **rounded)
 
 
+def with_arrivals(cost: CostModel, steps: Sequence[ServedStep]) -> CostModel:
+    """The model with what an arrival costs others, and how steps scatter around both."""
+    arrived = replace(cost, arrival_ms=float(f"{arrivals.arrival_ms(cost, steps):.5g}"))
+    spreads: dict[str, Any] = {
+        name: arrivals.spread_of(
+            arrivals.ratios(arrived, [step for step in steps if step.prefills == prefills])
+        )
+        for name, prefills in (("decode_spread", False), ("prefill_spread", True))
+    }
+    return replace(arrived, **spreads)
+
+
 def _calm(
     cluster: RealCluster, asked: Sequence[Arrival], rounds: int, seed: int, progress: Callable[[int], None]
-) -> list[Streamed]:
-    """The answers of ``rounds`` rounds. One in which others used the processors is done again, a few times;
-    if that does not help, those disturbed least count."""
+) -> list[list[Streamed]]:
+    """The answers of each of ``rounds`` rounds. One in which others used the processors is done again, a few
+    times; if that does not help, those disturbed least count."""
     done: list[tuple[float, int, list[Streamed]]] = []
     while len(done) < TRIES * rounds and sum(share <= OTHERS_MAX for share, _, _ in done) < rounds:
         others = OthersCpu()
         answers = cluster.run(asked, seed + len(done))
         done.append((others.share(), len(done), answers))
     progress(rounds)
-    return [answer for _, _, answers in sorted(done, key=lambda one: one[:2])[:rounds] for answer in answers]
+    return [answers for _, _, answers in sorted(done, key=lambda one: one[:2])[:rounds]]
 
 
 def _prefill_s(cost: CostModel, prompt: int, step_tokens_max: int) -> float:

@@ -6,11 +6,13 @@ the time to the first token and of the mean time per token after it. The cost mo
 it is compared with.
 
 A millisecond decides which requests meet on an instance, and a handful of meetings is a P99. So one virtual
-run is one draw, as one real run is: SIMULATED_RUNS are made, each with the requests as late as real clients
-were in sending theirs (drawn anew, request by request), and the percentiles are those of all together.
+run is one draw, as one real run is: several real ones are made, and SIMULATED_RUNS, each with steps that
+scatter anew and with requests as late as real clients were in sending theirs, drawn request by request. The
+percentiles compared are those of all runs of a side together; how far single runs scatter stands beside them.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +41,7 @@ BASE = Config(
     cluster=ClusterConfig(instances=2),
 )
 TOLERANCE = 0.15
+REAL_RUNS = 6
 SIMULATED_RUNS = 20
 WARM_UP = 8
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 8
@@ -115,7 +118,8 @@ def simulate_runs(
         delays = np.random.default_rng((seed, number)).choice(np.maximum(late_s, 0.0), len(arrivals))
         sent = [replace(one, at_s=one.at_s + float(late)) for one, late in zip(arrivals, delays, strict=True)]
         order = sorted(range(len(sent)), key=lambda place: sent[place].at_s)
-        seen, counts = run_simulated(config, cost, [sent[place] for place in order], seed)
+        draw = seed * SIMULATED_RUNS + number
+        seen, counts = run_simulated(config, cost, [sent[place] for place in order], draw)
         back = np.argsort(order)
         runs.append(Seen(*(tuple(np.array(times)[back]) for times in (seen.ttft_s, seen.tpot_s))))
         counted.append(counts)
@@ -132,45 +136,48 @@ def together(runs: Sequence[Seen]) -> Seen:
 
 def compare(runs: Sequence[Seen], simulated: Sequence[Seen]) -> list[dict[str, Any]]:
     """One row for each percentile that counts. ``off``: simulated / real - 1, each side's runs taken
-    together; ``real_apart``: how far the worst real run is from all of them, and ``simulated_apart``
-    likewise: what chance alone makes of one run."""
+    together. What chance alone makes of one run, as shares of that: ``real_scatter``, the standard deviation
+    of the single real runs, ``real_apart``, how far the worst of them is off, and both of the simulated."""
     found, expected = together(simulated).quantiles(), together(runs).quantiles()
     real_each, simulated_each = ([run.quantiles() for run in side] for side in (runs, simulated))
     rows = []
     for latency in ("ttft_ms", "tpot_ms"):
         for point in ("p50", "p99"):
             real_ms, simulated_ms = expected[latency][point], found[latency][point]
-            rows.append(
-                {
-                    "latency": latency.removesuffix("_ms"),
-                    "percentile": point,
-                    "real_ms": real_ms,
-                    "simulated_ms": simulated_ms,
-                    "off": round(simulated_ms / real_ms - 1, 4),
-                    "real_apart": _apart([one[latency][point] for one in real_each], real_ms),
-                    "simulated_apart": _apart([one[latency][point] for one in simulated_each], simulated_ms),
-                }
-            )
+            row: dict[str, Any] = {
+                "latency": latency.removesuffix("_ms"),
+                "percentile": point,
+                "real_ms": real_ms,
+                "simulated_ms": simulated_ms,
+                "off": round(simulated_ms / real_ms - 1, 4),
+            }
+            for side, each in (("real", real_each), ("simulated", simulated_each)):
+                shares = [one[latency][point] / row[f"{side}_ms"] - 1 for one in each]
+                row[f"{side}_scatter"] = round(statistics.stdev(shares), 4) if len(shares) > 1 else None
+                row[f"{side}_apart"] = round(max(map(abs, shares)), 4)
+            rows.append(row)
     return rows
-
-
-def _apart(each_ms: Sequence[float], all_ms: float) -> float:
-    return round(max(abs(one_ms / all_ms - 1) for one_ms in each_ms), 4)
 
 
 def _show(report: dict[str, Any]) -> None:
     table = Table(title=report["load"]["name"])
-    for title in ("", "real, ms", "simulated, ms", "off by", "real runs apart", "simulated"):
+    for title in ("", "real, ms", "simulated, ms", "off by", "one real run", "one simulated"):
         table.add_column(title, justify="right" if title else "left")
     for row in report["results"]:
         name = f"{row['latency'].upper()} {row['percentile'].upper()}"
         numbers = (f"{row['real_ms']:.1f}", f"{row['simulated_ms']:.1f}", f"{row['off']:+.1%}")
-        table.add_row(name, *numbers, f"{row['real_apart']:.1%}", f"{row['simulated_apart']:.1%}")
+        table.add_row(name, *numbers, _chance(row, "real"), _chance(row, "simulated"))
     Console().print(table)
     worst = max(abs(row["off"]) for row in report["results"])
     word = "within" if worst <= TOLERANCE else "NOT within"
     print(f"{word} {TOLERANCE:.0%}; the worst is off by {worst:.1%}")
     warn_of_others(report["real"]["others_cpu"])
+
+
+def _chance(row: dict[str, Any], side: str) -> str:
+    """How single runs scatter, and how far the worst of them is off."""
+    scatter, worst = row[f"{side}_scatter"], row[f"{side}_apart"]
+    return "" if scatter is None else f"±{scatter:.1%}, worst {worst:.1%}"
 
 
 @click.command("validation")
@@ -188,7 +195,9 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--rate", type=float, default=10.0, show_default=True, help="Requests per second.")
 @click.option("--cv", type=float, default=1.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
 @click.option("--requests", "count", type=click.IntRange(min=10), default=500, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Real runs.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=REAL_RUNS, show_default=True, help="Real runs."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @config_options
 def command(
@@ -206,7 +215,7 @@ def command(
 ) -> None:
     """The same workload on a real cluster and in the simulator: how far apart are they?
 
-    Settings are those of serve, from two instances of SmolLM2 with one thread each on. Takes about five
+    Settings are those of serve, from two instances of SmolLM2 with one thread each on. Takes about ten
     minutes, on a machine that has nothing else to do."""
     load = Load(lengths, shrink, rate, cv, count)
     config = resolve(config_file, given, BASE)

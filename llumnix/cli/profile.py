@@ -27,8 +27,8 @@ def command(
     """Time steps of a real engine and fit a cost model to them.
 
     Runs as many engines at once as --instances says, since they share the machine; then a real cluster, for
-    what serving adds. Settings are those of serve. Takes a minute or two, on a machine that has nothing else
-    to do."""
+    what serving adds. Settings are those of serve. Takes about three minutes, on a machine that has nothing
+    else to do."""
     config = resolve(config_file, given)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -50,6 +50,8 @@ def _show(report: dict[str, Any]) -> None:
     for name, value in report["cost_model"].items():
         if name.endswith("_ms"):
             print(f"{name:<14} {value:.6g}")
+        elif name.endswith("_spread"):
+            print(f"{name:<14} {', '.join(f'{point:.3g}' for point in value)}")
     for use, errors in report["errors"].items():
         if not errors["steps"]:
             continue
@@ -65,11 +67,23 @@ def _show(report: dict[str, Any]) -> None:
         )
     serving = report["serving"]
     for pace in serving["paces"]:
-        what = f"batch {pace['batch']}, per token" if pace["batch"] else f"prompt of {pace['prompt']}"
+        decoding = f"{pace['batch']:g} decoding" if pace["batch"] else ""
+        prompt = f"a prompt of {pace['prompt']:g}" if pace["prompt"] else ""
+        what = " and ".join(part for part in (decoding, prompt) if part)
         print(
             f"in service, {what}: {pace['measured_ms']:.1f} ms, {pace['formula_ms']:.1f} by the engine alone"
         )
     print(
         f"serving adds {serving['share']:.1%} to every step, {serving['per_request_ms']:.2f} ms for each "
-        f"request it decodes, {serving['first_token_ms']:.1f} ms to a first token"
+        f"request it decodes, {serving['mixed_ms']:.2f} ms if it prefills too, "
+        f"{serving['first_token_ms']:.1f} ms to a first token"
     )
+    arrivals = report["arrivals"]
+    for kind in ("decode", "prefill"):
+        steps = arrivals[kind]
+        print(
+            f"{steps['steps']} steps that {kind} while requests arrive take {steps['mean']:.1%} of the "
+            f"model's on average, with a standard deviation of {steps['deviation']:.1%}"
+        )
+    if arrivals["not_told_apart"]:
+        print(f"{arrivals['not_told_apart']} times an instance's steps could not be told apart")

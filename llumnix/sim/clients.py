@@ -41,8 +41,8 @@ class Client:
 
 class ClientSide:
     """One frontend. ``timed``: it notes when tokens arrive. ``serving_s`` pass between a client's call
-    and the moment the stream table hears of it. ``on_close`` hears of every request that is over;
-    ``turns_to_come`` are being thought about."""
+    and the moment the stream table hears of it. ``on_open`` hears of every call, ``on_close`` of every
+    request that is over; ``turns_to_come`` are being thought about."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class ClientSide:
         manager_address: str,
         timed: bool,
         serving_s: float,
+        on_open: Callable[[], None],
         on_close: Callable[[], None],
     ) -> None:
         self.address = name
@@ -63,7 +64,7 @@ class ClientSide:
         self._manager_address = manager_address
         self._timed = timed
         self._serving_s = serving_s
-        self._on_close = on_close
+        self._on_open, self._on_close = on_open, on_close
         self.turns_to_come = 0
         self._clients: dict[str, Client] = {}
         self._hello_at = 0.0
@@ -104,6 +105,7 @@ class ClientSide:
         now = self._clock.now
         record = Record(number, now, client.prompt_len, arrival.high, arrival.tenant)
         self._recorder.open(request_id, record)
+        self._on_open()
         if self._serving_s:
             self._clock.at(now + self._serving_s, self._call, call)
         else:

@@ -8,13 +8,16 @@ and mixed_ms more if it does both, since two kinds of attention run and more row
 
 The weights are read once a step; prefilling p tokens hides that behind computing once it takes longer.
 ``a`` is, over all prefill chunks from position s to e, the sum of e² - s²: attention's quadratic part.
-Each preset says where its numbers come from; none was fitted to what a simulation gave. ``llumnix profile``
-(bench/profile.py) fits one to an engine that runs.
+That is a step's mean: ``decode_spread`` and ``prefill_spread`` say how single ones scatter around it
+(spread.py; presets do not), and a request that arrives at the host lengthens every step under way by
+arrival_ms. Each preset says where its numbers come from; none was fitted to what a simulation gave.
+``llumnix profile`` (bench/profile.py) fits one to an engine that runs.
 """
 
 import json
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -23,11 +26,18 @@ from typing import Any, NamedTuple
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import KvLayout
 from llumnix.instance.executor import Chunk
+from llumnix.sim.spread import SPREAD_RULE, Spread, is_spread
 
 BLOCK_COPY_MIN_S = 1e-4
-KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float)}
+KINDS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float), Spread: (tuple,)}
 STEP_TERMS = ("fixed_ms", "weights_ms", "token_ms", "attention_ms", "request_ms", "context_ms", "mixed_ms")
-KIND_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number"}
+KIND_NAMES: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    Spread: "a list of numbers",
+}
+SPREADS = ("decode_spread", "prefill_spread")
 
 
 class FieldError(ConfigurationError):
@@ -65,7 +75,9 @@ def plan_features(chunks: tuple[Chunk, ...]) -> StepFeatures:
 class CostModel:
     """See the module. ``copy_ms`` per token of KV moved between instances; ``capacity_tokens`` of KV.
     ``serving_ms`` is what a request's first token takes beside the engine and the messages between processes:
-    HTTP, checking, tokens to text."""
+    HTTP, checking, tokens to text. Every step that is under way at an instance when a request arrives takes
+    ``arrival_ms`` longer: frontend and manager want the processors that engines compute on. The spreads are
+    of steps that only decode and of those that prefill."""
 
     name: str
     source: str
@@ -76,6 +88,9 @@ class CostModel:
     request_ms: float
     context_ms: float
     mixed_ms: float
+    arrival_ms: float
+    decode_spread: Spread
+    prefill_spread: Spread
     copy_ms: float
     serving_ms: float
     capacity_tokens: int
@@ -94,8 +109,10 @@ class CostModel:
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS[field.type]
             need(isinstance(value, kind) and not isinstance(value, bool), field.name, KIND_NAMES[field.type])
-        for name in (*STEP_TERMS, "copy_ms", "serving_ms"):
+        for name in (*STEP_TERMS, "arrival_ms", "copy_ms", "serving_ms"):
             need(0 <= getattr(self, name) < float("inf"), name, "at least 0 and finite")
+        for name in SPREADS:
+            need(is_spread(getattr(self, name)), name, SPREAD_RULE)
         need(self.least_step_s > 0, "weights_ms", "above 0 where fixed_ms is 0")
         for name in ("capacity_tokens", "max_model_len", "layers", "kv_heads", "head_dim"):
             need(getattr(self, name) >= 1, name, "at least 1")
@@ -104,10 +121,16 @@ class CostModel:
     @property
     def least_step_s(self) -> float:
         """No step takes less."""
-        return (self.fixed_ms + self.weights_ms) * 1e-3
+        least_ms = self.fixed_ms + self.weights_ms
+        return least_ms * min((1.0, *self.decode_spread[:1], *self.prefill_spread[:1])) * 1e-3
+
+    @property
+    def scatters(self) -> bool:
+        """Whether a step may take anything but the mean."""
+        return bool(self.decode_spread or self.prefill_spread)
 
     def step_s(self, decodes: int, context: int, prefill: int, attended: int) -> float:
-        """Seconds that a step takes; see the module."""
+        """Seconds that a step takes on average; see the module."""
         compute_ms = self.token_ms * prefill
         base_ms = self.fixed_ms + (compute_ms if compute_ms > self.weights_ms else self.weights_ms)
         if prefill and decodes:
@@ -117,18 +140,33 @@ class CostModel:
         ) * 1e-3
 
     def plan_s(self, chunks: tuple[Chunk, ...]) -> float:
-        """Seconds that a plan takes; 0 for an empty one."""
+        """Seconds that a plan takes on average; 0 for an empty one."""
         return self.step_s(*plan_features(chunks)) if chunks else 0.0
 
     def decode_steps(
-        self, decodes: int, context: int, *, begin: float, until: float, most: int, slowness: float
+        self,
+        decodes: int,
+        context: int,
+        *,
+        begin: float,
+        until: float,
+        most: int,
+        slowness: float,
+        factors: Sequence[float] = (),
     ) -> tuple[list[float], list[float]]:
         """Ends and durations, in seconds, of steps that only decode, from ``begin`` up to the first that ends
-        at ``until`` or later: bit for bit those that ``step_s`` gives one by one."""
+        at ``until`` or later: bit for bit those that ``step_s`` gives one by one. ``factors``: of the
+        ``most`` steps, where they scatter."""
         base_ms = self.fixed_ms + self.weights_ms + self.request_ms * decodes
         context_ms = self.context_ms
         contexts = range(context, context + most * decodes, decodes)
-        durations = [(base_ms + context_ms * tokens) * 1e-3 * slowness for tokens in contexts]
+        if factors:
+            drawn = zip(contexts, factors, strict=True)
+            durations = [
+                (base_ms + context_ms * tokens) * 1e-3 * factor * slowness for tokens, factor in drawn
+            ]
+        else:
+            durations = [(base_ms + context_ms * tokens) * 1e-3 * slowness for tokens in contexts]
         ends = list(accumulate(durations, initial=begin))[1:]
         steps = bisect_left(ends, until) + 1
         return ends[:steps], durations[:steps]
@@ -166,6 +204,9 @@ LLAMA_7B_A10 = CostModel(
     request_ms=0.27,
     context_ms=LLAMA_7B_KV_BYTES / A10_BYTES_PER_MS,
     mixed_ms=0.0,
+    arrival_ms=0.0,
+    decode_spread=(),
+    prefill_spread=(),
     copy_ms=0.2,
     serving_ms=0.0,
     capacity_tokens=13_616,
@@ -195,9 +236,13 @@ def read_cost_model(path: Path) -> CostModel:
     for name in sorted(names - values.keys()):
         raise ConfigurationError(f"{path}: field {name} is missing")
     try:
-        return CostModel(**values)
+        return CostModel(**{name: _unlisted(value) for name, value in values.items()})
     except FieldError as error:
         raise ConfigurationError(f"{path}: line {_line(text, error.field)}: {error}") from error
+
+
+def _unlisted(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _line(text: str, name: str) -> int:

@@ -10,7 +10,6 @@ step. Both modes decide the same; a test compares them. Quiet mode is for networ
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from llumnix.core.config import EngineConfig, MigrationConfig, SwapConfig
 from llumnix.core.effects import Send
 from llumnix.core.errors import InvariantError, TransportError
 from llumnix.core.messages.control import (
@@ -21,72 +20,21 @@ from llumnix.core.messages.control import (
     MigrationOutcome,
 )
 from llumnix.core.messages.serving import TokenBatch, TokenDelta
-from llumnix.core.views import SelectionPolicy
 from llumnix.instance.agent import Agent
 from llumnix.instance.engine import StepResult
 from llumnix.instance.engine_core import EngineCore
 from llumnix.instance.executor import StepPlan
-from llumnix.instance.model_limits import ModelLimits
 from llumnix.migration.events import StartRead
 from llumnix.migration.transports.base import ReadStats
-from llumnix.sim.checks import OwnerCheck
-from llumnix.sim.clock import Clock
-from llumnix.sim.cost import CostModel
-from llumnix.sim.links import Links, ReadDone
-from llumnix.sim.network import Network
-from llumnix.sim.record import Recorder
-from llumnix.sim.swap import VirtualCopier, host_link
-from llumnix.sim.tokens import EOS_TOKEN, VOCAB_SIZE, sample, sample_chunks
+from llumnix.sim.cost import plan_features
+from llumnix.sim.links import ReadDone
+from llumnix.sim.machine import Machine
+from llumnix.sim.tokens import sample, sample_chunks
 
 FLUSH_S = 30.0  # well below QUIET_PROBE_S of simulation.py
 STRETCH_MAX = 4096
 FINAL_READ_WAIT_S = 1.0  # as in the runtime
 SLEEP_MIN_S = 1e-6
-
-
-class Machine:
-    """What all instances of a simulation share."""
-
-    def __init__(
-        self,
-        *,
-        clock: Clock,
-        network: Network,
-        links: Links,
-        recorder: Recorder,
-        owners: OwnerCheck,
-        cost: CostModel,
-        engine: EngineConfig,
-        swap: SwapConfig,
-        migration: MigrationConfig,
-        selection: SelectionPolicy,
-        report_interval_s: float,
-        manager_address: str,
-        quiet: bool,
-    ) -> None:
-        self.clock, self.network, self.links = clock, network, links
-        self.recorder, self.owners, self.cost = recorder, owners, cost
-        self.engine, self.swap = engine, swap
-        self.migration, self.selection = migration, selection
-        self.report_interval_s, self.manager_address, self.quiet = report_interval_s, manager_address, quiet
-        self.layout = cost.layout(engine.block_size, engine.kv_blocks * engine.block_size)
-        longest = engine.max_model_len or cost.max_model_len
-        self.limits = ModelLimits(
-            capacity_blocks=self.layout.blocks,
-            block_size=engine.block_size,
-            max_model_len=min(longest, cost.max_model_len, self.layout.blocks * engine.block_size),
-            vocab_size=VOCAB_SIZE,
-            eos_token_ids=frozenset((EOS_TOKEN,)),
-            block_bytes=self.layout.block_bytes,
-        )
-        self.committed = 0
-
-    def copier(self) -> VirtualCopier | None:
-        """For one instance's host memory; None: it has none."""
-        if not self.swap.sized:
-            return None
-        clock = self.clock
-        return VirtualCopier(host_link(self.cost.name), self.layout, self.swap, now=lambda: clock.now)
 
 
 class Instance:
@@ -100,6 +48,7 @@ class Instance:
         self.slowness = 1.0
         self.steps = 0
         self._copier = machine.copier()
+        self._scatter = machine.scatter(self.address)
         self.engine = EngineCore(
             machine.limits, machine.engine, machine.selection, machine.swap, self._copier
         )
@@ -124,6 +73,7 @@ class Instance:
         self._stepping = False
         self._event = 0  # the only wake-up or end of a step that still counts
         self._wake_at = 0.0
+        self._step_end = 0.0
         self._ends: list[float] = []
         self._durations: list[float] = []
         self._sent: dict[str, tuple[str, int]] = {}
@@ -162,6 +112,16 @@ class Instance:
         if len(self._ends) > 1:
             self._cut()
         self.slowness = factor
+
+    def hold_up(self, seconds: float) -> None:
+        """The step under way, if there is one, takes so much longer."""
+        if self._ends:
+            self._cut()
+            self._ends[-1] += seconds
+            self._durations[-1] += seconds
+            self._await_end()
+        else:
+            self._step_end += seconds
 
     # The engine thread's loop.
 
@@ -225,15 +185,21 @@ class Instance:
             self._compute(step)
 
     def _compute(self, step: tuple[StepPlan, float]) -> None:
-        plan, began = step
-        ends_at = self._clock.now + self._machine.cost.plan_s(plan.chunks) * self.slowness
-        self._clock.at(ends_at, self._end_step, (plan, began, ends_at - began))
+        chunks, step_s = step[0].chunks, self._machine.cost.plan_s(step[0].chunks)
+        if self._scatter is not None:
+            step_s *= self._scatter.factor(self.steps, prefills=plan_features(chunks).prefill > 0)
+        self._step_end = self._clock.now + step_s * self.slowness
+        self._clock.at(self._step_end, self._end_step, step)
 
-    def _end_step(self, step: tuple[StepPlan, float, float]) -> None:
+    def _end_step(self, step: tuple[StepPlan, float]) -> None:
         if not self.alive:
             return
-        plan, began, duration_s = step
+        plan, began = step
         now = self._clock.now
+        if now < self._step_end:  # it was held up
+            self._clock.at(self._step_end, self._end_step, step)
+            return
+        duration_s = now - began
         self._stepping = False
         self.steps += 1
         result = self.engine.apply(plan, sample_chunks(plan.chunks), now, duration_s)
@@ -258,6 +224,7 @@ class Instance:
         quiet = self.engine.quiet(min(STRETCH_MAX, int((deadline - now) / least_s) + 2))
         if quiet.steps < 2:
             return False
+        factors = () if self._scatter is None else self._scatter.decodes(self.steps, quiet.steps)
         self._ends, self._durations = cost.decode_steps(
             quiet.requests,
             quiet.context_tokens,
@@ -265,6 +232,7 @@ class Instance:
             until=deadline,
             most=quiet.steps,
             slowness=slowness,
+            factors=factors,
         )
         self._stepping = True
         self._await_end()

@@ -17,8 +17,9 @@ from llumnix.sim.clients import ClientSide
 from llumnix.sim.clock import Clock
 from llumnix.sim.cost import CostModel
 from llumnix.sim.fleet import Fleet
-from llumnix.sim.instance import Instance, Machine
+from llumnix.sim.instance import Instance
 from llumnix.sim.links import Links
+from llumnix.sim.machine import Machine
 from llumnix.sim.network import Network
 from llumnix.sim.record import Recorder
 from llumnix.sim.scheduler import MANAGER_ADDRESS, SchedulerHost
@@ -80,6 +81,7 @@ class Simulation:
             report_interval_s=config.cluster.report_interval_s,
             manager_address=MANAGER_ADDRESS,
             quiet=settings.quiet,
+            seed=settings.seed,
         )
         frontend = config.frontend
         if settings.quiet:
@@ -94,6 +96,7 @@ class Simulation:
                 manager_address=MANAGER_ADDRESS,
                 timed=not settings.quiet,
                 serving_s=settings.cost.serving_ms * 1e-3,
+                on_open=self._opened,
                 on_close=self._closed,
             )
             for index in range(settings.frontends)
@@ -171,6 +174,12 @@ class Simulation:
     def _reported(self, report: LoadReport) -> None:
         self.timeline.migrations = self.machine.committed
         self.timeline.report(report)
+
+    def _opened(self) -> None:
+        held_s = self.settings.cost.arrival_ms * 1e-3
+        if held_s:
+            for instance in self.instances.values():
+                instance.hold_up(held_s)
 
     def _closed(self) -> None:
         self.finished_at = self.clock.now

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig, SwapConfig
-from llumnix.sim.cost import LLAMA_7B_A10
+from llumnix.sim.cost import LLAMA_7B_A10, CostModel
 from llumnix.sim.record import COLUMNS
 from llumnix.sim.simulation import Settings, Simulation
 from llumnix.sim.summary import summarize, timeline_of
@@ -20,6 +20,7 @@ def settings(
     pairing: str = "freeness",
     prefill: int = 0,
     host_blocks: int = 0,
+    cost: CostModel = LLAMA_7B_A10,
 ) -> Settings:
     """Three small instances that run out of memory now and then."""
     config = Config(
@@ -33,7 +34,7 @@ def settings(
             decode_instances=3 - prefill if prefill else 0,
         ),
     )
-    return Settings(config, LLAMA_7B_A10, workload, seed=3, quiet=quiet)
+    return Settings(config, cost, workload, seed=3, quiet=quiet)
 
 
 def run(what: Settings) -> Simulation:
@@ -43,9 +44,16 @@ def run(what: Settings) -> Simulation:
 
 
 BUSY = Synthetic("120:260", 1.6, 60, seed=5, cv=2.0, mix=Mix(0.2, 1, (("a", 1.0), ("b", 3.0))))
+SCATTERING = replace(
+    LLAMA_7B_A10,
+    arrival_ms=5.0,
+    decode_spread=(0.7, 0.85, 0.9, 0.951, 1.0, 1.15, 1.5, 2.0, 2.4),
+    prefill_spread=(0.6, 0.85, 0.95, 0.981, 1.05, 1.15, 1.25, 1.3, 1.5),
+)
 TALKS = Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0), tokens_max=1400)
 
 
+@pytest.mark.parametrize("cost", [LLAMA_7B_A10, SCATTERING], ids=["mean", "scattering"])
 @pytest.mark.parametrize(
     ("workload", "pairing", "prefill", "host_blocks"),
     [
@@ -60,10 +68,10 @@ TALKS = Synthetic("60:90", 1.0, 60, seed=2, conversations=Conversations(3.0, 2.0
     ids=["busy", "no-moves", "roles", "swap", "power-law", "conversations", "conversations-swap"],
 )
 def test_stretches_are_their_single_steps(
-    workload: Workload, pairing: str, prefill: int, host_blocks: int
+    workload: Workload, pairing: str, prefill: int, host_blocks: int, cost: CostModel
 ) -> None:
-    fast = run(settings(workload, pairing=pairing, prefill=prefill, host_blocks=host_blocks))
-    slow = run(settings(workload, pairing=pairing, prefill=prefill, host_blocks=host_blocks, quiet=False))
+    what = settings(workload, pairing=pairing, prefill=prefill, host_blocks=host_blocks, cost=cost)
+    fast, slow = run(what), run(replace(what, quiet=False))
     for name in COLUMNS:
         assert list(fast.recorder.columns[name]) == pytest.approx(
             list(slow.recorder.columns[name]), rel=1e-12, abs=1e-9
@@ -108,12 +116,24 @@ def test_host_memory_is_used_where_there_is_some() -> None:
     assert with_host["mean"] < without["mean"]
 
 
-def test_the_same_seed_gives_the_same_bytes() -> None:
+@pytest.mark.parametrize("cost", [LLAMA_7B_A10, SCATTERING], ids=["mean", "scattering"])
+def test_the_same_seed_gives_the_same_bytes(cost: CostModel) -> None:
     def told(seed: int) -> str:
-        simulation = run(settings(replace(BUSY, seed=seed)))
+        simulation = run(settings(replace(BUSY, seed=seed), cost=cost))
         return json.dumps([summarize(simulation), timeline_of(simulation)])
 
     assert told(5) == told(5) != told(6)
+
+
+def test_a_seed_decides_how_steps_scatter_and_nothing_where_they_do_not() -> None:
+    one, other = (
+        [
+            list(run(replace(settings(BUSY, cost=cost), seed=seed)).recorder.columns["finished_s"])
+            for seed in (3, 4)
+        ]
+        for cost in (LLAMA_7B_A10, SCATTERING)
+    )
+    assert one[0] == one[1] and other[0] != other[1]
 
 
 def test_a_crash_in_a_stretch_loses_no_token_and_doubles_none() -> None:

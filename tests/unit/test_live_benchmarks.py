@@ -45,6 +45,10 @@ def test_percentiles_are_compared_with_all_real_runs_together() -> None:
     assert by_name["ttft", "p50"]["off"] == pytest.approx(0.1)
     assert by_name["ttft", "p50"]["real_apart"] == pytest.approx(0.5)
     assert by_name["ttft", "p50"]["simulated_apart"] == pytest.approx(0.5)
+    assert by_name["ttft", "p50"]["real_scatter"] == pytest.approx(0.5 * 2**0.5, rel=1e-3)
+    assert by_name["tpot", "p50"]["simulated_scatter"] == 0.0
+    alone = compare(runs[:1], runs[:1])[0]
+    assert alone["real_scatter"] is None and alone["off"] == 0.0
     assert by_name["tpot", "p99"]["off"] == pytest.approx(0.2)
     assert by_name["tpot", "p99"]["real_apart"] == 0.0
 

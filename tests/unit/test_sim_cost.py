@@ -4,11 +4,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llumnix.core.errors import ConfigurationError
 from llumnix.sim.cost import LLAMA_7B_A10, to_json
 from llumnix.sim.roofline import DEVICES, MODELS, cost_model, roofline
+from llumnix.sim.spread import SPREAD_SHARES, Scatter, at_share, spread_mean
+
+POINTS = (0.7, 0.85, 0.9, 0.951, 1.0, 1.15, 1.5, 2.0, 2.4)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +95,27 @@ def test_models_come_from_their_config(tmp_path: Path) -> None:
     [
         ({"weights_ms": 0}, r"cost.json: line 5: .*weights_ms must be above 0"),
         ({"fixed_ms": -1}, r"line 4: .*fixed_ms must be at least 0"),
-        ({"copy_ms": float("nan")}, r"line 11: .*copy_ms must be at least 0"),
+        ({"arrival_ms": float("inf")}, r"line 11: .*arrival_ms must be at least 0"),
+        ({"decode_spread": 1}, r"line 12: .*decode_spread must be a list of numbers"),
+        ({"decode_spread": [1.0] * 8}, r"line 12: .*decode_spread must be empty or 9 numbers"),
+        ({"decode_spread": [1.02, *[1.0] * 8]}, r"line 12: .*none smaller than the one before"),
+        ({"decode_spread": [0.0, *[1.0] * 7, 6.0]}, "decode_spread must be empty or 9 numbers above 0"),
+        ({"prefill_spread": [1.1] * 9}, r"line 13: .*prefill_spread must be .*whose mean is 1"),
+        ({"prefill_spread": ["1"] * 9}, "prefill_spread must be empty or 9 numbers"),
+        ({"copy_ms": float("nan")}, r"line 14: .*copy_ms must be at least 0"),
         ({"token_ms": "fast"}, "token_ms must be a number"),
         ({"capacity_tokens": 1.5}, "capacity_tokens must be a whole number"),
         ({"dtype": "int4"}, "dtype must be"),
-        ({"extra": 1}, r"line 19: unknown field extra"),
+        ({"extra": 1}, r"line 22: unknown field extra"),
     ],
 )
 def test_files_that_make_no_sense_are_refused(
     tmp_path: Path, change: dict[str, object], complaint: str
 ) -> None:
     path = tmp_path / "cost.json"
-    path.write_text(to_json(LLAMA_7B_A10))
-    assert cost_model(str(path)) == LLAMA_7B_A10
+    for model in (LLAMA_7B_A10, replace(LLAMA_7B_A10, decode_spread=POINTS)):
+        path.write_text(to_json(model))
+        assert cost_model(str(path)) == model
     path.write_text(json.dumps({**asdict(LLAMA_7B_A10), **change}, indent=2))
     with pytest.raises(ConfigurationError, match=complaint):
         cost_model(str(path))
@@ -112,3 +124,35 @@ def test_files_that_make_no_sense_are_refused(
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigurationError, match="copy_ms is missing"):
         cost_model(str(path))
+
+
+def test_a_spread_is_drawn_as_it_was_measured_and_leaves_the_mean_alone() -> None:
+    assert spread_mean(POINTS) == pytest.approx(1.0)
+    scatter = Scatter(POINTS, (), 0, "i0/p1")
+    drawn = np.array([scatter.factor(step, prefills=False) for step in range(40_000)])
+    assert drawn.mean() == pytest.approx(1.0, abs=0.005)
+    assert np.quantile(drawn, SPREAD_SHARES) == pytest.approx(POINTS, rel=0.02)
+    assert np.corrcoef(drawn[1:], drawn[:-1])[0, 1] == pytest.approx(0.0, abs=0.02)
+    assert [at_share(POINTS, share) for share in SPREAD_SHARES[:-1]] == pytest.approx(POINTS[:-1])
+
+
+def test_a_draw_hangs_on_seed_instance_and_step_alone() -> None:
+    scatter = Scatter(POINTS, (1.0,) * 9, 7, "i0/p1")
+    one_by_one = [scatter.factor(step, prefills=False) for step in (9, 8, 7, 6, 5)]
+    assert one_by_one[::-1] == Scatter(POINTS, (), 7, "i0/p1").decodes(5, 5)
+    assert scatter.decodes(5, 5) != Scatter(POINTS, (), 8, "i0/p1").decodes(5, 5)
+    assert scatter.decodes(5, 5) != Scatter(POINTS, (), 7, "i1/p1").decodes(5, 5)
+    assert scatter.factor(5, prefills=True) == 1.0
+    nothing = Scatter((), POINTS, 7, "i0/p1")
+    assert nothing.decodes(5, 5) == [] and nothing.factor(5, prefills=False) == 1.0
+
+
+def test_stretches_of_scattering_decodes_cost_bit_for_bit_what_single_steps_do() -> None:
+    model = replace(LLAMA_7B_A10, decode_spread=POINTS)
+    factors = Scatter(POINTS, (), 0, "i0/p1").decodes(0, 99)
+    ends, durations = model.decode_steps(7, 900, begin=3.0, until=4.0, most=99, slowness=1.5, factors=factors)
+    assert durations == [
+        model.step_s(7, 900 + 7 * step, 0, 0) * factors[step] * 1.5 for step in range(len(ends))
+    ]
+    assert ends[-2] < 4.0 <= ends[-1] and min(durations) >= model.least_step_s * 1.5
+    assert model.least_step_s == pytest.approx(LLAMA_7B_A10.least_step_s * 0.7)
