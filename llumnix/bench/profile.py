@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llumnix.bench.machine import describe_machine
-from llumnix.bench.profile_arrivals import ratios
+from llumnix.bench.profile_arrivals import ratios, with_arrivals
 from llumnix.bench.profile_fit import fit_copy_ms, fit_steps, relative_errors
 from llumnix.bench.profile_grid import HELD_OUT, grid, held_out
 from llumnix.bench.profile_processes import Measured, Timed, measure_engines
@@ -24,7 +24,6 @@ from llumnix.bench.profile_serving import (
     added,
     measure_serving,
     rounds,
-    with_arrivals,
     with_serving,
 )
 from llumnix.core.config import Config
@@ -57,8 +56,7 @@ def profile(config: Config, seed: int, progress: Progress) -> Profile:
     engine = _fit(config, measured, fitted)
     served = measure_serving(config, engine, seed, progress)
     extra = added(served.paces)
-    mean = with_serving(engine, extra)
-    cost = with_arrivals(mean, served.steps)
+    cost = with_arrivals(with_serving(engine, extra), served.crowds)
     report = {
         "benchmark": "profile",
         "seed": seed,
@@ -108,6 +106,8 @@ def _fit(config: Config, measured: Measured, fitted: tuple[Timed, ...]) -> CostM
         source=f"llumnix profile: {model} in {layout.dtype}, {instances} engines at once, least squares over "
         f"{len(fitted)} kinds of steps and what serving added to them",
         arrival_ms=0.0,
+        answer_ms=0.0,
+        end_ms=0.0,
         decode_spread=(),
         prefill_spread=(),
         copy_ms=float(f"{fit_copy_ms(measured.copies):.5g}"),
@@ -140,22 +140,25 @@ def _errors(cost: CostModel, timed: tuple[Timed, ...]) -> dict[str, float]:
 
 
 def _arrivals(cost: CostModel, served: Served) -> dict[str, Any]:
-    """The steps that arrivals and spreads were taken from: how many, and how far their mean is from the
-    model's, which the spreads do not follow."""
+    """The steps that hold-ups and spreads were taken from: how many, and what they took of what the model
+    says of them, on average, which is not in the spreads."""
     kinds = {}
     for name, prefills in (("decode", False), ("prefill", True)):
-        steps = [step for step in served.steps if step.prefills == prefills]
+        steps = [step for crowd in served.crowds for step in crowd if step.prefills == prefills]
         over = ratios(cost, steps)
         kinds[name] = {
             "steps": len(steps),
-            "with_arrivals": sum(step.arrivals > 0 for step in steps),
-            "mean": round(float(np.mean(over)), 4),
-            "deviation": round(float(np.std(over)), 4),
+            "mean": round(float(np.mean(over)), 4) if over else None,
+            "deviation": round(float(np.std(over)), 4) if over else None,
         }
     return {
         **kinds,
-        "not_told_apart": served.crowds_lost,
-        "steps": [[*step.features, round(step.seconds * 1e3, 2), step.arrivals] for step in served.steps],
+        "not_told_apart": served.lost,
+        "steps": [
+            [*step.features, *step.moments, int(step.alone), round(step.seconds * 1e3, 2)]
+            for crowd in served.crowds
+            for step in crowd
+        ],
     }
 
 

@@ -2,10 +2,10 @@
 
 An instance's process also reads and writes messages, and frontend, manager, Ray and clients want processors
 too. Two quiet workloads tell how much: lone prompts (time to the first token), and batches that only decode
-(time per token); a third, single steps while requests arrive (profile_arrivals.py). Every instance is as busy
-as the others, as in the first part. What the steps of the fitted formula do not explain is split into a share
-of every step, a part of each request in a step, a part of steps that both decode and prefill, and a part of
-each request's beginning. No queue, and none of the requests of any other benchmark.
+(time per token). Every instance is as busy as the others, as in the first part. What the steps of the fitted
+formula do not explain is split into a share of every step, a part of each request in a step, and a part of
+each request's beginning. A third workload, batches that decode while requests come and go, is kept step by
+step (profile_arrivals.py). No queue, and none of the requests of any other benchmark.
 """
 
 import statistics
@@ -39,12 +39,12 @@ MESSAGES = 4
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What was measured on the cluster, where others on the machine left it in peace, and what the engine's
-    formula says, in ms: a step in which ``batch`` requests decode on each instance and ``prompt`` tokens are
-    prefilled, or, ``batch`` being 0, the time to the first token of a lone prompt."""
+    """Medians of a few rounds on the cluster that others on the machine left in peace, and what the engine's
+    formula says, in ms. ``batch`` requests
+    decoding on each instance, time per token; 0: a lone prompt of ``prompt`` tokens, time to the first."""
 
-    batch: float
-    prompt: float
+    batch: int
+    prompt: int
     measured_ms: float
     formula_ms: float
 
@@ -52,28 +52,21 @@ class Pace:
 @dataclass(frozen=True, slots=True)
 class Added:
     """What serving adds: ``share`` of every step, ``per_request_ms`` to a step for each request it decodes,
-    ``mixed_ms`` to a step that both decodes and prefills, ``first_token_ms`` to each request's first token,
-    messages included."""
+    ``first_token_ms`` to each request's first token, messages included."""
 
     share: float
     per_request_ms: float
-    mixed_ms: float
     first_token_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What the cluster showed. ``crowds``: single steps while requests arrived, by batch; ``crowds_lost``
-    instances, one round each, in which no client got its tokens one by one."""
+    """What the cluster showed. ``crowds``: single steps while requests come and go, by batch; ``lost``: how
+    often an instance showed none in a round, since no client got its tokens one by one."""
 
     paces: tuple[Pace, ...]
     crowds: tuple[tuple[ServedStep, ...], ...]
-    crowds_lost: int
-
-    @property
-    def steps(self) -> list[ServedStep]:
-        """All of them."""
-        return [step for crowd in self.crowds for step in crowd]
+    lost: int
 
 
 def measure_serving(config: Config, cost: CostModel, seed: int, progress: Callable[[int], None]) -> Served:
@@ -99,46 +92,32 @@ def measure_serving(config: Config, cost: CostModel, seed: int, progress: Callab
                 formula_s = cost.step_s(batch, batch * (BATCH_PROMPT + BATCH_TOKENS // 2), 0, 0)
                 paces.append(Pace(batch, 0, step_s * 1e3, formula_s * 1e3))
         crowds, lost = _crowds(cluster, config, cost, seed, progress)
-    paces += [pace for crowd in crowds for pace in paces_of(cost, crowd)]
     return Served(tuple(paces), tuple(crowds), lost)
 
 
 def _crowds(
     cluster: RealCluster, config: Config, cost: CostModel, seed: int, progress: Callable[[int], None]
 ) -> tuple[list[tuple[ServedStep, ...]], int]:
-    """Single steps while requests arrive, by batch, and how many instances of a round showed none."""
+    """Single steps while requests come and go, by batch, and how often an instance showed none."""
     instances, crowds, lost = config.cluster.instances, [], 0
     for batch in arrivals.BATCHES:
-        if batch + arrivals.NEW_TOKENS > config.engine.batch_max:
+        prompt_most = (config.engine.step_tokens_max - batch) // 2  # two fit a step
+        if not arrivals.fits(batch, prompt_most, cost, config.engine.batch_max):
             continue
         step_s = cost.step_s(batch, batch * arrivals.STEADY_TOKENS // 2, 0, 0)
-        prompt_most = (config.engine.step_tokens_max - batch) // 2  # two fit a step
-        asked = arrivals.crowd(batch, instances, step_s, prompt_most, seed)
+        asked = arrivals.crowd(batch, instances, step_s, prompt_most, seed + batch)
         steps: list[ServedStep] = []
         for answers in _calm(cluster, asked, arrivals.ROUNDS, seed, progress):
             places = [cluster.placed(answer.request_id) for answer in answers]
-            calls_s = [one.sent_s for one in answers if one.tokens == arrivals.NEW_TOKENS]
             for place in sorted(set(places)):
-                ours = [one for one, where in zip(answers, places, strict=True) if where == place]
-                told = arrivals.steps_of(ours, calls_s)
+                sides: dict[bool, list[Streamed]] = {True: [], False: []}
+                for answer, where in zip(answers, places, strict=True):
+                    sides[where == place].append(answer)
+                told = arrivals.steps_of(sides[True], sides[False])
                 steps += told
                 lost += not told
         crowds.append(tuple(steps))
     return crowds, lost
-
-
-def paces_of(cost: CostModel, steps: Sequence[ServedStep]) -> list[Pace]:
-    """The mean of the steps in which no request arrived: those that only decode, and the others."""
-    paces = []
-    for prefills in (False, True):
-        kind = [step for step in steps if step.prefills == prefills and not step.arrivals]
-        if kind:
-            features = np.array([step.features for step in kind], dtype=np.float64)
-            measured_s = statistics.fmean(step.seconds for step in kind)
-            formula_s = statistics.fmean(cost.step_s(*step.features) for step in kind)
-            batch, prompt = (round(float(features[:, column].mean()), 2) for column in (0, 2))
-            paces.append(Pace(batch, prompt, measured_s * 1e3, formula_s * 1e3))
-    return paces
 
 
 def rounds() -> int:
@@ -151,9 +130,8 @@ def added(paces: Sequence[Pace]) -> Added:
     """Least squares of the relative error, nothing negative."""
     measured = np.array([pace.measured_ms for pace in paces])
     formula = np.array([pace.formula_ms for pace in paces])
-    batches, prompts = (np.array([getattr(pace, name) for pace in paces]) for name in ("batch", "prompt"))
-    mixed = (batches > 0) & (prompts > 0)
-    matrix = np.stack([formula, batches, mixed, batches == 0], axis=1) / measured[:, None]
+    batches = np.array([float(pace.batch) for pace in paces])
+    matrix = np.stack([formula, batches, batches == 0], axis=1) / measured[:, None]
     return Added(*(float(f"{value:.4g}") for value in non_negative(matrix, (measured - formula) / measured)))
 
 
@@ -161,22 +139,9 @@ def with_serving(cost: CostModel, extra: Added) -> CostModel:
     """The model with what serving adds; the messages that the simulator times itself are taken off."""
     terms = {name: getattr(cost, name) * (1 + extra.share) for name in STEP_TERMS}
     terms["request_ms"] += extra.per_request_ms
-    terms["mixed_ms"] += extra.mixed_ms
     terms["serving_ms"] = max(0.0, extra.first_token_ms - MESSAGES * LATENCY_S * 1e3)
     rounded: dict[str, Any] = {name: float(f"{value:.5g}") for name, value in terms.items()}
     return replace(cost, **rounded)
-
-
-def with_arrivals(cost: CostModel, steps: Sequence[ServedStep]) -> CostModel:
-    """The model with what an arrival costs others, and how steps scatter around both."""
-    arrived = replace(cost, arrival_ms=float(f"{arrivals.arrival_ms(cost, steps):.5g}"))
-    spreads: dict[str, Any] = {
-        name: arrivals.spread_of(
-            arrivals.ratios(arrived, [step for step in steps if step.prefills == prefills])
-        )
-        for name, prefills in (("decode_spread", False), ("prefill_spread", True))
-    }
-    return replace(arrived, **spreads)
 
 
 def _calm(

@@ -67,23 +67,21 @@ def _show(report: dict[str, Any]) -> None:
         )
     serving = report["serving"]
     for pace in serving["paces"]:
-        decoding = f"{pace['batch']:g} decoding" if pace["batch"] else ""
-        prompt = f"a prompt of {pace['prompt']:g}" if pace["prompt"] else ""
-        what = " and ".join(part for part in (decoding, prompt) if part)
+        what = f"batch {pace['batch']}, per token" if pace["batch"] else f"prompt of {pace['prompt']}"
         print(
             f"in service, {what}: {pace['measured_ms']:.1f} ms, {pace['formula_ms']:.1f} by the engine alone"
         )
     print(
         f"serving adds {serving['share']:.1%} to every step, {serving['per_request_ms']:.2f} ms for each "
-        f"request it decodes, {serving['mixed_ms']:.2f} ms if it prefills too, "
-        f"{serving['first_token_ms']:.1f} ms to a first token"
+        f"request it decodes, {serving['first_token_ms']:.1f} ms to a first token"
     )
     arrivals = report["arrivals"]
     for kind in ("decode", "prefill"):
         steps = arrivals[kind]
-        print(
-            f"{steps['steps']} steps that {kind} while requests arrive take {steps['mean']:.1%} of the "
-            f"model's on average, with a standard deviation of {steps['deviation']:.1%}"
-        )
+        if steps["steps"]:
+            print(
+                f"{steps['steps']} steps that {kind} while requests come and go take {steps['mean']:.1%} of "
+                f"the model's on average, with a standard deviation of {steps['deviation']:.1%}"
+            )
     if arrivals["not_told_apart"]:
         print(f"{arrivals['not_told_apart']} times an instance's steps could not be told apart")

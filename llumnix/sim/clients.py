@@ -41,8 +41,8 @@ class Client:
 
 class ClientSide:
     """One frontend. ``timed``: it notes when tokens arrive. ``serving_s`` pass between a client's call
-    and the moment the stream table hears of it. ``on_open`` hears of every call, ``on_close`` of every
-    request that is over; ``turns_to_come`` are being thought about."""
+    and the moment the stream table hears of it. ``on_open`` hears of every call, ``on_answer`` of the first
+    token of each, ``on_close`` of every request that is over; ``turns_to_come`` are being thought about."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class ClientSide:
         timed: bool,
         serving_s: float,
         on_open: Callable[[], None],
+        on_answer: Callable[[], None],
         on_close: Callable[[], None],
     ) -> None:
         self.address = name
@@ -64,7 +65,7 @@ class ClientSide:
         self._manager_address = manager_address
         self._timed = timed
         self._serving_s = serving_s
-        self._on_open, self._on_close = on_open, on_close
+        self._on_open, self._on_answer, self._on_close = on_open, on_answer, on_close
         self.turns_to_come = 0
         self._clients: dict[str, Client] = {}
         self._hello_at = 0.0
@@ -141,6 +142,8 @@ class ClientSide:
         if effect.first_index != client.received:
             raise InvariantError(f"{request_id} got token {effect.first_index} after {client.received}")
         check_tokens(request_id, client.seed, client.prompt_len, effect.first_index, effect.tokens)
+        if effect.tokens and not client.received:
+            self._on_answer()
         client.received += len(effect.tokens)
         if self._timed and effect.tokens:
             now = self._clock.now

@@ -9,9 +9,9 @@ and mixed_ms more if it does both, since two kinds of attention run and more row
 The weights are read once a step; prefilling p tokens hides that behind computing once it takes longer.
 ``a`` is, over all prefill chunks from position s to e, the sum of e² - s²: attention's quadratic part.
 That is a step's mean: ``decode_spread`` and ``prefill_spread`` say how single ones scatter around it
-(spread.py; presets do not), and a request that arrives at the host lengthens every step under way by
-arrival_ms. Each preset says where its numbers come from; none was fitted to what a simulation gave.
-``llumnix profile`` (bench/profile.py) fits one to an engine that runs.
+(spread.py; presets do not), and requests of others hold steps up: HOLD_UPS. Each preset says where its
+numbers come from; none was fitted to what a simulation gave. ``llumnix profile`` (bench/profile.py) fits one
+to an engine that runs.
 """
 
 import json
@@ -37,6 +37,7 @@ KIND_NAMES: dict[Any, str] = {
     float: "a number",
     Spread: "a list of numbers",
 }
+HOLD_UPS = ("arrival_ms", "answer_ms", "end_ms")
 SPREADS = ("decode_spread", "prefill_spread")
 
 
@@ -75,9 +76,10 @@ def plan_features(chunks: tuple[Chunk, ...]) -> StepFeatures:
 class CostModel:
     """See the module. ``copy_ms`` per token of KV moved between instances; ``capacity_tokens`` of KV.
     ``serving_ms`` is what a request's first token takes beside the engine and the messages between processes:
-    HTTP, checking, tokens to text. Every step that is under way at an instance when a request arrives takes
-    ``arrival_ms`` longer: frontend and manager want the processors that engines compute on. The spreads are
-    of steps that only decode and of those that prefill."""
+    HTTP, checking, tokens to text. Frontend and manager want the processors that engines compute on: every
+    step that is under way at an instance takes ``arrival_ms`` longer when a request arrives at the host,
+    ``answer_ms`` when its answer begins, ``end_ms`` when it ends. The spreads are of steps that only decode
+    and of those that prefill."""
 
     name: str
     source: str
@@ -89,6 +91,8 @@ class CostModel:
     context_ms: float
     mixed_ms: float
     arrival_ms: float
+    answer_ms: float
+    end_ms: float
     decode_spread: Spread
     prefill_spread: Spread
     copy_ms: float
@@ -109,7 +113,7 @@ class CostModel:
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS[field.type]
             need(isinstance(value, kind) and not isinstance(value, bool), field.name, KIND_NAMES[field.type])
-        for name in (*STEP_TERMS, "arrival_ms", "copy_ms", "serving_ms"):
+        for name in (*STEP_TERMS, *HOLD_UPS, "copy_ms", "serving_ms"):
             need(0 <= getattr(self, name) < float("inf"), name, "at least 0 and finite")
         for name in SPREADS:
             need(is_spread(getattr(self, name)), name, SPREAD_RULE)
@@ -205,6 +209,8 @@ LLAMA_7B_A10 = CostModel(
     context_ms=LLAMA_7B_KV_BYTES / A10_BYTES_PER_MS,
     mixed_ms=0.0,
     arrival_ms=0.0,
+    answer_ms=0.0,
+    end_ms=0.0,
     decode_spread=(),
     prefill_spread=(),
     copy_ms=0.2,

@@ -125,6 +125,8 @@ def roofline(name: str, shape: ModelShape, device: Device) -> CostModel:
         context_ms=kv_bytes / bytes_per_ms,
         mixed_ms=0.0,
         arrival_ms=0.0,
+        answer_ms=0.0,
+        end_ms=0.0,
         decode_spread=(),
         prefill_spread=(),
         copy_ms=kv_bytes / device.link_bytes_per_s * 1e3,

@@ -96,7 +96,8 @@ class Simulation:
                 manager_address=MANAGER_ADDRESS,
                 timed=not settings.quiet,
                 serving_s=settings.cost.serving_ms * 1e-3,
-                on_open=self._opened,
+                on_open=lambda: self._hold_up(settings.cost.arrival_ms),
+                on_answer=lambda: self._hold_up(settings.cost.answer_ms),
                 on_close=self._closed,
             )
             for index in range(settings.frontends)
@@ -175,13 +176,13 @@ class Simulation:
         self.timeline.migrations = self.machine.committed
         self.timeline.report(report)
 
-    def _opened(self) -> None:
-        held_s = self.settings.cost.arrival_ms * 1e-3
-        if held_s:
+    def _hold_up(self, held_ms: float) -> None:
+        if held_ms:
             for instance in self.instances.values():
-                instance.hold_up(held_s)
+                instance.hold_up(held_ms * 1e-3)
 
     def _closed(self) -> None:
+        self._hold_up(self.settings.cost.end_ms)
         self.finished_at = self.clock.now
         if self.over:
             self.clock.stop()

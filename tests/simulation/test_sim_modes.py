@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig, SwapConfig
-from llumnix.sim.cost import LLAMA_7B_A10, CostModel
+from llumnix.sim.cost import HOLD_UPS, LLAMA_7B_A10, CostModel
 from llumnix.sim.record import COLUMNS
 from llumnix.sim.simulation import Settings, Simulation
 from llumnix.sim.summary import summarize, timeline_of
-from llumnix.sim.workload import Conversations, Mix, Synthetic, Workload
+from llumnix.sim.traces import Trace
+from llumnix.sim.workload import Arrival, Conversations, Mix, Synthetic, Workload
 
 
 def settings(
@@ -47,6 +48,8 @@ BUSY = Synthetic("120:260", 1.6, 60, seed=5, cv=2.0, mix=Mix(0.2, 1, (("a", 1.0)
 SCATTERING = replace(
     LLAMA_7B_A10,
     arrival_ms=5.0,
+    answer_ms=1.5,
+    end_ms=2.5,
     decode_spread=(0.7, 0.85, 0.9, 0.951, 1.0, 1.15, 1.5, 2.0, 2.4),
     prefill_spread=(0.6, 0.85, 0.95, 0.981, 1.05, 1.15, 1.25, 1.3, 1.5),
 )
@@ -81,6 +84,18 @@ def test_stretches_are_their_single_steps(
     steps = [sum(instance.steps for instance in one.instances.values()) for one in (fast, slow)]
     assert steps[0] == steps[1]
     assert fast.clock.events < slow.clock.events
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize("name", HOLD_UPS)
+def test_requests_hold_up_steps_under_way_wherever_they_go(name: str, quiet: bool) -> None:
+    two = Trace("two", (Arrival(0.0, 64, 60), Arrival(0.7, 16, 2), Arrival(0.701, 16, 2)))
+    ends = []
+    for cost in (LLAMA_7B_A10, replace(LLAMA_7B_A10, **{name: 5.0})):
+        columns = run(settings(two, quiet=quiet, pairing="none", cost=cost)).recorder.columns
+        ends.append(dict(zip(columns["number"], columns["finished_s"], strict=True))[0])
+    own = 0.005 if name == "answer_ms" else 0.0  # its own answer begins as its second step does
+    assert ends[1] - ends[0] == pytest.approx(2 * 0.005 + own, abs=1e-9)
 
 
 def test_relief_saves_most_preemptions_where_nothing_else_moves_requests() -> None:

@@ -58,16 +58,13 @@ def test_copies_are_fitted_per_token() -> None:
 def test_what_serving_adds_goes_to_steps_requests_and_beginnings() -> None:
     decoding = [Pace(batch, 0, 40.0 * 1.05 + 0.5 * batch, 40.0) for batch in (1, 4, 12)]
     lone = [Pace(0, prompt, prompt * 1.05 + 9.0, float(prompt)) for prompt in (16, 128, 512)]
-    mixed = [Pace(batch, 90.0, 80.0 * 1.05 + 0.5 * batch + 3.0, 80.0) for batch in (2.1, 6.3)]
-    extra = added([*lone, *decoding, *mixed])
+    extra = added([*lone, *decoding])
     assert (extra.share, extra.per_request_ms) == (pytest.approx(0.05), pytest.approx(0.5))
-    assert (extra.mixed_ms, extra.first_token_ms) == (pytest.approx(3.0), pytest.approx(9.0))
     model = with_serving(LLAMA_7B_A10, extra)
     assert model.weights_ms == pytest.approx(LLAMA_7B_A10.weights_ms * 1.05, rel=1e-4)
     assert model.request_ms == pytest.approx(LLAMA_7B_A10.request_ms * 1.05 + 0.5, rel=1e-4)
-    assert model.mixed_ms == pytest.approx(3.0)
     assert model.serving_ms == pytest.approx(9.0 - MESSAGES * LATENCY_S * 1e3)
-    assert added([Pace(one.batch, one.prompt, 10.0, 40.0) for one in decoding]) == Added(0.0, 0.0, 0.0, 0.0)
+    assert added([Pace(one.batch, one.prompt, 10.0, 40.0) for one in decoding]) == Added(0.0, 0.0, 0.0)
 
 
 def test_the_steps_of_a_probe_are_those_of_its_scenario() -> None:
