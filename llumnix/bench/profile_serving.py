@@ -32,6 +32,8 @@ BATCHES = (1, 4, 12)
 BATCH_PROMPT = 4
 BATCH_TOKENS = 40
 BATCH_ROUNDS = 3
+EDGE_TOKENS = 4
+"""So many tokens at either end of an answer are left out: others of its batch begin or end then."""
 TRIES = 3
 MESSAGES = 4
 """Place, its answer, Submit, tokens: the simulator lets each take LATENCY_S."""
@@ -88,11 +90,19 @@ def measure_serving(config: Config, cost: CostModel, seed: int, progress: Callab
             if batch <= config.engine.batch_max:
                 asked = [Arrival(0.0, BATCH_PROMPT, BATCH_TOKENS)] * (batch * instances)
                 answers = _calm(cluster, asked, BATCH_ROUNDS, seed, progress)
-                step_s = statistics.median(answer.tpot_s for round in answers for answer in round)
+                step_s = steady_step_s([answer for round in answers for answer in round])
                 formula_s = cost.step_s(batch, batch * (BATCH_PROMPT + BATCH_TOKENS // 2), 0, 0)
                 paces.append(Pace(batch, 0, step_s * 1e3, formula_s * 1e3))
         crowds, lost = _crowds(cluster, config, cost, seed, progress)
     return Served(tuple(paces), tuple(crowds), lost)
+
+
+def steady_step_s(answers: Sequence[Streamed]) -> float:
+    """The median time per token of answers that came token by token, without their ends; else of all."""
+    whole = [one.chunks_s[EDGE_TOKENS:-EDGE_TOKENS] for one in answers if len(one.chunks_s) == one.tokens]
+    if not whole:
+        return statistics.median(one.tpot_s for one in answers)
+    return statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in whole)
 
 
 def _crowds(

@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llumnix.bench.live_load import Streamed
 from llumnix.bench.profile_fit import fit_copy_ms, fit_steps, non_negative, relative_errors
 from llumnix.bench.profile_grid import TRIES_MAX, Probe, Scenario, grid, held_out
-from llumnix.bench.profile_serving import MESSAGES, Added, Pace, added, with_serving
+from llumnix.bench.profile_serving import MESSAGES, Added, Pace, added, steady_step_s, with_serving
 from llumnix.core.config import EngineConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.torch_executor import TorchExecutor
 from llumnix.sim.cost import LLAMA_7B_A10, STEP_TERMS, StepFeatures
 from llumnix.sim.network import LATENCY_S
+from llumnix.sim.workload import Arrival
 
 
 def features_of(scenario: Scenario) -> StepFeatures:
@@ -65,6 +67,17 @@ def test_what_serving_adds_goes_to_steps_requests_and_beginnings() -> None:
     assert model.request_ms == pytest.approx(LLAMA_7B_A10.request_ms * 1.05 + 0.5, rel=1e-4)
     assert model.serving_ms == pytest.approx(9.0 - MESSAGES * LATENCY_S * 1e3)
     assert added([Pace(one.batch, one.prompt, 10.0, 40.0) for one in decoding]) == Added(0.0, 0.0, 0.0)
+
+
+def test_the_pace_of_a_batch_is_taken_where_nobody_begins_or_ends() -> None:
+    def streamed(gaps: list[float], tokens: int) -> Streamed:
+        times = tuple(float(at) for at in np.cumsum(gaps))
+        return Streamed(Arrival(0.0, 4, tokens), 0.0, times[0], times[-1], 0.0, tokens, "", "", times)
+
+    crowded_ends = streamed([0.09] * 5 + [0.03] * 31 + [0.09] * 4, 40)
+    in_pieces = streamed([0.06] * 20, 39)
+    assert steady_step_s([crowded_ends, in_pieces]) == pytest.approx(0.03)
+    assert steady_step_s([in_pieces]) == pytest.approx(in_pieces.tpot_s)
 
 
 def test_the_steps_of_a_probe_are_those_of_its_scenario() -> None:
