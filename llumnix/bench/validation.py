@@ -175,9 +175,9 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _chance(row: dict[str, Any], side: str) -> str:
-    """How single runs scatter, and how far the worst of them is off."""
-    scatter, worst = row[f"{side}_scatter"], row[f"{side}_apart"]
-    return "" if scatter is None else f"±{scatter:.1%}, worst {worst:.1%}"
+    """How single runs scatter; nothing where there is one only."""
+    scatter = row[f"{side}_scatter"]
+    return "" if scatter is None else f"±{scatter:.1%}"
 
 
 @click.command("validation")
