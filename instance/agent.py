@@ -349,6 +349,8 @@ class Agent:
             state = self._engine.movable(request_id)
             if state is not None and state.waiting:
                 self._role.arrived(request_id)
+            else:
+                self._role.joined(request_id)
             effects += self._outgoing.arrived(request_id, now)
         return effects
 

@@ -38,6 +38,10 @@ class AgentRole:
         if self.role is InstanceRole.PREFILL:
             self._fresh.remember(request_id, None)
 
+    def joined(self, request_id: str) -> None:
+        """A request has come that already decodes. It may have left from here before its first token."""
+        self._fresh.pop(request_id, None)
+
     def step_ended(self, deltas: Iterable[Iterable[TokenDelta]], now: float) -> list[Send]:
         """A step has made these tokens."""
         if self.role is not InstanceRole.PREFILL or not len(self._fresh):

@@ -1,5 +1,7 @@
 """What an agent says of its role: prefills that have ended, once each; and roles taken at run time."""
 
+from dataclasses import replace
+
 from engine_driving import small_engine, spec, step
 from migration_driving import MANAGER, agent, hello, sent_to
 
@@ -8,6 +10,7 @@ from llumnix.core.messages.load import LoadReport
 from llumnix.core.messages.migration import MoveCause, MoveWanted
 from llumnix.core.messages.serving import Submit
 from llumnix.instance.agent import Agent
+from llumnix.instance.agent_role import AgentRole
 from llumnix.instance.in_process_engine import InProcessEngine
 
 PREFILL = InstanceRole.PREFILL
@@ -41,6 +44,18 @@ def test_a_request_that_ends_with_its_first_token_wants_nothing() -> None:
     one = prefilling(engine)
     one.handle(Submit(spec("r", max_tokens=1)), 1.0)
     assert wanted(list(one.after_step(step(engine), 1.1))) == []
+
+
+def test_a_request_that_left_untouched_and_comes_back_decoding_wants_nothing() -> None:
+    engine = small_engine()
+    role = AgentRole(replace(hello("source", engine), role=PREFILL), engine, MANAGER)
+    engine.submit(spec("r"), 0.0)
+    for decodes in (False, True):
+        role.arrived("r")
+        if decodes:
+            role.joined("r")
+        deltas = step(engine).deltas.values()
+        assert wanted(role.step_ended(deltas, 1.0)) == ([] if decodes else ["r"])
 
 
 def test_other_roles_say_nothing_and_taking_the_role_says_it_for_all_that_decode() -> None:
