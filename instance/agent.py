@@ -10,7 +10,7 @@ Invariants: a peer's mistake changes nothing (it is counted and kept in ``faults
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -178,21 +178,23 @@ class Agent:
                 self._reports.progressed()
             else:
                 self._reports.changed()
-        effects: list[Effect] = [
-            Send(address, TokenBatch(self._me.instance_id, tuple(deltas)))
-            for address, deltas in result.deltas.items()
-        ]
+        effects = self._batches(result.deltas)
         effects += self._outgoing.step_ended(now)
         effects += self._incoming.step_ended(now)
         effects += self._role.step_ended(result.deltas.values(), now)
         return [*effects, *self._report_if_due(now)]
 
-    def after_quiet_steps(self, durations_s: Sequence[float], now: float) -> list[Effect]:
+    def after_quiet_steps(
+        self, durations_s: Sequence[float], last: Mapping[str, Sequence[TokenDelta]], now: float
+    ) -> list[Effect]:
         """The engine has advanced by several steps at once, none but the last of which ended at
-        ``quiet_until`` or later."""
+        ``quiet_until`` or later. ``last`` are, by frontend, the tokens of the requests that have ended."""
         self._pace.note(durations_s)
-        self._reports.progressed()
-        return self._report_if_due(now)
+        if not last:
+            self._reports.progressed()
+            return self._report_if_due(now)
+        self._reports.changed()
+        return [*self._batches(last), *self._report_if_due(now)]
 
     def tick(self, now: float) -> list[Effect]:
         """Act on every deadline that has passed."""
@@ -326,6 +328,12 @@ class Agent:
             for row in rows
         )
         return [Send(message.reply_address, RequestList(message.query_id, self._me.instance_id, rows))]
+
+    def _batches(self, deltas: Mapping[str, Sequence[TokenDelta]]) -> list[Effect]:
+        return [
+            Send(address, TokenBatch(self._me.instance_id, tuple(produced)))
+            for address, produced in deltas.items()
+        ]
 
     def _report_if_due(self, now: float) -> list[Effect]:
         return [self._report(now)] if self._reports.due(now) else []

@@ -68,16 +68,16 @@ class Batch:
         self.join(request)
 
     def plain_stretch(self, most: int) -> QuietStretch:
-        """How many of the next steps, at most ``most``, end nothing, going by lengths; none if a request may
-        end by a token it samples, wants logprobs or prefills."""
+        """How many of the next steps, at most ``most``, end nothing but in the last of them, going by
+        lengths; none if a request is not plain or prefills."""
         if self.prefilling or not self.decoding:
             return NOT_QUIET
         context = 0
         for request in self.decoding.values():
-            sampling, known = request.sampling, len(request.tokens)
-            if sampling.stop_token_ids or sampling.logprobs >= 0:
+            if not request.plain:
                 return NOT_QUIET
-            left = sampling.max_tokens - known + request.prompt_len - 1
+            known = len(request.tokens)
+            left = request.tokens_max - known
             if left < most:
                 most = left
             context += known

@@ -142,15 +142,20 @@ class EngineCore(RequestTable, KvInPlace):
 
     def advance(
         self, durations_s: Sequence[float], sample: Callable[[Request, int], Iterable[int]]
-    ) -> list[str]:
+    ) -> tuple[list[str], dict[str, list[TokenDelta]]]:
         """Do as many steps of a quiet stretch as there are durations, with the outcome of single ones.
-        ``sample`` as in LocalScheduler.advance. Returns who was decoded; the tokens are in nobody's deltas
-        and to be had from ``output_since``."""
+        ``sample`` as in LocalScheduler.advance. Returns who was decoded, and by frontend the last tokens of
+        those that have ended; all others are in nobody's deltas and to be had from ``output_since``."""
         steps, decoding = len(durations_s), list(self._scheduler.batch.decoding)
-        self._scheduler.advance(steps, sample)
+        last: dict[str, list[TokenDelta]] = {}
+        for request in self._scheduler.advance(steps, sample):
+            token = SampledToken(request.tokens[-1])
+            delta = _delta(request, token, request.output_len - 1, FinishReason.LENGTH)
+            last.setdefault(request.frontend_address, []).append(delta)
+            self._finish(request, FinishReason.LENGTH)
         self._tokens_total += steps * len(decoding)
         self._times.note_decodes(durations_s)
-        return decoding
+        return decoding, last
 
     def has_work(self) -> bool:
         return self._scheduler.has_work()

@@ -197,9 +197,9 @@ class LocalScheduler:
         return self._step_tokens_max - (0 if self._prefill_alone else len(decodes))
 
     def quiet(self, most: int) -> QuietStretch:
-        """How many of the next steps, at most ``most``, admit, prefill, end, preempt and copy nothing. A
-        request that may end by a token it samples, or wants logprobs, is never quiet; end tokens of the model
-        are the caller's to rule out."""
+        """How many of the next steps, at most ``most``, admit, prefill, preempt and copy nothing, and end
+        nothing but in the last of them. A request that may end by a token it samples, or wants logprobs, is
+        never quiet; end tokens of the model are the caller's to rule out."""
         if self.switching.busy:
             return NOT_QUIET
         head = self.waiting.head()
@@ -217,9 +217,10 @@ class LocalScheduler:
             most //= 2
         return QuietStretch(most, plain.requests, plain.context_tokens) if most > 0 else NOT_QUIET
 
-    def advance(self, steps: int, sample: Callable[[Request, int], Iterable[int]]) -> None:
+    def advance(self, steps: int, sample: Callable[[Request, int], Iterable[int]]) -> list[Request]:
         """Do ``steps`` quiet steps at once, taking blocks in the order in which single steps would.
-        ``sample`` gives a request's next tokens, of which none may end it."""
+        ``sample`` gives a request's next tokens, of which none may end it. Returns who has reached its
+        length."""
         if not self._blocks.grow_in_place(self.batch.growth_each(steps)):
             for request_id in self.batch.growths(steps):
                 if not self._take_blocks(self.batch.decoding[request_id], 1):
@@ -227,13 +228,18 @@ class LocalScheduler:
                         f"a stretch of {steps} steps was not quiet: no block for {request_id}"
                     )
         generated: dict[str, int] = {}
+        ended: list[Request] = []
         for request in self.batch.decoding.values():
-            request.tokens.extend(sample(request, steps))
+            tokens = request.tokens
+            tokens += sample(request, steps)
             request.computed_tokens += steps
+            if len(tokens) >= request.tokens_max:
+                ended.append(request)
             generated[request.tenant] = generated.get(request.tenant, 0) + steps
         for tenant, tokens in generated.items():
             self.tenants.generated(tenant, tokens)
         self.ranking.steps_done(steps)
+        return ended
 
     def _is_tight(self, growth: int) -> bool:
         """Whether taking so many blocks would make a request give way, or copies begin."""
@@ -322,7 +328,7 @@ class LocalScheduler:
     def _take_blocks(self, request: Request, count: int, keep_idle: int = 0) -> bool:
         """``count`` more blocks for a request, in a place where it can grow to its full length; False: too
         few are free."""
-        longest = -(-(request.prompt_len + request.sampling.max_tokens) // self._block_size)
+        longest = -(-request.tokens_max // self._block_size)
         expected = max(0, longest - len(request.blocks) - count)
         return self._blocks.grow(request.request_id, count, expected, keep_idle)
 

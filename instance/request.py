@@ -19,7 +19,8 @@ class Request:
     elsewhere (preempted, admitted, dropped by the host), so that a migration in progress notices that what it
     copied no longer counts. ``charged``: its prompt is in its
     tenant's service already; what is computed again is no service. ``joined_tokens`` were computed when it
-    joined the batch last. ``block_hashes``: chained hashes of its first full blocks, as far as anyone has
+    joined the batch last. With ``tokens_max`` tokens it ends; one that is ``plain`` can end by no token
+    before (end tokens of the model aside), and wants no log probabilities. ``block_hashes``: chained hashes of its first full blocks, as far as anyone has
     asked (host_cache.py). ``logprobs``: those of the last tokens, if asked for; tokens that another instance
     generated have none here."""
 
@@ -43,6 +44,13 @@ class Request:
     joined_tokens: int = 0
     block_hashes: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    tokens_max: int = field(init=False)
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        self.tokens_max = self.prompt_len + sampling.max_tokens
+        self.plain = not sampling.stop_token_ids and sampling.logprobs < 0
 
     @classmethod
     def from_spec(cls, spec: RequestSpec, now: float) -> "Request":

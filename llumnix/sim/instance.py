@@ -102,7 +102,8 @@ class Instance:
         """The process dies between two messages; what it sent before stays sent."""
         if self._ends:
             done = bisect_left(self._ends, self._clock.now)
-            self._advance(self._ends[:done], self._durations[:done])
+            if done:
+                self._advance(self._ends[:done], self._durations[:done])
         self._flush()
         self.alive = False
         self._machine.network.detach(self.address)
@@ -215,14 +216,14 @@ class Instance:
     # Quiet stretches.
 
     def _begin_stretch(self, now: float) -> bool:
-        """Begin all quiet steps up to the one after which a report is due. False: there are no two."""
+        """Begin all quiet steps up to the one after which a report is due. False: there are none."""
         deadline = self.agent.quiet_until()
         if deadline is None or deadline <= now:
             return False
         cost, slowness = self._machine.cost, self.slowness
         least_s = cost.least_step_s * slowness
         quiet = self.engine.quiet(min(STRETCH_MAX, int((deadline - now) / least_s) + 2))
-        if quiet.steps < 2:
+        if not quiet.steps:
             return False
         factors = () if self._scatter is None else self._scatter.decodes(self.steps, quiet.steps)
         self._ends, self._durations = cost.decode_steps(
@@ -256,23 +257,28 @@ class Instance:
         self._stepping = False
         ends, durations = self._ends, self._durations
         self._ends, self._durations = [], []
-        self._advance(ends, durations)
-        self._perform(self.agent.after_quiet_steps(durations, self._clock.now))
+        last = self._advance(ends, durations)
+        self._perform(self.agent.after_quiet_steps(durations, last, self._clock.now))
         self._between_steps()
 
-    def _advance(self, ends: list[float], durations: list[float]) -> None:
-        if not ends:
-            return
+    def _advance(self, ends: list[float], durations: list[float]) -> dict[str, list[TokenDelta]]:
+        """Do these steps of the stretch. Returns all tokens kept back of the requests that have ended."""
         self.steps += len(ends)
         latency_s, stretch = self._machine.network.latency_s, self._machine.recorder.stretch
         first, last = ends[0] + latency_s, ends[-1] + latency_s
         longest_s, steps = max(durations[1:], default=0.0), len(ends)
         sent = self._sent
-        for request_id in self.engine.advance(durations, sample):
+        decoded, ended = self.engine.advance(durations, sample)
+        for deltas in ended.values():
+            for place, delta in enumerate(deltas):
+                _, index = sent.pop(delta.request_id, ("", delta.first_index + 1 - steps))
+                deltas[place] = self.engine.output_since(delta.request_id, index) or delta
+        for request_id in decoded:
             stretch(request_id, first, last, steps, longest_s)
-            if request_id not in sent:  # it has just come from elsewhere
+            if request_id not in sent and self.engine.holds(request_id):  # it has just come from elsewhere
                 spec = self.engine.spec_of(request_id, self._clock.now)
-                self._sent[request_id] = (spec.frontend_address, len(spec.output_tokens) - steps)
+                sent[request_id] = (spec.frontend_address, len(spec.output_tokens) - steps)
+        return ended
 
     # Tokens kept back.
 
