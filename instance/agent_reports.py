@@ -9,6 +9,8 @@ for, as that is what freeness is compared in, and at most every PROGRESS_S. Each
 above the last. Used by the agent (agent.py) alone.
 """
 
+from math import inf
+
 from llumnix.core.effects import Send
 from llumnix.core.messages.control import InstanceHello, InstanceRole
 from llumnix.core.messages.load import LoadReport
@@ -30,11 +32,10 @@ class LoadReporter:
         self._interval_s = interval_s
         self._manager_address = manager_address
         self._sequence = 0
-        self._last_at = float("-inf")
-        self._progress_s = PROGRESS_S
+        self._last_at = self._news_at = self._progress_at = self._heartbeat_at = -inf
+        self._submission_at = inf
         self._changed = True
         self._progressed = False
-        self._submitted_at = float("inf")
         self._accepted: list[str] = []
         self.settings_revision = 0
         self.fault = ""
@@ -53,18 +54,17 @@ class LoadReporter:
 
     def submitted(self, now: float) -> None:
         """A frontend has brought a request."""
-        self._submitted_at = min(self._submitted_at, now)
+        self._submission_at = min(self._submission_at, max(self._last_at, now) + self._interval_s)
 
     def next_deadline(self) -> float:
+        """When the next report goes out if nothing happens by then."""
         if self._changed or self._progressed:
             return self.due_if_progressed()
-        return min(self._last_at + HEARTBEAT_S, self._submission_due())
+        return min(self._heartbeat_at, self._submission_at)
 
     def due_if_progressed(self) -> float:
         """When the next report goes out if the batch gets on and nothing else happens by then."""
-        if self._changed:
-            return self._last_at + self._interval_s
-        return min(self._last_at + max(self._interval_s, self._progress_s), self._submission_due())
+        return self._news_at if self._changed else min(self._progress_at, self._submission_at)
 
     def due(self, now: float) -> bool:
         """Whether a report should go out now."""
@@ -76,46 +76,44 @@ class LoadReporter:
         """The report, due or not."""
         load = self._engine.load()
         self._sequence += 1
-        self._progress_s = self._progress_due_s(load)
-        self._last_at, self._changed, self._progressed = now, False, False
-        self._submitted_at = float("inf")
+        self._changed = self._progressed = False
+        self._last_at, self._submission_at = now, inf
+        self._news_at, self._heartbeat_at = now + self._interval_s, now + HEARTBEAT_S
+        self._progress_at = now + max(self._interval_s, self._progress_due_s(load))
         accepted, self._accepted = tuple(self._accepted), []
-        report = LoadReport(
-            instance_id=self._me.instance_id,
-            incarnation=self._me.incarnation,
-            sequence=self._sequence,
-            capacity_blocks=load.capacity_blocks,
-            used_blocks=load.used_blocks,
-            reserved_blocks=load.reserved_blocks,
-            head_blocks=load.head_blocks,
-            waiting_blocks=load.waiting_blocks,
-            running=load.running,
-            waiting=load.waiting,
-            migrating_in=migrating_in,
-            migrating_out=migrating_out,
-            draining=draining,
-            execution_priorities=load.execution_priorities,
-            candidates=load.candidates,
-            accepted=accepted,
-            step_s=load.step_s,
-            tokens_total=load.tokens_total,
-            preemptions_total=load.preemptions_total,
-            finished_total=load.finished_total,
-            address=self._me.address,
-            policy_fault=self.fault or load.policy_fault,
-            tenants=load.tenants,
-            settings_revision=self.settings_revision,
-            role=role,
-            shortage=load.shortage,
-            swap=load.swap,
-            waiting_urgent=load.waiting_urgent,
-            adapters=load.adapters,
-            kept_tokens_max=load.kept_tokens_max,
+        report = LoadReport(  # by position, as the load itself
+            self._me.instance_id,
+            self._me.incarnation,
+            self._sequence,
+            load.capacity_blocks,
+            load.used_blocks,
+            load.reserved_blocks,
+            load.head_blocks,
+            load.waiting_blocks,
+            load.running,
+            load.waiting,
+            migrating_in,
+            migrating_out,
+            draining,
+            load.execution_priorities,
+            load.candidates,
+            accepted,
+            load.step_s,
+            load.tokens_total,
+            load.preemptions_total,
+            load.finished_total,
+            self._me.address,
+            self.fault or load.policy_fault,
+            load.tenants,
+            self.settings_revision,
+            role,
+            load.swap,
+            load.shortage,
+            load.waiting_urgent,
+            load.adapters,
+            load.kept_tokens_max,
         )
         return Send(self._manager_address, report)
-
-    def _submission_due(self) -> float:
-        return max(self._last_at, self._submitted_at) + self._interval_s
 
     def _progress_due_s(self, load: EngineLoad) -> float:
         """How long progress alone may go untold under this load."""

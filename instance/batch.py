@@ -94,10 +94,11 @@ class Batch:
     def growth_each(self, steps: int) -> list[tuple[str, int]]:
         """The same by request, those that take none left out."""
         size = self._block_size
+        ahead = steps + size - 2
         return [
             (request_id, count)
             for request_id, request in self.decoding.items()
-            if (count := (len(request.tokens) + steps + size - 2) // size - len(request.blocks)) > 0
+            if (count := (len(request.tokens) + ahead) // size - len(request.blocks)) > 0
         ]
 
     def growths(self, steps: int) -> list[str]:

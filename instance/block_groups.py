@@ -71,6 +71,13 @@ class GroupedBlocks:
         return self._free.total + self._tail_blocks
 
     def take(self, holding: Holding, count: int, expected: int) -> None:
+        if count < holding.tail_length:  # nearly always: it goes on where it left off
+            end = holding.tail_start + count
+            holding.blocks.extend(range(holding.tail_start, end))
+            holding.tail_start = end
+            holding.tail_length -= count
+            self._tail_blocks -= count
+            return
         while count > 0:
             if holding.tail_length == 0:
                 self._new_group(holding, count, expected)

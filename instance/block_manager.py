@@ -60,7 +60,7 @@ class BlockManager:
         others but ``keep_idle``, and that copy is then in ``conflicts``."""
         holding = self._owned.get(request_id)
         if holding is not None and not keep_idle and count <= holding.tail_length:
-            self._pool.take(holding, count, 0)  # nearly always: it goes on where it left off
+            self._pool.take(holding, count, 0)
             self.owned_blocks += count
             return True
         if count > self.free_blocks:
@@ -77,11 +77,12 @@ class BlockManager:
     def grow_in_place(self, counts: list[tuple[str, int]]) -> bool:
         """Give each of these owners so many more blocks, from its own tail. False: a tail is too short, and
         nothing has changed."""
-        holdings = [(self._owned[request_id], count) for request_id, count in counts]
-        if any(count > holding.tail_length for holding, count in holdings):
-            return False
-        for holding, count in holdings:
-            self._pool.take(holding, count, 0)
+        owned, take = self._owned, self._pool.take
+        for request_id, count in counts:
+            if count > owned[request_id].tail_length:
+                return False
+        for request_id, count in counts:
+            take(owned[request_id], count, 0)
             self.owned_blocks += count
         return True
 

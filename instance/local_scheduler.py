@@ -236,8 +236,8 @@ class LocalScheduler:
             if len(tokens) >= request.tokens_max:
                 ended.append(request)
             generated[request.tenant] = generated.get(request.tenant, 0) + steps
-        for tenant, tokens in generated.items():
-            self.tenants.generated(tenant, tokens)
+        for tenant, count in generated.items():
+            self.tenants.generated(tenant, count)
         self.ranking.steps_done(steps)
         return ended
 

@@ -17,12 +17,12 @@ from llumnix.core.sampling import SamplingParams
 class Request:
     """Mutable state of one request. ``kv_version`` changes each time its KV is given up or comes to lie
     elsewhere (preempted, admitted, dropped by the host), so that a migration in progress notices that what it
-    copied no longer counts. ``charged``: its prompt is in its
-    tenant's service already; what is computed again is no service. ``joined_tokens`` were computed when it
-    joined the batch last. With ``tokens_max`` tokens it ends; one that is ``plain`` can end by no token
-    before (end tokens of the model aside), and wants no log probabilities. ``block_hashes``: chained hashes of its first full blocks, as far as anyone has
-    asked (host_cache.py). ``logprobs``: those of the last tokens, if asked for; tokens that another instance
-    generated have none here."""
+    copied no longer counts. ``charged``: its prompt is in its tenant's service already; what is computed
+    again is no service. ``joined_tokens`` were computed when it joined the batch last. ``block_hashes``:
+    chained hashes of its first full blocks, as far as anyone has asked (host_cache.py). ``logprobs``: those
+    of the last tokens, if asked for; tokens that another instance generated have none here. With
+    ``tokens_max`` tokens it ends; one that is ``plain`` ends by no token before (end tokens of the model
+    aside), and wants no log probabilities."""
 
     request_id: str
     epoch: int

@@ -9,6 +9,8 @@ before the others.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceRole, InstanceState
@@ -108,18 +110,22 @@ class _Round:
         serving = [view for view in cluster.instances if view.state is InstanceState.SERVING]
         open_views = [view for view in serving if view.instance_id not in cluster.closed]
         draining = [view for view in cluster.instances if view.state is InstanceState.DRAINING]
+        self._open = open_views
         self._draining = [self._side(view, view.migrating_out) for view in draining if view.candidates]
         low = [view for view in serving if view.freeness < config.low_freeness and view.candidates]
         low.sort(key=lambda view: (view.freeness, view.instance_id))
         self._low = [self._side(_crowding(view, config), view.migrating_out) for view in low]
         self._serving = serving
-        # More targets than moves are never needed; the freest are the best of them.
-        open_views.sort(key=lambda view: (-view.queue_freeness, view.instance_id))
-        freest = open_views[: 2 * config.moves_per_round_max]
-        self._targets = [self._side(view, view.migrating_in) for view in freest]
-        self._clear = [self._side(view, view.migrating_in) for view in open_views if _headroom(view)]
         self._gave: set[str] = set()
         self._took: set[str] = set()
+
+    @cached_property
+    def _targets(self) -> list[_Side]:
+        """More targets than moves are never needed; the freest are the best of them, by id where equal."""
+        freest = sorted(self._open, key=attrgetter("queue_freeness"), reverse=True)  # they come by id
+        return [
+            self._side(view, view.migrating_in) for view in freest[: 2 * self._config.moves_per_round_max]
+        ]
 
     def empty_draining(self) -> None:
         """Plan moves off draining instances, one from each in turn."""
@@ -127,7 +133,8 @@ class _Round:
         def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
             return target.freeness_of(after) > 0
 
-        self._plan(self._draining, self._targets, allowed)
+        if self._draining:
+            self._plan(self._draining, self._targets, allowed)
 
     def balance(self) -> None:
         """Plan moves from under the low mark to above the high one."""
@@ -142,8 +149,9 @@ class _Round:
             improves = min(source.freeness_of(after_source), target.freeness_of(after)) > worse
             return improves and target.freeness_of(after) > config.low_freeness
 
-        high = [side for side in self._targets if side.view.freeness > config.high_freeness]
-        self._plan(self._low, high, allowed)
+        if self._low:
+            high = [side for side in self._targets if side.view.freeness > config.high_freeness]
+            self._plan(self._low, high, allowed)
 
     def gather(self) -> None:
         """Plan moves of requests with an execution priority above 0 from instances where no headroom is kept
@@ -152,14 +160,15 @@ class _Round:
         def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
             return after.queue_freeness(0) > max(0.0, source.load.queue_freeness(0))
 
-        if not self._clear:
+        clear = [self._side(view, view.migrating_in) for view in self._open if _headroom(view)]
+        if not clear:
             return
         strays = [
             self._side(view._replace(candidates=urgent), view.migrating_out)
             for view in self._serving
             if not _headroom(view) and (urgent := _urgent_running(view))
         ]
-        self._plan(strays, self._clear, allowed)
+        self._plan(strays, clear, allowed)
 
     def unblock(self) -> None:
         """Plan moves off instances whose head of the queue does not fit, to where free blocks remain."""

@@ -5,7 +5,6 @@ and to place requests by itself while the manager is away.
 Everything here is a hint. A wrong one costs a needless continuation or a refused placement, never a token.
 """
 
-from dataclasses import replace
 from math import inf
 
 from llumnix.api.kept_prefixes import KeptPrefixes
@@ -73,7 +72,7 @@ class InstanceDirectory:
         """The connection to ``address`` broke: nothing is placed there before the next status."""
         for instance_id, entry in self._statuses.items():
             if entry.address == address:
-                self._statuses[instance_id] = replace(entry, state=InstanceState.SILENT)
+                self._statuses[instance_id] = entry._replace(state=InstanceState.SILENT)
 
     def hold(self, instance_id: str, change: int) -> None:
         """One own stream more (1) or less (-1) on this instance."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
+from typing import NamedTuple
 
 from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.kept_prefixes import KeptPrefixes
@@ -25,8 +26,7 @@ GAP_WEIGHT = 0.2  # of the newest gap in the mean
 RETRY_MIN_S, RETRY_MAX_S, RETRY_DOUBLINGS = 0.05, 2.0, 6
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Give these tokens to the client: the next ones in order, never one twice. With ``finish_reason`` the
     stream is over and already forgotten."""
 

@@ -154,7 +154,9 @@ class StreamTable(StreamPlacing):
         ends = delta.finish_reason is not None and overlap <= len(delta.tokens)
         if not tokens and not ends:
             return []
-        self.moves.extend(filter(None, [stream.feed(tokens, now)]))
+        moved = stream.feed(tokens, now)
+        if moved is not None:
+            self.moves.append(moved)
         self.stats.tokens += len(tokens)
         stream.begin()
         if ends:

@@ -147,7 +147,7 @@ class ClientSide:
         client.received += len(effect.tokens)
         if self._timed and effect.tokens:
             now = self._clock.now
-            self._recorder.stretch(request_id, now, now, len(effect.tokens), 0.0)
+            self._recorder.stretch((request_id,), now, now, len(effect.tokens), 0.0)
         if effect.finish_reason is not None:
             if client.received != client.wanted:
                 raise InvariantError(f"{request_id} ended with {client.received} of {client.wanted} tokens")

@@ -257,24 +257,25 @@ class Instance:
         self._stepping = False
         ends, durations = self._ends, self._durations
         self._ends, self._durations = [], []
-        last = self._advance(ends, durations)
-        self._perform(self.agent.after_quiet_steps(durations, last, self._clock.now))
-        self._between_steps()
+        last, now = self._advance(ends, durations), self._clock.now
+        self._perform(self.agent.after_quiet_steps(durations, last, now))
+        if self._inbox or now >= self._flush_at or not self._begin_stretch(now):
+            self._between_steps()
 
     def _advance(self, ends: list[float], durations: list[float]) -> dict[str, list[TokenDelta]]:
         """Do these steps of the stretch. Returns all tokens kept back of the requests that have ended."""
         self.steps += len(ends)
-        latency_s, stretch = self._machine.network.latency_s, self._machine.recorder.stretch
+        latency_s = self._machine.network.latency_s
         first, last = ends[0] + latency_s, ends[-1] + latency_s
-        longest_s, steps = max(durations[1:], default=0.0), len(ends)
-        sent = self._sent
+        steps, sent = len(ends), self._sent
+        longest_s = durations[-1] if steps > 1 else 0.0  # contexts grow, so none takes less than one before
         decoded, ended = self.engine.advance(durations, sample)
         for deltas in ended.values():
             for place, delta in enumerate(deltas):
                 _, index = sent.pop(delta.request_id, ("", delta.first_index + 1 - steps))
                 deltas[place] = self.engine.output_since(delta.request_id, index) or delta
+        self._machine.recorder.stretch(decoded, first, last, steps, longest_s)
         for request_id in decoded:
-            stretch(request_id, first, last, steps, longest_s)
             if request_id not in sent and self.engine.holds(request_id):  # it has just come from elsewhere
                 spec = self.engine.spec_of(request_id, self._clock.now)
                 sent[request_id] = (spec.frontend_address, len(spec.output_tokens) - steps)

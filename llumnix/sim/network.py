@@ -58,7 +58,7 @@ class Network:
         if self.on_send is not None:
             self.on_send(address, message)
         if self.faults.none:
-            self._clock.at(self._clock.now + self.latency_s, self._deliver, (address, message))
+            self._clock.in_line(self._clock.now + self.latency_s, self._deliver, (address, message))
             return
         chance, faults = self._random.random, self.faults
         copies = 0 if chance() < faults.lost else 1 + (chance() < faults.doubled)

@@ -6,6 +6,7 @@ the instances that make the tokens.
 """
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 COLUMNS = (
@@ -54,27 +55,31 @@ class Recorder:
 
     def token(self, request_id: str, at: float) -> None:
         """One more token has come."""
-        self.stretch(request_id, at, at, 1, 0.0)
+        self.stretch((request_id,), at, at, 1, 0.0)
 
-    def stretch(self, request_id: str, first_at: float, last_at: float, count: int, longest_s: float) -> None:
-        """``count`` tokens have come, the first and last at these times and at most ``longest_s`` apart."""
-        record = self.live.get(request_id)
-        if record is None:
-            return
-        if record.tokens:
-            gap = first_at - record.last_token_s
-            if longest_s > gap:
-                gap = longest_s
-            if gap > record.longest_gap_s:
-                record.longest_gap_s = gap
-        else:
-            record.first_token_s = first_at
-            record.longest_gap_s = longest_s
-        record.last_token_s = last_at
-        record.tokens += count
-        if record.preempted_at >= 0.0:
-            record.preemption_loss_s += first_at - record.preempted_at
-            record.preempted_at = -1.0
+    def stretch(
+        self, request_ids: Iterable[str], first_at: float, last_at: float, count: int, longest_s: float
+    ) -> None:
+        """``count`` tokens have come for each of these, the first and last at these times and at most
+        ``longest_s`` apart."""
+        for request_id in request_ids:
+            record = self.live.get(request_id)
+            if record is None:
+                continue
+            if record.tokens:
+                gap = first_at - record.last_token_s
+                if longest_s > gap:
+                    gap = longest_s
+                if gap > record.longest_gap_s:
+                    record.longest_gap_s = gap
+            else:
+                record.first_token_s = first_at
+                record.longest_gap_s = longest_s
+            record.last_token_s = last_at
+            record.tokens += count
+            if record.preempted_at >= 0.0:
+                record.preemption_loss_s += first_at - record.preempted_at
+                record.preempted_at = -1.0
 
     def preempted(self, request_id: str, at: float) -> None:
         """An instance gave up the KV of a request."""

@@ -21,6 +21,17 @@ def test_events_happen_by_time_then_by_order() -> None:
     assert not clock.run()
 
 
+def test_events_in_line_keep_their_place_among_the_others() -> None:
+    clock, seen = Clock(), []
+    for when, name in ((1.0, "a"), (2.0, "c"), (2.0, "e")):
+        clock.in_line(when, seen.append, name)
+        clock.at(when, seen.append, chr(ord(name) + 1))
+    clock.at(1.5, lambda _: clock.in_line(3.0, seen.append, "g"))
+    assert not clock.run(until=1.0) and seen == ["a", "b"]
+    assert not clock.run(until=2.5) and seen == ["a", "b", "c", "d", "e", "f"]
+    assert not clock.run() and seen[-1] == "g" and clock.now == 3.0
+
+
 def test_a_perfect_network_keeps_order_and_a_bad_one_does_not() -> None:
     clock, seen = Clock(), []
     network = Network(clock, seed=1, latency_s=0.01)
@@ -96,7 +107,7 @@ def test_records_count_gaps_and_preemption_losses() -> None:
     recorder = Recorder()
     recorder.open("r", Record(0, 1.0, 5, 0, "t"))
     recorder.token("r", 2.0)
-    recorder.stretch("r", 2.5, 3.5, 3, 0.6)
+    recorder.stretch(["r"], 2.5, 3.5, 3, 0.6)
     recorder.preempted("r", 3.5)
     recorder.preempted("r", 3.7)
     recorder.token("r", 6.0)

@@ -4,6 +4,7 @@ from engine_driving import Client, run_out, small_engine, spec, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llumnix.core.messages.serving import TokenDelta
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.request import Request
@@ -16,14 +17,14 @@ def sample(request: Request, count: int) -> list[int]:
     return [simulated_token(request.sampling.seed, known + ahead) for ahead in range(count)]
 
 
-def advance(engine: InProcessEngine, most: int) -> int:
-    """Do what is quiet of the next ``most`` steps."""
-    stretch = engine.quiet(most)
+def advance(engine: InProcessEngine, most: int) -> tuple[int, dict[str, list[TokenDelta]]]:
+    """Do what is quiet of the next ``most`` steps: how many, and the last tokens of those that ended."""
+    stretch, last = engine.quiet(most), {}
     if stretch.steps:
-        ids = engine.advance([0.0] * stretch.steps, sample)
+        ids, last = engine.advance([0.0] * stretch.steps, sample)
         assert len(ids) == stretch.requests
         engine.check()
-    return stretch.steps
+    return stretch.steps, last
 
 
 def state(engine: InProcessEngine) -> object:
@@ -54,28 +55,30 @@ def test_a_stretch_is_its_single_steps(
         for _ in range(warm):
             step(engine)
     for limit in most:
-        quiet = advance(fast, limit)
-        for _ in range(quiet):
+        quiet, last = advance(fast, limit)
+        for left in reversed(range(quiet)):
             result = step(slow)
-            assert not result.finished and not result.preempted
+            assert not result.preempted
             assert all(delta.first_index > 0 for deltas in result.deltas.values() for delta in deltas)
+            ended = {to: [one for one in deltas if one.finish_reason] for to, deltas in result.deltas.items()}
+            assert {to: deltas for to, deltas in ended.items() if deltas} == ({} if left else last)
         assert state(fast) == state(slow)
         if not quiet:
             assert step(fast) == step(slow)
     assert run_out(fast) == run_out(slow)
 
 
-def test_a_stretch_ends_before_a_request_does_and_before_blocks_run_out() -> None:
+def test_a_stretch_ends_with_a_request_and_before_blocks_run_out() -> None:
     engine = small_engine(kv_blocks=8)
     engine.submit(spec("a", prompt_len=4, max_tokens=12), 0.0)
     step(engine)
-    assert engine.quiet(100).steps == 10  # one token is known, the twelfth ends it
+    assert engine.quiet(100).steps == 11  # one token is known, the twelfth ends it
     engine.submit(spec("b", prompt_len=4, max_tokens=20), 0.0)
     step(engine)
     assert engine.quiet(1000).steps > 0
     client, stretches = Client(), 0
     while engine.has_work():
-        stretches += advance(engine, 1000) > 0
+        stretches += advance(engine, 1000)[0] > 0
         step(engine)
     assert stretches >= 2 and not client.tokens
 

@@ -7,7 +7,7 @@ from engine_driving import small_engine, spec, step
 from migration_driving import MANAGER, agent, sent_to
 
 from llumnix.core.messages.load import LoadReport
-from llumnix.core.messages.serving import Probe, Submit
+from llumnix.core.messages.serving import FinishReason, Probe, Submit
 from llumnix.instance.agent_reports import HEARTBEAT_S, PROGRESS_S
 from llumnix.sim.tokens import sample
 
@@ -25,8 +25,15 @@ def test_a_first_token_is_news_and_the_next_ones_are_progress() -> None:
     until = one.quiet_until()
     assert until == 1.2 + PROGRESS_S
     engine.advance([0.01, 0.01], sample)
-    (quiet,) = sent_to(one.after_quiet_steps([0.01, 0.01], until), MANAGER)
+    (quiet,) = sent_to(one.after_quiet_steps([0.01, 0.01], {}, until), MANAGER)
     assert isinstance(quiet, LoadReport) and quiet.tokens_total == 4
+    durations = [0.01] * engine.quiet(100).steps
+    _, last = engine.advance(durations, sample)
+    effects = one.after_quiet_steps(durations, last, until + 0.1)
+    (ended,) = sent_to(effects, MANAGER)
+    assert isinstance(ended, LoadReport) and ended.finished_total == 1
+    ((delta,),) = [batch.deltas for batch in sent_to(effects, "tcp://frontend:1")]
+    assert (delta.first_index, delta.finish_reason) == (11, FinishReason.LENGTH)
 
 
 def test_what_comes_ends_or_leaves_is_news_and_a_question_is_not() -> None:

@@ -1,7 +1,12 @@
-"""Messages between the manager and frontends or instances; what instances report of their load: load.py."""
+"""Messages between the manager and frontends or instances; what instances report of their load: load.py.
+
+The status of an instance, told again every second or so, is a named tuple, cheaper to make than a frozen
+dataclass.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class InstanceRole(StrEnum):
@@ -129,8 +134,7 @@ class NotPlaced:
     retry_after_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceStatus:
+class InstanceStatus(NamedTuple):
     """One instance as a frontend needs it to place alone; ``kept_tokens_max`` as in LoadReport."""
 
     instance_id: str
