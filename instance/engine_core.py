@@ -9,7 +9,7 @@ Invariants: a request is held in one place only (local_scheduler.py); a token is
 sampled; a stop or end token is reported like any other and ends the request with STOP.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.errors import InvariantError
@@ -20,7 +20,7 @@ from llumnix.instance.batch import QuietStretch
 from llumnix.instance.block_manager import BlockManager
 from llumnix.instance.engine import EngineLoad, KvInPlace, MovableState, StepResult, SubmitRefusal
 from llumnix.instance.executor import SampledToken, StepPlan
-from llumnix.instance.local_scheduler import LocalScheduler
+from llumnix.instance.local_scheduler import LocalScheduler, Sample
 from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.movable import host_blocks, movable_state
 from llumnix.instance.move_offers import MoveOffers
@@ -141,10 +141,10 @@ class EngineCore(RequestTable, KvInPlace):
         return self._scheduler.quiet(most)
 
     def advance(
-        self, durations_s: Sequence[float], sample: Callable[[Request, int], Iterable[int]]
+        self, durations_s: Sequence[float], sample: Sample
     ) -> tuple[list[str], dict[str, list[TokenDelta]]]:
         """Do as many steps of a quiet stretch as there are durations, with the outcome of single ones.
-        ``sample`` as in LocalScheduler.advance. Returns who was decoded, and by frontend the last tokens of
+        Returns who was decoded, and by frontend the last tokens of
         those that have ended; all others are in nobody's deltas and to be had from ``output_since``."""
         steps, decoding = len(durations_s), list(self._scheduler.batch.decoding)
         last: dict[str, list[TokenDelta]] = {}

@@ -19,7 +19,7 @@ engine core, between steps only.
   has its place.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from llumnix.core.config import SchedulerConfig, SwapConfig
 from llumnix.core.errors import InvariantError
@@ -35,6 +35,9 @@ from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.waiting_queue import WaitingQueue
 
 WATERMARK_SHARE = 0.01
+
+Sample = Callable[[Collection[Request], int], Sequence[Iterable[int]]]
+"""What a quiet stretch of so many steps gives each of these requests: tokens of which none may end it."""
 
 
 class LocalScheduler:
@@ -217,10 +220,9 @@ class LocalScheduler:
             most //= 2
         return QuietStretch(most, plain.requests, plain.context_tokens) if most > 0 else NOT_QUIET
 
-    def advance(self, steps: int, sample: Callable[[Request, int], Iterable[int]]) -> list[Request]:
-        """Do ``steps`` quiet steps at once, taking blocks in the order in which single steps would.
-        ``sample`` gives a request's next tokens, of which none may end it. Returns who has reached its
-        length."""
+    def advance(self, steps: int, sample: Sample) -> list[Request]:
+        """Do ``steps`` quiet steps at once, taking blocks in the order in which single steps would. Returns
+        who has reached its length."""
         if not self._blocks.grow_in_place(self.batch.growth_each(steps)):
             for request_id in self.batch.growths(steps):
                 if not self._take_blocks(self.batch.decoding[request_id], 1):
@@ -229,9 +231,10 @@ class LocalScheduler:
                     )
         generated: dict[str, int] = {}
         ended: list[Request] = []
-        for request in self.batch.decoding.values():
+        decoding = self.batch.decoding.values()
+        for request, sampled in zip(decoding, sample(decoding, steps), strict=True):
             tokens = request.tokens
-            tokens += sample(request, steps)
+            tokens += sampled
             request.computed_tokens += steps
             if len(tokens) >= request.tokens_max:
                 ended.append(request)

@@ -20,9 +20,9 @@ class StepTimes:
 
     def note_decodes(self, durations_s: Sequence[float]) -> None:
         """These steps, one at least, have computed no tokens of prompts."""
-        mean_s = self.mean_s or durations_s[0]
+        mean_s, weight = self.mean_s or durations_s[0], MEAN_WEIGHT
         for duration_s in durations_s:
-            mean_s += MEAN_WEIGHT * (duration_s - mean_s)
+            mean_s += weight * (duration_s - mean_s)
         self.mean_s, self.decode_s = mean_s, durations_s[-1]
 
     def note_prefill(self, duration_s: float, prompt_tokens: int) -> None:

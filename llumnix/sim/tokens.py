@@ -4,7 +4,7 @@ A fixed table of pseudo-random tokens is read from a place that the seed decides
 doubled, out of order or of another request shows. None of them is an end token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llumnix.instance.executor import Chunk, SampledToken
 from llumnix.instance.request import Request
@@ -39,10 +39,10 @@ def _hashed(value: int) -> bytes:
     return named + tokens_of(value, 0, HASHED_TOKENS - len(named))
 
 
-def sample(request: Request, count: int) -> bytes:
-    """The next ``count`` tokens of a request; for EngineCore.advance."""
-    place = request.sampling.seed % PLACES + len(request.tokens)
-    return _TABLE[place : place + count]
+def sample(requests: Iterable[Request], count: int) -> list[bytes]:
+    """The next ``count`` tokens of each request; for EngineCore.advance."""
+    places = [request.sampling.seed % PLACES + len(request.tokens) for request in requests]
+    return [_TABLE[place : place + count] for place in places]
 
 
 def sample_chunks(chunks: tuple[Chunk, ...]) -> list[SampledToken]:

@@ -1,5 +1,7 @@
 """Many steps at once are what as many single steps are: tokens, blocks, order, load and what follows."""
 
+from collections.abc import Iterable
+
 from engine_driving import Client, run_out, small_engine, spec, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,10 +13,12 @@ from llumnix.instance.request import Request
 from llumnix.instance.simulated_executor import simulated_token
 
 
-def sample(request: Request, count: int) -> list[int]:
-    """The next tokens that the simulated executor would give."""
-    known = len(request.tokens)
-    return [simulated_token(request.sampling.seed, known + ahead) for ahead in range(count)]
+def sample(requests: Iterable[Request], count: int) -> list[list[int]]:
+    """The next tokens that the simulated executor would give each request."""
+    return [
+        [simulated_token(request.sampling.seed, len(request.tokens) + ahead) for ahead in range(count)]
+        for request in requests
+    ]
 
 
 def advance(engine: InProcessEngine, most: int) -> tuple[int, dict[str, list[TokenDelta]]]:
