@@ -58,9 +58,9 @@ class LoadReporter:
 
     def next_deadline(self) -> float:
         """When the next report goes out if nothing happens by then."""
-        if self._changed or self._progressed:
-            return self.due_if_progressed()
-        return min(self._heartbeat_at, self._submission_at)
+        if self._changed:
+            return self._news_at
+        return min(self._progress_at if self._progressed else self._heartbeat_at, self._submission_at)
 
     def due_if_progressed(self) -> float:
         """When the next report goes out if the batch gets on and nothing else happens by then."""
