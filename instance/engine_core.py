@@ -144,8 +144,8 @@ class EngineCore(RequestTable, KvInPlace):
         self, durations_s: Sequence[float], sample: Sample
     ) -> tuple[list[str], dict[str, list[TokenDelta]]]:
         """Do as many steps of a quiet stretch as there are durations, with the outcome of single ones.
-        Returns who was decoded, and by frontend the last tokens of
-        those that have ended; all others are in nobody's deltas and to be had from ``output_since``."""
+        Returns who was decoded, and by frontend the last tokens of those that have ended; all others are in
+        nobody's deltas and to be had from ``output_since``."""
         steps, decoding = len(durations_s), list(self._scheduler.batch.decoding)
         last: dict[str, list[TokenDelta]] = {}
         for request in self._scheduler.advance(steps, sample):
