@@ -112,6 +112,8 @@ class LoadReporter:
             load.waiting_urgent,
             load.adapters,
             load.kept_tokens_max,
+            load.head_missing_blocks,
+            max(0.0, now - load.head_arrived_at) if load.waiting else 0.0,
         )
         return Send(self._manager_address, report)
 

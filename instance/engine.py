@@ -24,7 +24,8 @@ class SubmitRefusal:
 
 
 class EngineLoad(NamedTuple):
-    """Load as in the LoadReport message; ``step_s`` is a recent mean, 0.0 before the first step."""
+    """Load as in the LoadReport message; ``step_s`` is a recent mean, 0.0 before the first step. The queue's
+    head arrived at ``head_arrived_at``."""
 
     capacity_blocks: int
     used_blocks: int
@@ -46,6 +47,8 @@ class EngineLoad(NamedTuple):
     waiting_urgent: tuple[int, int] = (0, 0)
     adapters: tuple[str, ...] = ()
     kept_tokens_max: int = 0
+    head_missing_blocks: int = 0
+    head_arrived_at: float = 0.0
 
 
 class StepResult(NamedTuple):

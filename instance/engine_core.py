@@ -186,8 +186,8 @@ class EngineCore(RequestTable, KvInPlace):
 
     def load(self) -> EngineLoad:
         scheduler, waiting = self._scheduler, self._scheduler.waiting
-        head = waiting.head()
-        candidates = self._offers.offers(scheduler.batch, waiting, self._host_blocks)
+        head, missing = waiting.head(), scheduler.head_missing()
+        candidates = self._offers.offers(scheduler.batch, waiting, missing, self._host_blocks)
         free_tokens, step_s = self._blocks.free_blocks * self._limits.block_size, self._times.mean_s
         return EngineLoad(  # by position: several times cheaper than by name, and every report has one
             self._blocks.capacity,
@@ -210,6 +210,8 @@ class EngineCore(RequestTable, KvInPlace):
             (waiting.urgent, waiting.urgent_blocks),
             (),
             self._switching.kept_tokens_max,
+            missing,
+            0.0 if head is None else head.arrived_at,
         )
 
     def _host_blocks(self, request: Request) -> int:

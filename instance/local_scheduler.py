@@ -135,6 +135,13 @@ class LocalScheduler:
         aside = sum(1 for request in self.taken_out.values() if request.blocks)
         return self.running + aside + self._blocks.reservations < self._batch_max
 
+    def head_missing(self) -> int:
+        """Blocks that the head of the queue lacks to be admitted; 0: none, or nobody waits."""
+        head = self.waiting.head()
+        if head is None:
+            return 0
+        return max(0, self.waiting.blocks_of(head) + self.spare_blocks() - self._blocks.free_blocks)
+
     def spare_blocks(self) -> int:
         """Blocks that newcomers, admitted or arriving, leave free: one for each running request to grow into,
         so that a newcomer does not have to give way again within its first block."""

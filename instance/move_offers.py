@@ -18,6 +18,7 @@ from llumnix.policies.selection import Cheapest
 
 CANDIDATES_MAX = 4
 WAITING_CANDIDATES_MAX = 2
+ROOM_CANDIDATES_MAX = 16
 FAULT_CHARS_MAX = 300
 
 
@@ -34,23 +35,28 @@ class MoveOffers:
         self.fault = ""
 
     def offers(
-        self, batch: Batch, waiting: WaitingQueue, host_blocks: Callable[[Request], int] = lambda _: 0
+        self,
+        batch: Batch,
+        waiting: WaitingQueue,
+        missing: int = 0,
+        host_blocks: Callable[[Request], int] = lambda _: 0,
     ) -> tuple[MoveCandidate, ...]:
         """The requests offered now, best first: of all that run and the next few to be admitted, which have
-        so many blocks in host memory."""
+        so many blocks in host memory. The head of the queue lacks ``missing`` blocks."""
         rows = [_candidate(request, len(request.blocks), 0) for request in batch]
         for one in waiting.first(WAITING_CANDIDATES_MAX):
             rows.append(_candidate(one, waiting.blocks_of(one), host_blocks(one)))
-        return self.offered(rows)
+        return self.offered(rows, missing)
 
-    def offered(self, rows: Sequence[MoveCandidate]) -> tuple[MoveCandidate, ...]:
-        """The best CANDIDATES_MAX of ``rows``, and behind them the best of those that run with an execution
-        priority above 0, if none of them is among these: instances kept clear for their like gather them."""
+    def offered(self, rows: Sequence[MoveCandidate], missing: int = 0) -> tuple[MoveCandidate, ...]:
+        """The best CANDIDATES_MAX of ``rows``. Behind them the best of those that run with an execution
+        priority above 0, if none of them is among these: instances kept clear for their like gather them. And
+        while the head of the queue lacks ``missing`` blocks, those that could make room for it."""
         best = self.best(rows, CANDIDATES_MAX)
         urgent = [row for row in rows if row.execution_priority > 0 and not row.waiting]
-        if not urgent or any(row.execution_priority > 0 for row in best):
-            return best
-        return (*best, *self.best(urgent, 1))
+        if urgent and not any(row.execution_priority > 0 for row in best):
+            best = (*best, *self.best(urgent, 1))
+        return (*best, *_room_makers(rows, best, missing)) if missing > 0 else best
 
     def best(self, rows: Sequence[MoveCandidate], limit: int) -> tuple[MoveCandidate, ...]:
         """At most ``limit`` of ``rows``, best first."""
@@ -75,6 +81,19 @@ def _candidate(request: Request, blocks: int, host_blocks: int) -> MoveCandidate
         host_blocks,
         request.adapter,
     )
+
+
+def _room_makers(
+    rows: Sequence[MoveCandidate], offered: Sequence[MoveCandidate], missing: int
+) -> list[MoveCandidate]:
+    """Of the running requests of no priority not offered yet, those that free the most without freeing more
+    than is missing; after them those that free the least of what is enough."""
+    known = {row.request_id for row in offered}
+    rest = [
+        row for row in rows if not row.waiting and row.execution_priority <= 0 and row.request_id not in known
+    ]
+    rest.sort(key=lambda row: (row.blocks > missing, abs(row.blocks - missing), row.request_id))
+    return rest[:ROOM_CANDIDATES_MAX]
 
 
 def _all_of(chosen: Sequence[MoveCandidate], rows: Sequence[MoveCandidate]) -> bool:

@@ -184,14 +184,17 @@ class VllmRequests(RequestTable):
         for entered in self._entered():
             (running if entered.running else behind).append(entered.request)
         waiting_first = behind[0] if behind else self._waiting.head()
+        head_blocks = 0 if waiting_first is None else self._waiting.blocks_of(waiting_first)
+        used_blocks = -(-self._core.used_tokens // size)
+        missing = max(0, head_blocks - (self._limits.capacity_blocks - used_blocks))
         priorities: dict[int, int] = {}
         for request in running:
             priorities[request.execution_priority] = priorities.get(request.execution_priority, 0) + 1
         return EngineLoad(
             capacity_blocks=self._limits.capacity_blocks,
-            used_blocks=-(-self._core.used_tokens // size),
+            used_blocks=used_blocks,
             reserved_blocks=self._staging.blocks.reserved_blocks,
-            head_blocks=0 if waiting_first is None else self._waiting.blocks_of(waiting_first),
+            head_blocks=head_blocks,
             waiting_blocks=self._waiting.blocks + sum(self._waiting.blocks_of(one) for one in behind),
             running=len(running),
             waiting=len(self._waiting) + len(behind),
@@ -200,7 +203,7 @@ class VllmRequests(RequestTable):
                 self._waiting.urgent_blocks + sum(self._waiting.blocks_of(one) for one in behind),
             ),
             execution_priorities=tuple(sorted(priorities.items())),
-            candidates=self._candidates(running),
+            candidates=self._candidates(running, missing),
             step_s=self._step_s,
             tokens_total=self._tokens_total,
             preemptions_total=self._preemptions_total,
@@ -209,6 +212,8 @@ class VllmRequests(RequestTable):
             tenants=self._tenants.report(),
             adapters=tuple(sorted(self._core.adapters_loaded() | self._adapters_wanted())),
             kept_tokens_max=self._core.kept_tokens_max,
+            head_missing_blocks=missing,
+            head_arrived_at=0.0 if waiting_first is None else waiting_first.arrived_at,
         )
 
     def configure(self, config: SchedulerConfig) -> None:
@@ -233,12 +238,12 @@ class VllmRequests(RequestTable):
     def _entered(self) -> Iterator[Entered]:
         yield from self._core.entered.values()
 
-    def _candidates(self, running: list[Request]) -> tuple[MoveCandidate, ...]:
+    def _candidates(self, running: list[Request], missing: int) -> tuple[MoveCandidate, ...]:
         rows = [self._candidate(request, waiting=False) for request in running]
         rows += [
             self._candidate(request, waiting=True) for request in self._waiting.first(WAITING_CANDIDATES_MAX)
         ]
-        return self._offers.offered(rows)
+        return self._offers.offered(rows, missing)
 
     def _candidate(self, request: Request, *, waiting: bool) -> MoveCandidate:
         return MoveCandidate(

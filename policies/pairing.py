@@ -18,6 +18,7 @@ from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.roles import suits
 from llumnix.core.views import ClusterSnapshot, InstanceView, Move
 from llumnix.policies.freeness import Load, headroom
+from llumnix.policies.room import make_room
 
 
 class NoPairing:
@@ -32,8 +33,9 @@ class NoPairing:
 
 
 class FreenessPairing:
-    """Instances under the low mark give to those above the high mark, lowest to highest. Draining instances
-    give to whoever can hold the request without being overloaded by it."""
+    """Instances under the low mark give to those above the high mark, lowest to highest; for heads of queues
+    that lack blocks room is made with those that lie idle elsewhere. Draining instances give to whoever can
+    hold the request without being overloaded by it."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
@@ -44,6 +46,7 @@ class FreenessPairing:
         plan.empty_draining()
         plan.balance()
         plan.gather()
+        plan.make_room()
         return tuple(plan.moves)
 
 
@@ -73,6 +76,7 @@ class DefragmentPairing:
         plan = _Round(self._config, cluster)
         plan.empty_draining()
         plan.unblock()
+        plan.make_room()
         return tuple(plan.moves)
 
 
@@ -106,6 +110,7 @@ class _Round:
     def __init__(self, config: SchedulerConfig, cluster: ClusterSnapshot) -> None:
         self.moves: list[Move] = []
         self._config = config
+        self._cluster = cluster
         self._resting = cluster.resting
         serving = [view for view in cluster.instances if view.state is InstanceState.SERVING]
         open_views = [view for view in serving if view.instance_id not in cluster.closed]
@@ -182,6 +187,12 @@ class _Round:
             if view.candidates and Load.of(view).head_blocked
         ]
         self._plan(blocked, self._targets, allowed)
+
+    def make_room(self) -> None:
+        """Plan moves that let heads of queues in by blocks that lie idle elsewhere (room.py)."""
+        busy = self._gave | self._took
+        left = self._config.moves_per_round_max - len(self.moves)
+        self.moves += make_room(self._cluster, self._config, busy, left)
 
     def _plan(self, sources: list[_Side], targets: list[_Side], allowed: Allowed) -> None:
         active = sources

@@ -246,4 +246,6 @@ class InstanceRecord:
             self.queue_freeness,
             self.headroom_blocks,
             self.hello.adapters,
+            report.head_missing_blocks,
+            self.heard_at - report.head_waited_s,
         )

@@ -212,6 +212,11 @@ class SchedulerConfig(Leaf):
     )
     high_freeness: float = setting(8.0, "instances above this many free blocks per running request take them")
     rest_s: float = setting(2.0, "how long a request that just moved is left where it is")
+    room_patience_s: float = setting(
+        60.0,
+        "how long the head of a queue may wait while free blocks of its instance make room for other heads; "
+        "after that room is made for it first",
+    )
     headroom_share: float = setting(
         0.87, "share of an instance's KV kept free beside requests of each execution priority above 0"
     )

@@ -25,7 +25,9 @@ class InstanceView(NamedTuple):
     ``queue_freeness`` counts all queued demand, not the queue's head alone: what a newcomer would find.
     ``headroom_blocks`` are kept free beside requests of each execution priority above 0 that runs there.
     ``reported_at`` is the manager's clock when the last report came in. ``adapters`` are the LoRA adapters it
-    can serve; a request that needs another must not go there.
+    can serve; a request that needs another must not go there. The queue's head lacks ``head_missing_blocks``
+    to be admitted (0: none), ``leaving_blocks`` not counted, and arrived at ``head_since`` on the manager's
+    clock.
     """
 
     instance_id: str
@@ -51,6 +53,8 @@ class InstanceView(NamedTuple):
     queue_freeness: float
     headroom_blocks: int = 0
     adapters: tuple[str, ...] = ()
+    head_missing_blocks: int = 0
+    head_since: float = 0.0
 
     def serves(self, adapter: str) -> bool:
         """Whether a request with this LoRA adapter (empty: none) can run there."""

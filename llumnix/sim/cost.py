@@ -163,8 +163,9 @@ class CostModel:
         ``most`` steps, where they scatter."""
         base_ms = self.fixed_ms + self.weights_ms + self.request_ms * decodes
         context_ms = self.context_ms
-        least_s = (base_ms + context_ms * context) * 1e-3 * slowness  # none takes less than the first
-        most = min(most, int((until - begin) / least_s) + 2)
+        if not factors:
+            least_s = (base_ms + context_ms * context) * 1e-3 * slowness  # none takes less than the first
+            most = min(most, int((until - begin) / least_s) + 2)
         contexts = range(context, context + most * decodes, decodes)
         if factors:
             drawn = zip(contexts, factors, strict=True)

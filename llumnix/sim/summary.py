@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llumnix.sim.simulation import START_S, Simulation
 
 Column = NDArray[np.float64]
+SPREAD = ("mean", "p50", "p95", "p99", "max")
 
 
 def columns_of(simulation: Simulation) -> dict[str, Column]:
@@ -38,14 +39,11 @@ def latencies(columns: Mapping[str, Column]) -> dict[str, Column]:
 
 
 def spread(values: Column) -> dict[str, float]:
-    """Mean and percentiles, in the unit of the values."""
+    """Mean, percentiles and the largest, in the unit of the values."""
     if not len(values):
-        return {"mean": 0.0, "p50": 0.0, "p95": 0.0, "p99": 0.0}
+        return dict.fromkeys(SPREAD, 0.0)
     p50, p95, p99 = np.percentile(values, [50, 95, 99])
-    return {
-        name: _short(value)
-        for name, value in zip(("mean", "p50", "p95", "p99"), (values.mean(), p50, p95, p99))
-    }
+    return {name: _short(value) for name, value in zip(SPREAD, (values.mean(), p50, p95, p99, values.max()))}
 
 
 def summarize(simulation: Simulation) -> dict[str, Any]:

@@ -94,8 +94,9 @@ class LoadReport(NamedTuple):
     ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the role it works in, ``swap``
     None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
     adapters in its memory or wanted by requests it holds, sorted, ``kept_tokens_max``: of so many tokens it
-    can keep the KV at present after their requests have ended. Reports repeat about every second while
-    nothing changes: silence is how a hung instance is noticed."""
+    can keep the KV at present after their requests have ended. The queue's head lacks ``head_missing_blocks``
+    to be admitted (0: none, or there is no queue) and arrived ``head_waited_s`` ago. Reports repeat about
+    every second while nothing changes: silence is how a hung instance is noticed."""
 
     instance_id: str
     incarnation: str
@@ -127,3 +128,5 @@ class LoadReport(NamedTuple):
     waiting_urgent: tuple[int, int] = (0, 0)
     adapters: tuple[str, ...] = ()
     kept_tokens_max: int = 0
+    head_missing_blocks: int = 0
+    head_waited_s: float = 0.0
