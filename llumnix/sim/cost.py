@@ -163,9 +163,6 @@ class CostModel:
         ``most`` steps, where they scatter."""
         base_ms = self.fixed_ms + self.weights_ms + self.request_ms * decodes
         context_ms = self.context_ms
-        if not factors:
-            least_s = (base_ms + context_ms * context) * 1e-3 * slowness  # none takes less than the first
-            most = min(most, int((until - begin) / least_s) + 2)
         contexts = range(context, context + most * decodes, decodes)
         if factors:
             drawn = zip(contexts, factors, strict=True)
@@ -173,6 +170,8 @@ class CostModel:
                 (base_ms + context_ms * tokens) * 1e-3 * factor * slowness for tokens, factor in drawn
             ]
         else:
+            least_s = (base_ms + context_ms * context) * 1e-3 * slowness  # none takes less than the first
+            contexts = contexts[: int((until - begin) / least_s) + 2]
             durations = [(base_ms + context_ms * tokens) * 1e-3 * slowness for tokens in contexts]
         ends = list(accumulate(durations, initial=begin))[1:]
         steps = bisect_left(ends, until) + 1
