@@ -268,7 +268,7 @@ class Instance:
         latency_s = self._machine.network.latency_s
         first, last = ends[0] + latency_s, ends[-1] + latency_s
         steps, sent = len(ends), self._sent
-        longest_s = durations[-1] if steps > 1 else 0.0  # contexts grow, so none takes less than one before
+        longest_s = max(durations[1:], default=0.0)
         decoded, ended = self.engine.advance(durations, sample)
         for deltas in ended.values():
             for place, delta in enumerate(deltas):
