@@ -82,6 +82,11 @@ class ToyInstance:
     def address(self) -> str:
         return f"tcp://{self.instance_id}:{self.incarnation}"
 
+    @property
+    def free(self) -> int:
+        """Blocks that no running request has."""
+        return self.capacity - sum(self.running.values())
+
     def report(self) -> LoadReport:
         """The next load report."""
         self.sequence += 1
@@ -125,12 +130,13 @@ class ToyInstance:
             address=self.address,
             role=self.role,
             adapters=self.loaded,
+            head_missing_blocks=max(0, next(iter(self.waiting.values()), 0) - self.free),
         )
 
     def admit(self) -> None:
         """Run what fits, in order."""
         for request_id, blocks in list(self.waiting.items()):
-            if sum(self.running.values()) + blocks > self.capacity:
+            if blocks > self.free:
                 break
             self.running[request_id] = self.waiting.pop(request_id)
 

@@ -111,6 +111,13 @@ def test_a_record_scores_what_its_view_stands_for(used: int, placed: int, moves:
     assert record.seen.queue_freeness == record.queue_freeness
 
 
+def test_since_when_a_head_waits_is_on_the_managers_clock() -> None:
+    record = InstanceRecord(hello("a"), 50.0, 4)
+    record.report = ToyInstance("a", running={"r": 95}, waiting={"w": 7}).report()._replace(head_waited_s=8.0)
+    record.changed()
+    assert (record.seen.head_missing_blocks, record.seen.head_since) == (2, 42.0)
+
+
 def test_rests_double_with_each_failure_and_end() -> None:
     backoff = Backoff(2.0)
     assert backoff.resting(0.0) == []

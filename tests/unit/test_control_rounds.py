@@ -237,3 +237,19 @@ def test_a_closed_cluster_comes_to_rest(held: list[tuple[int, str, int]]) -> Non
     assert not any(orders[200:])
     total = sum(map(len, orders))
     assert total <= 3 * len(held)
+
+
+def test_room_is_made_for_heads_where_every_instance_is_full() -> None:
+    """Each has blocks that its own head cannot use: together they let one of the heads in, then the other."""
+    cluster = ToyCluster(MARKS, a=100, b=100)
+    a, b = cluster.instances["a"], cluster.instances["b"]
+    a.running, a.waiting = {"a0": 60, "a1": 20}, {"a2": 40}
+    b.running, b.waiting = {"b0": 70}, {"b1": 60}
+    for _ in range(4):
+        cluster.step()
+        a.admit()
+        b.admit()
+    assert [(order.request_id, order.target_id) for order in cluster.orders] == [("a1", "b")]
+    assert "a2" in a.running and "a1" in b.running and b.waiting == {"b1": 60}
+    decisions = cluster.core.explain("a1", cluster.now)
+    assert "lacks 20 blocks" in decisions[0].reason

@@ -115,6 +115,19 @@ def test_admission_leaves_running_requests_room_to_grow() -> None:
     engine.submit(spec("b", prompt_len=8, max_tokens=2), 1.0)
     step(engine)
     assert held(engine, RequestStatus.WAITING) == ["b"], "2 of 4 blocks are free, and one is kept"
+    load = engine.load()
+    assert (load.head_missing_blocks, load.head_arrived_at) == (2, 1.0), "a has grown into one more"
+
+
+def test_a_head_that_fits_lacks_nothing() -> None:
+    engine = small_engine(kv_blocks=16, batch_max=1)
+    assert (engine.load().head_missing_blocks, engine.load().head_arrived_at) == (0, 0.0)
+    engine.submit(spec("a", prompt_len=8), 0.0)
+    step(engine)
+    engine.submit(spec("b", prompt_len=8), 1.0)
+    step(engine)
+    assert held(engine, RequestStatus.WAITING) == ["b"], "the batch has no place for it"
+    assert engine.load().head_missing_blocks == 0
 
 
 def test_each_running_request_is_left_a_block() -> None:

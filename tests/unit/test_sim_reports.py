@@ -36,6 +36,18 @@ def test_a_first_token_is_news_and_the_next_ones_are_progress() -> None:
     assert (delta.first_index, delta.finish_reason) == (11, FinishReason.LENGTH)
 
 
+def test_how_long_the_head_of_the_queue_has_waited_is_told() -> None:
+    engine = small_engine(kv_blocks=4, step_tokens_max=64)
+    one = agent("source", engine)
+    one.start(1.0)
+    one.handle(Submit(spec("a", prompt_len=8, max_tokens=6)), 1.0)
+    one.after_step(step(engine), 1.1)
+    one.handle(Submit(spec("b", prompt_len=8, max_tokens=2, waited_s=7.0)), 2.0)
+    (report,) = sent_to(one.after_step(step(engine), 2.5), MANAGER)
+    assert isinstance(report, LoadReport)
+    assert (report.waiting, report.head_missing_blocks, report.head_waited_s) == (1, 2, 7.5)
+
+
 def test_what_comes_ends_or_leaves_is_news_and_a_question_is_not() -> None:
     engine = small_engine()
     one = agent("source", engine)
