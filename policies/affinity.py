@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.views import DispatchDecision, InstanceView, RequestView
-from llumnix.policies.dispatch import CONSIDERED_MAX, SCORES_MAX, FreenessDispatch
+from llumnix.policies.dispatch import SCORES_MAX, FreenessDispatch
 from llumnix.policies.freeness import headroom, room_blocks
 
 
@@ -24,12 +24,11 @@ class AffinityDispatch:
         self._freest = FreenessDispatch(config)
 
     def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
-        """See the class. Looks at the first CONSIDERED_MAX candidates and at those that keep something."""
-        freest = self._freest.place(request, candidates)
+        """See the class. Looks at the candidates that `freeness` does and at those that keep something."""
+        freest, first = self._freest.choose(request, candidates)
         if not request.kept or request.execution_priority > 0:
             return freest
         saved = {kept.view.instance_id: kept.blocks for kept in request.kept}
-        first = next(view for view in candidates[:CONSIDERED_MAX] if view.instance_id == freest.instance_id)
         least = blocks_before(request, first) - saved.get(first.instance_id, 0)
         best, best_blocks = None, least
         for kept in request.kept:
@@ -51,5 +50,6 @@ def blocks_before(request: RequestView, view: InstanceView) -> int:
     nothing of it is kept there: its own, those of requests ahead of it, and those that it lacks beside the
     headroom of urgent ones."""
     reserve = headroom(view.execution_priorities, view.headroom_blocks)
-    missing = max(0, request.blocks + reserve - room_blocks(view))
-    return request.blocks + view.waiting_blocks + view.placed_blocks + missing
+    missing = request.blocks + reserve - room_blocks(view)
+    ahead = request.blocks + view.waiting_blocks + view.placed_blocks
+    return ahead + missing if missing > 0 else ahead

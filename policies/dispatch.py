@@ -25,15 +25,22 @@ class FreenessDispatch:
 
     def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """See the class. Room is preferred over freeness only among the first CONSIDERED_MAX candidates."""
+        return self.choose(request, candidates)[0]
+
+    def choose(
+        self, request: RequestView, candidates: Sequence[InstanceView]
+    ) -> tuple[DispatchDecision, InstanceView]:
+        """The decision, and the instance it names."""
         best = candidates[:SCORES_MAX]
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
-        if room_blocks(best[0]) >= request.blocks:
-            return DispatchDecision(best[0].instance_id, scores, "freest")
+        first = best[0]
+        if room_blocks(first) >= request.blocks:
+            return DispatchDecision(first.instance_id, scores, "freest"), first
         for view in candidates[1:CONSIDERED_MAX]:
             if room_blocks(view) >= request.blocks:
                 reason = f"freest with {request.blocks} free blocks"
-                return DispatchDecision(view.instance_id, scores, reason)
-        return DispatchDecision(best[0].instance_id, scores, "freest; it will wait for blocks")
+                return DispatchDecision(view.instance_id, scores, reason), view
+        return DispatchDecision(first.instance_id, scores, "freest; it will wait for blocks"), first
 
 
 class RoundRobin:

@@ -13,12 +13,13 @@ the old process. Each instance's frozen view is cached and made again only when 
 that a placement costs the change of one instance. Called by the global scheduler only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from llumnix.control.adapter_ranking import AdapterRanking
 from llumnix.control.headroom import full_blocks, shares
 from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.ledger import MoveEntry, MoveLedger, Placement, PlacementLedger
-from llumnix.control.ranking import Ranking
+from llumnix.control.ranking import Candidates
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceHello, InstanceRole, InstanceState, InstanceStatus
 from llumnix.core.messages.load import LoadReport
@@ -39,8 +40,8 @@ class ClusterView:
         self._ordered: tuple[InstanceRecord, ...] | None = ()
         self._prioritised: dict[str, None] = {}
         self._score: Callable[[InstanceView], float] | None = None
-        self._entry, self._decode = Ranking(), Ranking()
-        self._urgent: Ranking | None = None
+        self._entry, self._decode = AdapterRanking(), AdapterRanking()
+        self._urgent: AdapterRanking | None = None
         self._tokens_max_least = TOKENS_UNKNOWN
         self._shared = False
         self.heard_any = False
@@ -104,30 +105,50 @@ class ClusterView:
         decode: bool,
         urgent: bool = False,
         adapter: str = "",
-    ) -> Sequence[InstanceView]:
+    ) -> Candidates:
         """Instances whose role is to decode, or all others, that may take a request of so many tokens with
         this LoRA adapter (empty: none) now, in order of `rank_by`'s score. For an ``urgent`` request those
         others are as it would find them. Good until the next change."""
         ranking = self._ranking(decode, urgent)
-        if not exclude and not adapter and tokens <= self._tokens_max_least:
-            return ranking
-        return [ranking.view_of(record) for record in self._able(ranking, tokens, exclude, adapter)]
+        return self._fitting(ranking.serving(adapter) if adapter else ranking, tokens, exclude)
 
     def with_adapter_at_hand(
-        self, tokens: int, exclude: tuple[str, ...], *, decode: bool, urgent: bool, adapter: str
-    ) -> tuple[list[InstanceView], int]:
-        """Those of `candidates` that have the adapter at hand and whose queue freeness is at most
-        ``adapter_share`` of the highest below that, in the same order; and how many candidates there are."""
-        ranking = self._ranking(decode, urgent)
-        able = self._able(ranking, tokens, exclude, adapter)
-        best = max((record.queue_freeness for record in able), default=0.0)
+        self,
+        candidates: Candidates,
+        tokens: int,
+        exclude: tuple[str, ...],
+        *,
+        decode: bool,
+        urgent: bool,
+        adapter: str,
+    ) -> Candidates:
+        """Those of ``candidates``, which are these arguments' and not none, that have the adapter at hand and
+        whose queue freeness is at most ``adapter_share`` of the highest below that, in the same order."""
+        found = self.candidates(tokens, exclude, decode=decode, adapter=adapter) if urgent else candidates
+        if self._score is None:
+            best = found.records[0].queue_freeness
+        else:
+            best = max([record.queue_freeness for record in found.records])
         least = best - self._config.adapter_share * abs(best)
-        near = [one for one in able if one.queue_freeness >= least and one.has_at_hand(adapter)]
-        return [ranking.view_of(record) for record in near], len(able)
+        at_hand = self._ranking(decode, urgent).at_hand(adapter)
+        if self._score is None and not urgent:
+            near = at_hand.down_to(least)
+        else:
+            near = Candidates(
+                [record for record in at_hand.records if record.queue_freeness >= least], at_hand.view_of
+            )
+        return self._fitting(near, tokens, exclude)
 
-    def is_ranked(self, record: InstanceRecord) -> bool:
-        """Whether an instance is among the candidates for requests that it is long enough for."""
-        return (self._decode if record.role is InstanceRole.DECODE else self._entry).has(record.instance_id)
+    def candidate(
+        self, instance_id: str, tokens: int, exclude: tuple[str, ...], *, decode: bool, adapter: str = ""
+    ) -> InstanceRecord | None:
+        """The record of an instance, if it is among these `candidates`."""
+        ranking = self._decode if decode else self._entry
+        if instance_id in exclude or not ranking.has(instance_id):
+            return None
+        record = self._records[instance_id]
+        long_enough = tokens <= self._tokens_max_least or tokens <= record.tokens_max
+        return record if long_enough and record.serves(adapter) else None
 
     def waiting_to_leave(self) -> list[InstanceRecord]:
         """Live decode instances at which requests wait, ordered by id."""
@@ -291,13 +312,13 @@ class ClusterView:
 
     # Inside.
 
-    def _ranking(self, decode: bool, urgent: bool) -> Ranking:
+    def _ranking(self, decode: bool, urgent: bool) -> AdapterRanking:
         return self._decode if decode else self._urgent_ranking() if urgent else self._entry
 
-    def _urgent_ranking(self) -> Ranking:
+    def _urgent_ranking(self) -> AdapterRanking:
         """Kept from the first urgent request on: a cluster without priorities does not pay for it."""
         if self._urgent is None:
-            self._urgent = Ranking(lambda record: record.urgent_view)
+            self._urgent = AdapterRanking(lambda record: record.urgent_view)
             for record in self._entry.records:
                 self._urgent.put(record, self._urgent_score(record))
         return self._urgent
@@ -307,14 +328,18 @@ class ClusterView:
             return record.urgent_load.queue_freeness(0)
         return self._score(record.urgent_view)
 
-    def _able(
-        self, ranking: Ranking, tokens: int, exclude: tuple[str, ...], adapter: str
-    ) -> list[InstanceRecord]:
-        return [
-            record
-            for record in ranking.records
-            if record.instance_id not in exclude and record.tokens_max >= tokens and record.serves(adapter)
-        ]
+    def _fitting(self, candidates: Candidates, tokens: int, exclude: tuple[str, ...]) -> Candidates:
+        """Those that are long enough and not excluded."""
+        if not exclude and tokens <= self._tokens_max_least:
+            return candidates
+        return Candidates(
+            [
+                record
+                for record in candidates.records
+                if record.instance_id not in exclude and record.tokens_max >= tokens
+            ],
+            candidates.view_of,
+        )
 
     def _drop_placement(self, placement: Placement) -> None:
         record = self._records.get(placement.instance_id)

@@ -26,7 +26,7 @@ class InstanceRecord:
     count. ``*_blocks`` and counts below it come from the ledgers. ``silent`` and ``down`` are facts
     about its process. ``state``, ``load`` and its ``queue_freeness`` follow from all of these: after a
     change to any of them, `changed` must be called. ``known_view`` is the view, if it has been made
-    since."""
+    since. ``adapters`` are the LoRA adapters it serves, ``block_size`` the tokens in a KV block."""
 
     hello: InstanceHello
     heard_at: float
@@ -46,6 +46,8 @@ class InstanceRecord:
     ended_at: float = 0.0
     end_gap_s: float = 0.0
     instance_id: str = field(init=False)
+    adapters: frozenset[str] = field(init=False)
+    block_size: int = field(init=False)
     state: InstanceState = field(init=False)
     load: Load | None = field(init=False)
     queue_freeness: float = field(init=False)
@@ -53,6 +55,8 @@ class InstanceRecord:
 
     def __post_init__(self) -> None:
         self.instance_id = self.hello.instance_id
+        self.adapters = frozenset(self.hello.adapters)
+        self.block_size = self.hello.kv_layout.block_size
         self.changed()
 
     def changed(self) -> None:
@@ -85,21 +89,21 @@ class InstanceRecord:
         """Longest prompt + output that fits there, in tokens."""
         if self.report is None:
             return self.hello.max_model_len
-        return min(self.hello.max_model_len, self.report.capacity_blocks * self.hello.kv_layout.block_size)
+        return min(self.hello.max_model_len, self.report.capacity_blocks * self.block_size)
 
     @property
     def view(self) -> InstanceView | None:
         """What policies see; None before the first report."""
-        if self.known_view is None and self.report is not None:
-            self.known_view = self._make_view(self.report)
-        return self.known_view
+        return None if self.report is None else self.seen
 
     @property
     def seen(self) -> InstanceView:
         """The view of an instance that has reported."""
-        view = self.view
+        view = self.known_view
         if view is None:
-            raise InvariantError(f"{self.instance_id} is ranked without a report")
+            if self.report is None:
+                raise InvariantError(f"{self.instance_id} is ranked without a report")
+            view = self.known_view = self._make_view(self.report)
         return view
 
     @property
@@ -147,17 +151,15 @@ class InstanceRecord:
 
     def serves(self, adapter: str) -> bool:
         """Whether requests with this LoRA adapter (empty: none) can run there."""
-        return not adapter or adapter in self.hello.adapters
-
-    def has_at_hand(self, adapter: str) -> bool:
-        """Whether it has this adapter loaded, or soon must for a request that is there or on its way."""
-        loaded = self.report is not None and adapter in self.report.adapters
-        return loaded or self.placed_adapters[adapter] > 0
+        return not adapter or adapter in self.adapters
 
     @property
-    def block_size(self) -> int:
-        """Tokens in a KV block."""
-        return self.hello.kv_layout.block_size
+    def at_hand(self) -> tuple[str, ...]:
+        """Adapters of its own that it has loaded, or soon must for requests that are there or on their
+        way."""
+        loaded = () if self.report is None else self.report.adapters
+        names = dict.fromkeys((*loaded, *self.placed_adapters))
+        return tuple([adapter for adapter in names if adapter in self.adapters])
 
     def blocks(self, tokens: int) -> int:
         """KV blocks that so many tokens take there."""

@@ -1,18 +1,17 @@
 """Answers a frontend's Place: which instance takes this request, or why none does.
 
 The hot path of the manager: one policy decision over an order that is kept up to date, and one instance's
-view made anew. Only for a request with a LoRA adapter all instances are looked at: those that have it at hand
-and are not much busier than the freest are what the policy, whichever it is, chooses from. Called by the
-global scheduler only.
+view made anew. For a request with a LoRA adapter those that have it at hand and are not much busier than the
+freest are what the policy, whichever it is, chooses from. Called by the global scheduler only.
 """
 
 from llumnix.control.cluster_view import ClusterView
 from llumnix.control.decision_log import Decision, DecisionLog
 from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.policy_guard import GuardedDispatch, GuardedRoles
-from llumnix.core.errors import InvariantError
-from llumnix.core.messages.control import InstanceRole, InstanceState, NotPlaced, Place, Placed
-from llumnix.core.views import InstanceView, KeptPrefix, RequestView
+from llumnix.control.ranking import Candidates
+from llumnix.core.messages.control import InstanceState, NotPlaced, Place, Placed
+from llumnix.core.views import KeptPrefix, RequestView
 
 RETRY_SOON_S = 0.1
 RETRY_LATER_S = 1.0
@@ -46,10 +45,8 @@ class Placer:
         candidates = entry if entries else decode
         if not entries and not decoders:
             return self._refused(self._nobody(place, tokens), "", now)
-        first = self._cluster.get(candidates[0].instance_id)
-        if first is None:
-            raise InvariantError(f"{candidates[0].instance_id} is ranked without a record")
-        request = RequestView(
+        first = candidates.records[0]
+        asked = (
             place.request_id,
             first.blocks(tokens),
             place.prompt_tokens,
@@ -61,15 +58,17 @@ class Placer:
         )
         reasons, decoding = [], not entries
         if entries and decoders:
-            entered = self._roles.enter(request, entry[0], decode[0], now)
+            entered = self._roles.enter(RequestView(*asked), entry[0], decode[0], now)
             reasons, decoding = [entered.reason], entered.decode
             candidates = decode if decoding else entry
         considered = decoders if decoding else entries
         if adapter:
-            near, reason = self._near(place, tokens, decoding, urgent)
-            candidates, reasons = near or candidates, [reason, *reasons]
-        if place.kept:
-            request = request._replace(kept=self._kept(place, tokens, decoding))
+            near = self._cluster.with_adapter_at_hand(
+                candidates, tokens, place.exclude, decode=decoding, urgent=urgent, adapter=adapter
+            )
+            reasons.insert(0, _whether_near(near, considered, adapter))
+            candidates = near or candidates
+        request = RequestView(*asked, self._kept(place, tokens, decoding) if place.kept else ())
         decision = self._policy.place(request, candidates, now)
         if decision.instance_id is None:
             answer = NotPlaced(place.request_id, decision.reason, RETRY_LATER_S)
@@ -97,39 +96,26 @@ class Placer:
         )
         return Placed(place.request_id, instance_id, chosen.hello.address)
 
-    def _near(self, place: Place, tokens: int, decode: bool, urgent: bool) -> tuple[list[InstanceView], str]:
-        """The candidates, if any, that have the request's adapter at hand and are not much busier than the
-        freest, and what there is to say of them."""
-        near, able = self._cluster.with_adapter_at_hand(
-            tokens, place.exclude, decode=decode, urgent=urgent, adapter=place.adapter
-        )
-        if near:
-            return near, f"{len(near)} of {able} have adapter {place.adapter} at hand"
-        return [], f"adapter {place.adapter} is to be loaded: nobody free enough has it"
-
     def _candidate(
         self, instance_id: object, place: Place, tokens: int, decode: bool
     ) -> InstanceRecord | None:
         """The record of a policy's choice, if it was one to choose."""
-        record = self._cluster.get(instance_id) if isinstance(instance_id, str) else None
-        if (
-            record is None
-            or record.state is not InstanceState.SERVING
-            or (record.role is InstanceRole.DECODE) is not decode
-            or instance_id in place.exclude
-            or tokens > record.tokens_max
-            or not record.serves(place.adapter)
-        ):
+        if not isinstance(instance_id, str):
             return None
-        return record
+        return self._cluster.candidate(
+            instance_id, tokens, place.exclude, decode=decode, adapter=place.adapter
+        )
 
     def _kept(self, place: Place, tokens: int, decode: bool) -> tuple[KeptPrefix, ...]:
         """Which of the instances that a frontend names may be chosen, and what each has."""
         kept = []
         for instance_id, prefix_tokens in place.kept[:KEPT_CONSIDERED_MAX]:
-            record = self._candidate(instance_id, place, tokens, decode)
-            if record is not None and self._cluster.is_ranked(record):
-                kept.append(KeptPrefix(record.seen, max(0, min(prefix_tokens, tokens)) // record.block_size))
+            record = self._cluster.candidate(
+                instance_id, tokens, place.exclude, decode=decode, adapter=place.adapter
+            )
+            if record is not None:
+                blocks = max(0, min(prefix_tokens, tokens)) // record.block_size
+                kept.append(KeptPrefix(record.seen, blocks))
         return tuple(kept)
 
     def _refused(self, answer: NotPlaced, policy: str, now: float) -> NotPlaced:
@@ -158,3 +144,9 @@ class Placer:
             reason = "every serving instance has just refused this request or lost it"
             return NotPlaced(place.request_id, reason, RETRY_SOON_S)
         return NotPlaced(place.request_id, "every instance's queue is full", RETRY_LATER_S)
+
+
+def _whether_near(near: Candidates, able: int, adapter: str) -> str:
+    if near:
+        return f"{len(near)} of {able} have adapter {adapter} at hand"
+    return f"adapter {adapter} is to be loaded: nobody free enough has it"
