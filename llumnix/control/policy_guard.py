@@ -102,7 +102,7 @@ class GuardedDispatch:
     def _checked_score(self, view: InstanceView) -> float:
         assert self._score is not None
         score, fault = attempt(self._score, view)
-        if not fault and isinstance(score, int | float) and isfinite(score):
+        if isinstance(score, int | float) and isfinite(score):
             return score
         self._score_fault = fault or f"scored {view.instance_id} {score!r}"
         return view.queue_freeness

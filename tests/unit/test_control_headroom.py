@@ -12,9 +12,13 @@ from llumnix.core.messages.control import Placed
 from llumnix.policies.dispatch import FreenessDispatch
 
 
-def urgent(cluster: ToyCluster, request_id: str, prompt_tokens: int = 31) -> str:
-    """Where a request with both priorities above 0 is placed."""
-    asked = replace(place(request_id, prompt_tokens), scheduling_priority=1, execution_priority=1)
+def urgent(
+    cluster: ToyCluster, request_id: str, prompt_tokens: int = 31, *, scheduling: int = 1, execution: int = 1
+) -> str:
+    """Where a request of these priorities is placed."""
+    asked = replace(
+        place(request_id, prompt_tokens), scheduling_priority=scheduling, execution_priority=execution
+    )
     answers = [one.message for one in cluster.core.handle(asked, cluster.now) if isinstance(one, Send)]
     return next(answer.instance_id for answer in answers if isinstance(answer, Placed))
 
@@ -94,6 +98,8 @@ def test_an_urgent_request_does_not_mind_a_queue_that_it_overtakes() -> None:
     cluster.report()
     normal = cluster.place("n")
     assert isinstance(normal, Placed) and normal.instance_id == "b"
+    assert urgent(cluster, "s", execution=0) == "b", "it overtakes, but headroom is not for it"
+    assert urgent(cluster, "e", scheduling=0) == "b", "it waits its turn"
     assert urgent(cluster, "u") == "a"
 
 

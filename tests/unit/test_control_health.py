@@ -267,3 +267,9 @@ def test_a_message_for_somebody_else_is_the_peers_fault() -> None:
     cluster = ToyCluster()
     with pytest.raises(ProtocolError, match="Abort"):
         cluster.core.handle(Abort("r", 1), cluster.now)
+
+
+def test_an_instance_that_has_not_reported_has_no_freeness_yet() -> None:
+    cluster = ToyCluster()
+    cluster.do(cluster.core.handle(hello("a"), cluster.now))
+    assert [row.freeness for row in cluster.core.instance_rows(cluster.now)] == [0.0]

@@ -76,6 +76,7 @@ def test_what_lingers_expires_and_ends_with_its_instances() -> None:
         book.add(move(number))
         book.end(f"m{number}", float(number), linger=True)
     assert [one.migration_id for one in book.expire(2.0)] == ["m1"]
+    assert len(book) == 1
     book.detach("a")
     book.detach("b")
     assert len(book) == 0
@@ -118,6 +119,16 @@ def test_since_when_a_head_waits_is_on_the_managers_clock() -> None:
     assert (record.seen.head_missing_blocks, record.seen.head_since) == (2, 42.0)
 
 
+def test_moves_that_only_the_instance_knows_of_count_as_well() -> None:
+    report = ToyInstance("a", running={"r": 10, "s": 10}).report()
+    for coming, going in ((2, 0), (0, 1), (3, 1)):
+        record = InstanceRecord(hello("a"), 0.0, 4)
+        record.report = report._replace(migrating_in=coming, migrating_out=going)
+        record.changed()
+        assert (record.seen.migrating_in, record.seen.migrating_out) == (coming, going)
+        assert record.load == Load.of(record.seen) and record.load.batch == 2 + coming - going
+
+
 def test_rests_double_with_each_failure_and_end() -> None:
     backoff = Backoff(2.0)
     assert backoff.resting(0.0) == []
@@ -135,3 +146,20 @@ def test_rests_double_with_each_failure_and_end() -> None:
     backoff.failed("r", now)
     backoff.forgive("r")
     assert backoff.resting(now) == []
+
+
+def test_an_instance_is_drained_once_it_knows_and_is_empty() -> None:
+    record = InstanceRecord(hello("a"), 0.0, 4, draining=True)
+    assert not record.drained
+    for told, wanted, running, drained in (
+        (False, True, 0, False),
+        (True, False, 0, False),
+        (True, True, 1, False),
+        (True, True, 0, True),
+    ):
+        instance = ToyInstance("a", running={f"r{n}": 1 for n in range(running)}, draining=told)
+        record.report, record.draining = instance.report(), wanted
+        assert record.drained is drained
+    for kept in ("waiting", "migrating_in", "migrating_out"):
+        record.report = ToyInstance("a", draining=True).report()._replace(**{kept: 1})
+        assert not record.drained, kept

@@ -149,6 +149,12 @@ def test_settings_outlive_the_manager_with_the_instances() -> None:
     cluster.do(cluster.core.handle(kept, cluster.now))
     state = cluster.core.policies()
     assert (state.revision, state.policies["dispatch"], state.settings["rest_s"]) == (3, "load", 7.0)
+    cluster.instances["a"].running = {"large": 40}
+    cluster.instances["b"].running = {f"small{number}": 5 for number in range(7)}
+    cluster.report()
+    placed = cluster.place("r")
+    assert isinstance(placed, Placed) and placed.instance_id == "b", "less memory in use, more requests"
+    assert len(cluster.messages(SchedulerSettings)) == 2, "both instances are told"
     older = SchedulerSettings(2, as_texts(SchedulerConfig(dispatch_policy="round-robin")))
     cluster.do(cluster.core.handle(older, cluster.now))
     assert cluster.core.policies() == state

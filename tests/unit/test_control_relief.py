@@ -1,12 +1,17 @@
 """A request that would have to give way moves before its instance's blocks run out, if that is the better
 way."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 from control_driving import ToyCluster
 
 from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import MigrationOutcome
 from llumnix.core.messages.load import MoveCandidate, Shortage
+from llumnix.core.views import InstanceView, ReliefDecision, ReliefView
 
 NO_ROUNDS = SchedulerConfig(pairing_policy="drain")
 
@@ -21,8 +26,8 @@ def short(config: SchedulerConfig = NO_ROUNDS, *, other: int = 0, loss_s: float 
     return cluster
 
 
-def tell(cluster: ToyCluster, loss_s: float = 0.5) -> None:
-    shortage = Shortage(MoveCandidate("v", 48, 0, False), 10, loss_s)
+def tell(cluster: ToyCluster, loss_s: float = 0.5, request_id: str = "v") -> None:
+    shortage = Shortage(MoveCandidate(request_id, 48, 0, False), 10, loss_s)
     report = cluster.instances["a"].report()._replace(shortage=shortage)
     cluster.do(cluster.core.handle(report, cluster.now))
 
@@ -98,3 +103,46 @@ def test_migrations_that_ended_teach_what_the_next_will_take() -> None:
     cluster = short()
     relief = cluster.core._relief
     assert (relief.copied_bytes_s, relief.pause_s) == (4096 / 0.1, 0.01)
+
+
+class Anywhere:
+    """Names an instance, whatever it is told; or what is no decision."""
+
+    ANSWER: object = ReliefDecision("a", (), "as I like")
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        pass
+
+    def relieve(
+        self, victim: ReliefView, source: InstanceView, targets: Sequence[InstanceView]
+    ) -> ReliefDecision:
+        return self.ANSWER  # type: ignore[return-value]
+
+
+class Nonsense(Anywhere):
+    ANSWER = "b"
+
+
+class NoReason(Anywhere):
+    ANSWER = ReliefDecision("b", (), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["Anywhere", "Nonsense", "NoReason"])
+def test_a_faulty_relief_policy_is_overruled_and_told(name: str) -> None:
+    cluster = short(replace(NO_ROUNDS, relief_policy=f"{__name__}:{name}"))
+    assert [(order.request_id, order.target_id) for order in cluster.orders] == [("v", "b")]
+    cluster.tick()
+    assert [told.fields["kind"] for told in cluster.events("policy_error")] == ["relief"]
+
+
+def test_it_does_not_go_where_a_move_was_refused_just_now() -> None:
+    cluster = ToyCluster(NO_ROUNDS, a=100, b=100, c=90)
+    cluster.obey = False
+    cluster.instances["a"].running.update({"u": 48, "v": 48})
+    cluster.report()
+    tell(cluster)
+    assert [order.target_id for order in cluster.orders] == ["b"]
+    cluster.end_migration(cluster.orders[0], MigrationOutcome.REFUSED, "a")
+    cluster.instances["a"].running["w"] = cluster.instances["a"].running.pop("v")
+    tell(cluster, request_id="w")
+    assert [order.target_id for order in cluster.orders] == ["b", "c"]

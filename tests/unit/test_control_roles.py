@@ -119,6 +119,44 @@ def test_wishes_are_bounded_and_die_with_their_instance(monkeypatch: pytest.Monk
     assert len(wanted) == 0
 
 
+def test_of_one_instances_requests_the_later_do_not_overtake() -> None:
+    cluster = apart()
+    cluster.instances["p"].running.update({"large": 40, "small": 10})
+    cluster.instances["d"].running["full"] = 85
+    cluster.report()
+    assert cluster.wants("p", "large") == cluster.wants("p", "small") == []
+    cluster.instances["d"].running["full"] = 70
+    assert routes(cluster.step()) == []
+    cluster.instances["d"].running["full"] = 20
+    assert routes(cluster.step()) == [("large", "d"), ("small", "d")]
+
+
+def test_what_an_ended_instance_wanted_is_not_even_tried() -> None:
+    cluster = apart(SchedulerConfig(pairing_policy="none", moves_per_instance_max=1))
+    cluster.obey = False
+    cluster.instances["p"].running.update({"r0": 1, "r1": 1})
+    cluster.report()
+    assert routes(cluster.wants("p", "r0")) == [("r0", "d")]
+    assert routes(cluster.wants("p", "r1")) == []
+    cluster.do(cluster.core.instance_ended("p", "a", cluster.now))
+    for _ in range(4):
+        cluster.tick()
+    assert len(cluster.orders) == 1 and cluster.events("move_ignored") == []
+
+
+def test_another_roles_policy_decides_about_the_next_that_is_to_leave() -> None:
+    cluster = apart()
+    cluster.instances["p"].running["r"] = 10
+    cluster.instances["d"].running["full"] = 85
+    cluster.report()
+    assert routes(cluster.wants("p", "r")) == [], "d would not stay above the low mark"
+    effects = cluster.core.set_policy("roles", "strict", {}, cluster.now)
+    assert not isinstance(effects, Refusal)
+    cluster.do(effects)
+    assert routes(cluster.wants("p", "r")) == [("r", "d")]
+    assert why(cluster, "r").kind == "move committed"
+
+
 def test_prefill_spills_over_to_a_free_decode_instance_and_says_so() -> None:
     cluster = apart()
     cluster.instances["p"].running.update({f"old{number}": 24 for number in range(4)})
@@ -197,12 +235,15 @@ class Broken:
 def test_a_roles_policy_that_raises_is_overruled_loudly() -> None:
     cluster = apart(SchedulerConfig(roles_policy=f"{__name__}:Broken"))
     assert placed(cluster, "r") == "p"
+    (told,) = cluster.events("policy_error")
+    assert "KeyError: 'enter'" in told.text and told.fields["kind"] == "roles"
     cluster.instances["p"].running["r"] = 10
+    cluster.report()
+    cluster.tick(61.0)
     cluster.report()
     assert routes(cluster.wants("p", "r")) == [("r", "d")]
     cluster.tick()
-    (told,) = cluster.events("policy_error")
-    assert "KeyError" in told.text and told.fields["kind"] == "roles"
+    assert "KeyError: 'leave'" in cluster.events("policy_error")[1].text
 
 
 def test_roles_at_the_start_follow_the_settings() -> None:

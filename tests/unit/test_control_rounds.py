@@ -9,6 +9,7 @@ from control_driving import ToyCluster, hello
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llumnix.control.rescheduler import MOVE_MEMORY_S
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import MigrateOrder, MigrationEnded, MigrationOutcome, Placed
 from llumnix.core.views import ClusterSnapshot, Move
@@ -253,3 +254,35 @@ def test_room_is_made_for_heads_where_every_instance_is_full() -> None:
     assert "a2" in a.running and "a1" in b.running and b.waiting == {"b1": 60}
     decisions = cluster.core.explain("a1", cluster.now)
     assert "lacks 20 blocks" in decisions[0].reason
+
+
+def test_only_an_instance_that_is_heard_can_give_a_request_away() -> None:
+    cluster = ToyCluster(a=100, b=100)
+    move = Move("r", "a", "b", "")
+    assert cluster.core._rescheduler.unfit(move, "") == ""
+    for _ in range(14):
+        cluster.report("b")
+        cluster.tick()
+    assert cluster.core._rescheduler.unfit(move, "") == "a cannot give it away"
+    cluster.report("a")
+    assert cluster.core._rescheduler.unfit(move, "") == ""
+    cluster.do(cluster.core.instance_ended("a", "a", cluster.now))
+    assert cluster.core._rescheduler.unfit(move, "") == "a cannot give it away"
+    assert cluster.core._rescheduler.unfit(Move("r", "x", "b", ""), "") == "x cannot give it away"
+
+
+def test_a_migration_without_an_end_is_given_up_though_its_source_shows_it() -> None:
+    cluster = crowded()
+    cluster.obey = False
+    ordered = cluster.step()[0]
+    last, ended_at = cluster.now + MOVE_MEMORY_S, None
+    while ended_at is None and cluster.now < last + 5.0:
+        report = cluster.instances["a"].report()._replace(migrating_out=1)
+        cluster.do(cluster.core.handle(report, cluster.now))
+        cluster.report("b")
+        cluster.tick()
+        ended_at = cluster.now if cluster.events("migration_ended") else None
+    assert ended_at is not None and 0.0 < ended_at - last <= 0.5
+    fields = cluster.events("migration_ended")[0].fields
+    assert fields["request"] == ordered.request_id
+    assert fields["reason"] == f"no word of it for {MOVE_MEMORY_S:.0f} s"

@@ -135,6 +135,15 @@ def test_the_instance_that_keeps_the_beginning_is_preferred_while_little_waits_t
     assert policy.place(request(40), (free, holder)).reason == "freest"
 
 
+def test_an_urgent_request_goes_where_it_decodes_best_whatever_is_kept() -> None:
+    holder = view("b", used_blocks=20, running=1)
+    asked = request(40)._replace(kept=(KeptPrefix(holder, 30),))
+    policy = AffinityDispatch(SchedulerConfig())
+    assert policy.place(asked, (view("a"), holder)).instance_id == "b"
+    urgent = asked._replace(execution_priority=1)
+    assert policy.place(urgent, (view("a"), holder)).instance_id == "a"
+
+
 def test_the_reason_says_what_is_kept_and_what_comes_before_the_first_token() -> None:
     holder = view("b", used_blocks=50, running=2)
     decision = AffinityDispatch(SchedulerConfig()).place(

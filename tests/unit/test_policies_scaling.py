@@ -5,6 +5,7 @@ from control_driving import ToyCluster
 from policy_views import running, view
 
 from llumnix.control.effects import ScaleTo
+from llumnix.control.scaler import ORDER_MEMORY_S
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import InstanceState
@@ -178,3 +179,47 @@ def test_nothing_changes_while_an_instance_is_silent() -> None:
     assert cluster.wanted(2.0) == [], "nobody knows what there is"
     cluster.instances["b"] = silent
     assert cluster.wanted(1.0)
+
+
+class NoChange(OneMore):
+    """Is content with what there is."""
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision:
+        return ScalingDecision(0, "")
+
+
+class Breaks(OneMore):
+    """Answers once with what is no decision, then breaks."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._asked = 0
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision:
+        self._asked += 1
+        if self._asked == 1:
+            return ScalingDecision(1.5, "half more", at_once=True)  # type: ignore[arg-type]
+        raise KeyError("lost")
+
+
+def plugged(policy: str, **settings: int) -> Cluster:
+    config = SchedulerConfig(scaling_policy=f"{__name__}:{policy}", pairing_policy="none", **settings)  # type: ignore[arg-type]
+    return Cluster(config, a=100, b=100, c=100)
+
+
+def test_more_instances_than_the_bound_stay_if_the_policy_is_content() -> None:
+    assert plugged("NoChange", scale_instances_max=2).wanted(200.0) == []
+
+
+def test_what_was_asked_for_and_never_came_is_asked_for_again() -> None:
+    cluster = plugged("OneMore", scale_instances_max=4)
+    assert cluster.wanted(ORDER_MEMORY_S) == [4]
+    assert cluster.wanted(2.0) == [4]
+
+
+def test_a_faulty_scaling_policy_changes_nothing_and_is_told() -> None:
+    cluster = plugged("Breaks")
+    assert cluster.wanted(1.0) == []
+    (told,) = cluster.events("policy_error")
+    assert "returned ScalingDecision(change=1.5" in told.text and told.fields["kind"] == "scaling"
+    assert cluster.wanted(61.0) == []
+    assert "raised KeyError" in cluster.events("policy_error")[1].text
