@@ -66,7 +66,7 @@ class TenantLedger:
         self._forget_old()
         told_at, told = self._told.get(report.instance_id, (float("-inf"), ()))
         gap_s = max(TELL_GAP_S, instances / TELLS_PER_S_MAX)
-        if self._rebuilding or not report.tenants or now - told_at < gap_s:
+        if self._rebuilding or now - told_at < gap_s:
             return []
         offsets = tuple(
             (entry.tenant, self._tenants[entry.tenant].counter - entry.served_total)

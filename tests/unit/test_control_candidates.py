@@ -27,9 +27,9 @@ SERVED = ((), ADAPTERS, ADAPTERS, ("law",), ("law", "sql"))
 LENGTHS = (400, 1600)
 ROLES = tuple(InstanceRole)
 OFTEN = ("report", "place") * 3
-EVENTS = (*OFTEN, "hello", "move", "moved", "end", "forget", "drain", "role", "silence", "expire", "policy")
+EVENTS = (*OFTEN, "hello", "move", "moved", "end", "forget", "drain", "role", "silence", "policy", "policy")
 HISTORY = st.lists(
-    st.tuples(st.sampled_from((*EVENTS, "settings")), st.sampled_from(IDS), st.integers(0, 2**20)),
+    st.tuples(st.sampled_from((*EVENTS, "expire", "settings")), st.sampled_from(IDS), st.integers(0, 2**20)),
     max_size=40,
 )
 
@@ -61,9 +61,9 @@ class History:
         self.view = ClusterView(CONFIG)
         self.instances: dict[str, ToyInstance] = {}
         self.count = 0
-        for name in IDS[:4]:
-            self.happens("hello", name, 1)
-            self.happens("report", name, 5)
+        for name, number in zip(IDS, (1, 8, 24, 12), strict=False):
+            self.happens("hello", name, number)
+            self.happens("report", name, 13 * number + 5)
 
     def happens(self, event: str, name: str, number: int) -> None:
         self.now += 0.1
@@ -225,3 +225,12 @@ def test_a_cluster_whose_instances_come_to_serve_alike_again_keeps_one_order() -
     ranking.remove("c")
     assert ranking.serving("sql") is ranking
     assert len(ranking.serving("none")) == 0
+
+
+def test_another_score_orders_at_once() -> None:
+    history = History()
+    first = history.view.candidates(32, (), decode=False)[0].instance_id
+    history.view.rank_by(lambda view: -float(view.instance_id == first))
+    assert history.view.candidates(32, (), decode=False)[-1].instance_id == first
+    history.view.rank_by(None)
+    assert history.view.candidates(32, (), decode=False)[0].instance_id == first

@@ -130,3 +130,18 @@ def test_headroom_is_shared_anew_once_an_urgent_request_runs_and_after_the_last_
     cluster.instances["a"].running, cluster.instances["a"].priorities = {"later": 10}, {"later": 1}
     cluster.report()
     assert kept(cluster) == 800, "as shared when the last had gone; the next round looks again"
+
+
+def test_an_instance_that_drains_needs_no_headroom() -> None:
+    config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=0.5, pairing_policy="none")
+    cluster = ToyCluster(config, a=1000, b=1000)
+    for name in "ab":
+        cluster.instances[name].running = {f"{name}{number}": 10 for number in range(5)}
+        cluster.instances[name].priorities = {f"{name}{number}": 1 for number in range(5)}
+    cluster.report()
+    cluster.step()
+    assert kept(cluster) == 800, "a comes first by its id"
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    cluster.step()
+    blocks = {record.instance_id: record.headroom_blocks for record in cluster.core._cluster.records()}
+    assert blocks == {"b": 475, "a": 0}, "half of the 950 blocks that are free on b"

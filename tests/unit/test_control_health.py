@@ -273,3 +273,10 @@ def test_an_instance_that_has_not_reported_has_no_freeness_yet() -> None:
     cluster = ToyCluster()
     cluster.do(cluster.core.handle(hello("a"), cluster.now))
     assert [row.freeness for row in cluster.core.instance_rows(cluster.now)] == [0.0]
+
+
+def test_uptime_counts_from_the_start() -> None:
+    cluster = ToyCluster(a=100)
+    began = cluster.now
+    cluster.tick(7.0)
+    assert cluster.core.summary(cluster.now).uptime_s == cluster.now - began == 7.0

@@ -155,6 +155,8 @@ def test_settings_outlive_the_manager_with_the_instances() -> None:
     placed = cluster.place("r")
     assert isinstance(placed, Placed) and placed.instance_id == "b", "less memory in use, more requests"
     assert len(cluster.messages(SchedulerSettings)) == 2, "both instances are told"
+    cluster.do(cluster.core.handle(kept, cluster.now))
+    assert len(cluster.messages(SchedulerSettings)) == 2, "the same again is no news"
     older = SchedulerSettings(2, as_texts(SchedulerConfig(dispatch_policy="round-robin")))
     cluster.do(cluster.core.handle(older, cluster.now))
     assert cluster.core.policies() == state

@@ -146,3 +146,15 @@ def test_it_does_not_go_where_a_move_was_refused_just_now() -> None:
     cluster.instances["a"].running["w"] = cluster.instances["a"].running.pop("v")
     tell(cluster, request_id="w")
     assert [order.target_id for order in cluster.orders] == ["b", "c"]
+
+
+def test_a_request_that_has_just_moved_rests() -> None:
+    cluster = short()
+    assert [order.target_id for order in cluster.orders] == ["b"]
+    cluster.report()
+    shortage = Shortage(MoveCandidate("v", 48, 0, False), 10, 0.001)
+    for wait_s, kinds in ((0.0, []), (NO_ROUNDS.rest_s, ["stays"])):
+        cluster.tick(wait_s)
+        report = cluster.instances["b"].report()._replace(shortage=shortage)
+        cluster.do(cluster.core.handle(report, cluster.now))
+        assert [row.kind for row in why(cluster)] == ["move ordered", "move committed", *kinds]

@@ -131,6 +131,40 @@ def test_of_one_instances_requests_the_later_do_not_overtake() -> None:
     assert routes(cluster.step()) == [("large", "d"), ("small", "d")]
 
 
+def test_a_request_that_may_stay_after_a_change_of_role_is_left_alone() -> None:
+    cluster = apart()
+    cluster.instances["p"].running["r"] = 10
+    cluster.instances["d"].running["full"] = 85
+    cluster.report()
+    assert cluster.wants("p", "r") == []
+    effects = cluster.core.set_role("p", NEUTRAL, cluster.now)
+    assert not isinstance(effects, Refusal)
+    cluster.do(effects)
+    cluster.instances["d"].running.clear()
+    assert cluster.step() == [] and len(cluster.core._wanted) == 0
+
+
+def test_one_instance_gives_only_so_many_at_a_time_however_many_would_take_them() -> None:
+    cluster = apart(p=PREFILL, d=DECODE, e=DECODE)
+    cluster.obey = False
+    cluster.instances["p"].running.update({f"r{number}": 2 for number in range(6)})
+    cluster.report()
+    for number in range(6):
+        cluster.wants("p", f"r{number}")
+    assert len(cluster.orders) == NO_PAIRING.moves_per_instance_max
+
+
+def test_a_hand_over_does_not_go_where_one_was_refused_just_now() -> None:
+    cluster = apart(p=PREFILL, d=DECODE, e=DECODE)
+    cluster.obey = False
+    cluster.instances["p"].running.update({"r": 2, "s": 2})
+    cluster.instances["e"].running["busy"] = 20
+    cluster.report()
+    assert routes(cluster.wants("p", "r")) == [("r", "d")]
+    cluster.end_migration(cluster.orders[0], MigrationOutcome.REFUSED, "p")
+    assert routes(cluster.wants("p", "s")) == [("s", "e")]
+
+
 def test_what_an_ended_instance_wanted_is_not_even_tried() -> None:
     cluster = apart(SchedulerConfig(pairing_policy="none", moves_per_instance_max=1))
     cluster.obey = False

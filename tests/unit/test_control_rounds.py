@@ -286,3 +286,21 @@ def test_a_migration_without_an_end_is_given_up_though_its_source_shows_it() -> 
     fields = cluster.events("migration_ended")[0].fields
     assert fields["request"] == ordered.request_id
     assert fields["reason"] == f"no word of it for {MOVE_MEMORY_S:.0f} s"
+
+
+def test_an_order_counts_the_blocks_of_its_own_request() -> None:
+    cluster = ToyCluster(a=100, b=100, c=100)
+    cluster.obey = False
+    sizes = {"r1": 31, "r2": 33, "r3": 32}
+    cluster.instances["a"].running = dict(sizes)
+    assert cluster.step()
+    for told in cluster.events("migration_ordered"):
+        assert told.fields["blocks"] == sizes[str(told.fields["request"])]
+
+
+def test_what_drains_is_ordered_away_once() -> None:
+    cluster = ToyCluster(a=100, b=100)
+    cluster.instances["a"].running = {"r1": 5, "r2": 5}
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    assert sorted(order.request_id for order in cluster.step()) == ["r1", "r2"]
+    assert cluster.events("move_ignored") == []

@@ -4,12 +4,14 @@ import pytest
 from policy_views import request, running, view
 
 from llumnix.core.config import SchedulerConfig
+from llumnix.core.messages.control import InstanceRole
 from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.views import ClusterSnapshot, PreemptionAction, ReliefView, VictimView
+from llumnix.policies.dispatch import FreenessDispatch, LeastRequests, PowerOfTwo
 from llumnix.policies.pairing import FreenessPairing
 from llumnix.policies.preemption import CheapestPreemption
 from llumnix.policies.relief import CheapestRelief
-from llumnix.policies.roles import Disaggregate
+from llumnix.policies.roles import Disaggregate, Strict
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,43 @@ def test_prefill_spills_over_between_the_marks_only() -> None:
     assert not spills(80, 59), "the one that prefills is at the low mark"
     assert not spills(81, 60), "the one that decodes is at the high mark"
     assert spills(81, 59, 41) and not spills(81, 59, 42)
+
+
+def test_by_the_strict_policy_a_request_goes_where_a_block_more_than_its_own_is_free_or_it_waits_anyway() -> (
+    None
+):
+    policy, source = Strict(SchedulerConfig()), view("p", role=InstanceRole.PREFILL)
+    tight = view("d", role=InstanceRole.DECODE, used_blocks=90)
+    for blocks, leaves in ((9, True), (10, False)):
+        asked = MoveCandidate("r", blocks, 0, False)
+        assert (policy.leave(asked, source, [tight]) is not None) is leaves
+    waiting, neutral = MoveCandidate("r", 50, 0, True), view("n", used_blocks=90)
+    move = policy.leave(waiting, source, [neutral])
+    assert move is not None and (move.source_id, move.target_id) == ("p", "n")
+
+
+def test_exactly_enough_room_is_room() -> None:
+    freer, other = running("a", 30, 30, 30), running("b", *[10] * 8)
+    policy = FreenessDispatch(SchedulerConfig())
+    for blocks, chosen in ((10, "a"), (11, "b"), (20, "b"), (21, "a")):
+        assert policy.place(request(blocks), (freer, other)).instance_id == chosen, blocks
+
+
+def test_least_requests_tells_an_empty_instance_from_one_with_a_request() -> None:
+    policy = LeastRequests(SchedulerConfig())
+    scores = [policy.score(view("a", running=count)) for count in (0, 1, 2)]
+    assert scores == [0.0, -1.0, -2.0]
+    assert policy.score(view("a", running=3, migrating_out=2, migrating_in=1)) == -2.0
+
+
+def test_of_two_candidates_the_freer_is_taken_whatever_is_drawn() -> None:
+    policy, two = PowerOfTwo(SchedulerConfig()), (view("a"), view("b"))
+    for number in range(20):
+        assert policy.place(request()._replace(request_id=f"r{number}"), two).instance_id == "a"
+
+
+def test_only_the_freest_become_targets_where_there_are_more_than_moves() -> None:
+    config = SchedulerConfig(low_freeness=4.0, high_freeness=8.0, moves_per_round_max=1)
+    views = (running("a", *[24] * 4), running("b", 80), running("c", 70), running("d", 60), running("e", 1))
+    moves = FreenessPairing(config).pair(ClusterSnapshot(0.0, views, frozenset()))
+    assert [(move.source_id, move.target_id) for move in moves] == [("a", "e")]
