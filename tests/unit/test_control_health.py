@@ -280,3 +280,12 @@ def test_uptime_counts_from_the_start() -> None:
     began = cluster.now
     cluster.tick(7.0)
     assert cluster.core.summary(cluster.now).uptime_s == cluster.now - began == 7.0
+
+
+def test_nothing_is_on_its_way_to_the_dead() -> None:
+    cluster = ToyCluster(a=100, b=50)
+    before = cluster.core.instance_rows(cluster.now)[0].freeness
+    cluster.place("r")
+    assert cluster.core.instance_rows(cluster.now)[0].freeness < before
+    cluster.do(cluster.core.instance_ended("a", "a", cluster.now))
+    assert cluster.core.instance_rows(cluster.now)[0].freeness == before

@@ -119,6 +119,31 @@ def test_since_when_a_head_waits_is_on_the_managers_clock() -> None:
     assert (record.seen.head_missing_blocks, record.seen.head_since) == (2, 42.0)
 
 
+def test_running_moves_are_counted_by_side_until_they_end() -> None:
+    book = MoveLedger()
+    for number, target_id in ((1, "b"), (2, "c"), (3, "b")):
+        book.add(move(number, target_id=target_id))
+    assert [book.running_out(name) for name in "abc"] == [3, 0, 0]
+    assert [book.running_in(name) for name in "abc"] == [0, 2, 1]
+    book.end("m1", 1.0, linger=True)
+    assert (book.running_out("a"), book.running_in("b"), book.running_in("c")) == (2, 1, 1)
+    for name in ("m2", "m3"):
+        book.end(name, 1.0, linger=False)
+    assert [book.running_out(name) + book.running_in(name) for name in "abc"] == [0, 0, 0]
+
+
+def test_the_time_between_two_ends_counts_from_the_first_report_that_shows_work() -> None:
+    record = InstanceRecord(hello("a"), 0.0, 4)
+    reports = [
+        ToyInstance("a", running={"r": 1}).report()._replace(finished_total=ended) for ended in (0, 1, 1, 3)
+    ]
+    gaps = []
+    for number in range(3):
+        record.count_ends(reports[number], reports[number + 1], 100.0 + 4.0 * number)
+        gaps.append(record.end_gap_s)
+    assert gaps == [0.0, 0.0, 4.0], "two have ended in the eight seconds since"
+
+
 def test_moves_that_only_the_instance_knows_of_count_as_well() -> None:
     report = ToyInstance("a", running={"r": 10, "s": 10}).report()
     for coming, going in ((2, 0), (0, 1), (3, 1)):

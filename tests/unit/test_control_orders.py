@@ -2,6 +2,7 @@
 
 from control_driving import MANAGER, ToyCluster
 
+from llumnix.control.inquiries import ASK_TIMEOUT_S
 from llumnix.core.admin import MigrationResult, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.effects import Send
@@ -53,6 +54,31 @@ def test_a_list_waits_for_the_slow_only_so_long() -> None:
     assert cluster.answers[query_id] == rows
     late = RequestList(query_id, "a", cluster.instances["a"].rows())
     assert cluster.core.handle(late, cluster.now) == []
+
+
+def test_a_list_is_answered_at_the_deadline_it_names() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_requests(cluster.now)
+    cluster.do(effects)
+    asked_at = cluster.now
+    while query_id not in cluster.answers:
+        cluster.report()
+        cluster.tick(cluster.core.next_deadline() - cluster.now)
+    assert cluster.now - asked_at == ASK_TIMEOUT_S
+
+
+def test_an_order_that_is_being_carried_out_is_no_deadline() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    _, effects = cluster.core.ask_migrate("r1", "b", cluster.now)
+    cluster.do(effects)
+    cluster.do(cluster.core.handle(RequestList("", "b", ()), cluster.now))
+    query = next(iter(cluster.core._orders._inquiries._open))
+    cluster.do(cluster.core.handle(RequestList(query, "a", cluster.instances["a"].rows()), cluster.now))
+    assert len(cluster.orders) == 1
+    cluster.tick(ASK_TIMEOUT_S + 0.1)
+    assert cluster.core.next_deadline() > cluster.now
 
 
 def test_a_list_does_not_wait_for_the_dead() -> None:

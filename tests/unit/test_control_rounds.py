@@ -288,14 +288,40 @@ def test_a_migration_without_an_end_is_given_up_though_its_source_shows_it() -> 
     assert fields["reason"] == f"no word of it for {MOVE_MEMORY_S:.0f} s"
 
 
+class LastToB:
+    """A plug-in that does not think of adapters: moves what a offers last to b."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        pass
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        offered = [one.request_id for one in cluster.instances[0].candidates]
+        return tuple(Move(name, "a", "b", "") for name in offered[-1:] if name not in cluster.resting)
+
+
 def test_an_order_counts_the_blocks_of_its_own_request() -> None:
     cluster = ToyCluster(a=100, b=100, c=100)
     cluster.obey = False
-    sizes = {"r1": 31, "r2": 33, "r3": 32}
+    sizes = {"r1": 11, "r2": 13, "r3": 12}
     cluster.instances["a"].running = dict(sizes)
-    assert cluster.step()
-    for told in cluster.events("migration_ordered"):
-        assert told.fields["blocks"] == sizes[str(told.fields["request"])]
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    cluster.step()
+    told = [one.fields for one in cluster.events("migration_ordered")]
+    assert {str(fields["request"]): fields["blocks"] for fields in told} == sizes
+
+
+def test_an_order_goes_by_the_adapter_of_its_own_request() -> None:
+    cluster = ToyCluster(SchedulerConfig(pairing_policy=f"{__name__}:LastToB"))
+    cluster.add("a", adapters=("sql",))
+    cluster.add("b")
+    cluster.instances["a"].running = {"plain": 10, "with": 11}
+    cluster.instances["a"].adapters = {"with": "sql"}
+    assert cluster.step() == []
+    assert "does not have the LoRA adapter sql" in cluster.events("move_ignored")[0].text
+    cluster.instances["a"].adapters = {"plain": "sql"}
+    cluster.report()
+    cluster.tick(cluster.config.rest_s)
+    assert [order.request_id for order in cluster.orders] == ["with"]
 
 
 def test_what_drains_is_ordered_away_once() -> None:

@@ -9,7 +9,7 @@ from engine_driving import small_engine, spec
 from migration_driving import hello
 
 from llumnix.control.global_scheduler import GlobalScheduler
-from llumnix.control.tenant_ledger import REBUILD_S, TENANTS_MAX, TenantLedger
+from llumnix.control.tenant_ledger import REBUILD_S, TELL_GAP_S, TENANTS_MAX, TenantLedger
 from llumnix.core.config import MigrationConfig, SchedulerConfig
 from llumnix.core.effects import Send
 from llumnix.core.messages.control import TenantTotals
@@ -153,3 +153,16 @@ def test_the_ledger_is_bounded_and_quiet() -> None:
     one = report("i1", TenantService("x", 1.0, 1.0, 1))
     assert ledger.report(one, 1, 10.0) != [] and ledger.report(one, 1, 20.0) == []
     assert ledger.report(report("i2"), 1, 20.0) == []
+
+
+def test_totals_are_told_once_a_gap_and_to_a_successor_at_once() -> None:
+    ledger, now = TenantLedger(0.0), REBUILD_S
+    said = [report("i1", TenantService("x", float(count), float(count), 1)) for count in range(4)]
+    other = [report("i2", TenantService("x", 10.0 * count, 0.0, 1)) for count in range(4)]
+    ledger.report(other[0], 2, now)
+    assert ledger.report(said[0], 2, now) != []
+    ledger.report(other[1], 2, now)
+    assert ledger.report(said[1], 2, now + 0.5 * TELL_GAP_S) == []
+    assert ledger.report(said[1], 2, now + TELL_GAP_S) != []
+    ledger.instance_ended("i1")
+    assert ledger.report(said[0], 2, now + TELL_GAP_S) != []

@@ -12,6 +12,7 @@ from llumnix.policies.pairing import FreenessPairing
 from llumnix.policies.preemption import CheapestPreemption
 from llumnix.policies.relief import CheapestRelief
 from llumnix.policies.roles import Disaggregate, Strict
+from llumnix.policies.selection import Cheapest
 
 
 @pytest.mark.parametrize(
@@ -113,3 +114,14 @@ def test_only_the_freest_become_targets_where_there_are_more_than_moves() -> Non
     views = (running("a", *[24] * 4), running("b", 80), running("c", 70), running("d", 60), running("e", 1))
     moves = FreenessPairing(config).pair(ClusterSnapshot(0.0, views, frozenset()))
     assert [(move.source_id, move.target_id) for move in moves] == [("a", "e")]
+
+
+def test_a_waiting_request_costs_what_it_has_in_host_memory_and_a_running_one_its_blocks() -> None:
+    rows = [
+        MoveCandidate("w-copied", 5, 0, True, host_blocks=5),
+        MoveCandidate("w-new", 9, 0, True),
+        MoveCandidate("r-copied", 3, 0, False, host_blocks=3),
+        MoveCandidate("r-small", 2, 0, False, host_blocks=9),
+    ]
+    found = Cheapest(SchedulerConfig()).select(rows, 4)
+    assert [row.request_id for row in found] == ["w-new", "w-copied", "r-small", "r-copied"]

@@ -10,7 +10,7 @@ from llumnix.core.config import SchedulerConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import InstanceState
 from llumnix.core.views import ClusterSnapshot, InstanceView, ScalingDecision
-from llumnix.policies.scaling import DemandScaling, FreenessScaling
+from llumnix.policies.scaling import MEMORY_S, DemandScaling, FreenessScaling
 
 CONFIG = SchedulerConfig(
     scaling_policy="freeness", pairing_policy="none", scale_cooldown_s=10.0, scale_instances_max=3
@@ -126,6 +126,15 @@ def test_demand_keeps_more_room_where_demand_has_changed_more() -> None:
         watched(bursty, range(second, second + 1), *(full if second // 25 % 2 else calm))
     assert watched(steady, range(200, 240), *calm).change == -1, "85 blocks fit one instance"
     assert watched(bursty, range(200, 240), *calm).change == 0, "but may be 185 soon"
+
+
+def test_what_demand_did_long_ago_is_forgotten() -> None:
+    policy = DemandScaling(DEMAND)
+    calm, full = (running("a", 40), running("b", 45)), (running("a", 60), running("b", 125))
+    for second in range(0, 200):
+        watched(policy, range(second, second + 1), *(full if second // 25 % 2 else calm))
+    assert watched(policy, range(200, 300), *calm).change == 0
+    assert watched(policy, range(300, 300 + 4 * int(MEMORY_S)), *calm).change == -1
 
 
 def test_requests_of_an_instance_being_emptied_are_still_wanted() -> None:
