@@ -62,10 +62,11 @@ def test_a_list_is_answered_at_the_deadline_it_names() -> None:
     query_id, effects = cluster.core.ask_requests(cluster.now)
     cluster.do(effects)
     asked_at = cluster.now
-    while query_id not in cluster.answers:
-        cluster.report()
-        cluster.tick(cluster.core.next_deadline() - cluster.now)
-    assert cluster.now - asked_at == ASK_TIMEOUT_S
+    for _ in range(20):
+        if query_id not in cluster.answers:
+            cluster.report()
+            cluster.tick(cluster.core.next_deadline() - cluster.now)
+    assert query_id in cluster.answers and cluster.now - asked_at == ASK_TIMEOUT_S
 
 
 def test_an_order_that_is_being_carried_out_is_no_deadline() -> None:
