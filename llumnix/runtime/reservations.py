@@ -1,11 +1,13 @@
 """Where an instance's process goes in the Ray cluster, and what it takes there.
 
-An instance of one device asks for it like any actor. One that spans several (tensor parallelism) gets a
-placement group of one bundle that holds them all. One bundle, not one per rank: an actor takes what it needs
-from a single bundle, and Ray shows its process (CUDA_VISIBLE_DEVICES) only what is in there; ranks are that
-process's children. A bundle is never split over hosts. The group outlives the process, so that an instance
-that is started again finds its devices free, and the manager, so it must be given back by name when its
-instance is gone for good. Called by the manager's actor.
+An instance on GPUs, or that spans several devices (tensor parallelism), gets a placement group of one bundle
+that holds them all. A group, though one GPU could be asked for like any actor does: whether a group is to be
+had shows in time, while an actor for which nothing is free is pending for ever. One bundle, not one per rank:
+an actor takes what it needs from a single bundle, and Ray shows its process (CUDA_VISIBLE_DEVICES) only what
+is in there; ranks are that process's children. A bundle is never split over hosts, and Ray puts each new one
+where most is free. The group outlives the process, so that an instance that is started again finds its
+devices free, and the manager, so it must be given back by name when its instance is gone for good. Called by
+the manager's actor.
 """
 
 from collections.abc import Sequence
@@ -26,12 +28,12 @@ RESERVE_TIMEOUT_S = 30.0
 
 
 def actor_options(config: EngineConfig, instance_id: str) -> dict[str, Any]:
-    """What an instance's actor needs, reserved first if that is more than one device. Waits at most
+    """What an instance's actor needs, reserved first unless it is one CPU process. Waits at most
     RESERVE_TIMEOUT_S. Raises ConfigurationError if the devices are not to be had."""
     on_gpus = config.kind != "simulated" and config.device != "cpu" and "GPU" in ray.cluster_resources()
     needs = bundle(config.tensor_parallel, on_gpus=on_gpus)
     options = {"num_cpus": needs["CPU"], "num_gpus": int(needs.get("GPU", 0))}
-    if config.tensor_parallel == 1:
+    if config.tensor_parallel == 1 and not on_gpus:
         return {**options, "scheduling_strategy": "SPREAD"}
     if on_gpus:
         check_hosts(config.tensor_parallel, [_gpus(node) for node in ray.nodes() if node["Alive"]])
@@ -39,7 +41,7 @@ def actor_options(config: EngineConfig, instance_id: str) -> dict[str, Any]:
     group = placement_group([needs], "STRICT_PACK", name=PREFIX + instance_id, lifetime="detached")
     if not group.wait(RESERVE_TIMEOUT_S):
         remove_placement_group(group)
-        raise ConfigurationError(f"tensor_parallel {config.tensor_parallel}: no host has so many GPUs free")
+        raise ConfigurationError(none_free(config.tensor_parallel))
     strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
     return {**options, "scheduling_strategy": strategy}
 
@@ -49,6 +51,13 @@ def bundle(degree: int, *, on_gpus: bool) -> dict[str, float]:
     as instances share its cores."""
     needs = {"CPU": CPU_SHARE}
     return {**needs, "GPU": float(degree)} if on_gpus else needs
+
+
+def none_free(degree: int) -> str:
+    """What is said once RESERVE_TIMEOUT_S have passed."""
+    if degree == 1:
+        return "no host has a GPU free"
+    return f"tensor_parallel {degree}: no host has so many GPUs free"
 
 
 def check_hosts(degree: int, gpus: Sequence[float]) -> None:

@@ -1,6 +1,6 @@
-"""The devices of instances that span several, in a real Ray that is told of GPUs: reserved on one host, shown
-to the process of the instance, kept when it is started again, given back when it is gone. In a process of its
-own, since Ray is one per process."""
+"""The devices of instances in a real Ray that is told of GPUs: reserved on one host, shown to the process of
+the instance, kept when it is started again, given back when it is gone, and refused soon if none is free. In
+a process of its own, since Ray is one per process."""
 
 import subprocess
 import sys
@@ -44,6 +44,7 @@ probes = [Probe.options(name=name, **actor_options(pair, name)).remote() for nam
 seen = [ray.get(probe.sees.remote()) for probe in probes]
 assert sorted(",".join(devices for devices, _ in seen).split(",")) == ["0", "1", "2", "3"], seen
 assert refused(2) == "tensor_parallel 2: no host has so many GPUs free"
+assert refused(1) == "no host has a GPU free"
 assert refused(8).endswith("no host of this Ray cluster has more than 4 GPUs")
 assert reserved_ids() == ["i0", "i1"]
 
@@ -64,8 +65,16 @@ for name in ("i0", "i1", "i1"):
     give_back(name)
 assert reserved_ids() == []
 gpus_free(4)
-assert actor_options(EngineConfig(kind="vllm"), "i5")["num_gpus"] == 1
-assert reserved_ids() == []
+
+single, on_cpu = EngineConfig(kind="torch"), EngineConfig(kind="torch", device="cpu")
+singles = [Probe.options(**actor_options(single, name)).remote() for name in ("i5", "i6", "i7", "i8")]
+assert sorted(ray.get(probe.sees.remote())[0] for probe in singles) == ["0", "1", "2", "3"]
+assert refused(1)
+give_back("i6")
+assert actor_options(single, "i9")["num_gpus"] == 1
+assert reserved_ids() == ["i5", "i7", "i8", "i9"]
+assert actor_options(on_cpu, "i10")["num_gpus"] == 0
+assert len(reserved_ids()) == 4, "a process on the CPU needs no reservation"
 print("all held")
 """
 
