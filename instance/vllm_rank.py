@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -28,6 +27,7 @@ from llumnix.instance.vllm_exchange import Load
 from llumnix.instance.vllm_heads import HeadsOfRank, heads_of_rank
 from llumnix.instance.vllm_layout import KvCopier
 from llumnix.instance.vllm_rank_line import Line, address_of
+from llumnix.instance.vllm_shared_memory import take_away_of_rank
 from llumnix.kernels.cpu.huge_pages import map_shared
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,11 @@ class Rank:
         threading.Thread(target=self._listen, name="instance", daemon=True).start()
 
     def tell(self, error: BaseException) -> None:
-        """Let the instance know why this rank does not start. vLLM itself only logs it here."""
+        """Let the instance know why this rank does not start, and leave no names: vLLM itself only logs it
+        here, and ends this process some time."""
         text = " ".join(str(error).split())[:REASON_CHARS_MAX]
         self._line.send(RankFailed(text or type(error).__name__))
+        take_away_of_rank()
 
     def heads(self, kv_heads: int) -> HeadsOfRank:
         """Which of a model's KV heads are here."""
@@ -148,27 +150,8 @@ class Rank:
 def leave(status: int) -> NoReturn:
     """End this process at once."""
     with suppress(OSError):
-        _remove_shared_memory()
+        take_away_of_rank()
     os._exit(status)
-
-
-def _remove_shared_memory() -> None:
-    """What the ranks of this instance share on a CPU has names, which vLLM takes away only when a process
-    ends in order. All ranks know all the names, so any of them does it for those that were killed."""
-    ident = os.environ.get("VLLM_DIST_IDENT", "")
-    if ident.startswith("vllm_dist_"):
-        for file in Path("/dev/shm").glob(f"{ident}*"):
-            file.unlink(missing_ok=True)
-    for file in _message_queues():
-        file.unlink(missing_ok=True)
-
-
-def _message_queues() -> set[Path]:
-    """The queues between vLLM's processes that this one has mapped: Python's SharedMemory, whose cleaner Ray
-    ends together with the instance."""
-    with open("/proc/self/maps") as maps:
-        paths = {line.rstrip("\n").partition("/dev/shm/psm_")[2] for line in maps}
-    return {Path("/dev/shm/psm_" + name) for name in paths if name and " " not in name}
 
 
 _joined: list[Rank] = []

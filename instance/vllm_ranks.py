@@ -7,15 +7,17 @@ its own. So `Ranks` stands where vLLM's KV would be in this process (a BlockCopi
 migration know nothing of ranks. What a rank loads in a step (vllm_connector.py) it is told by vLLM.
 
 The ranks stand and fall together: when one ends, the others are cut off and end too, and `lost` says why. An
-instance that dies takes its ranks along, as its ends of their lines go. One thread takes ranks in, one
-listens to each; callers of ``copy_…`` wait on theirs. Bounded by the copies that callers wait for. Made by
-the engine adapter (vllm_core.py).
+instance that dies takes its ranks along, as its ends of their lines go. Names of shared memory go with the
+ranks; what only the instance and a rank that was killed have, the instance takes away. One thread takes ranks
+in, one listens to each; callers of ``copy_…`` wait on theirs. Bounded by the copies that callers wait for.
+Made by the engine adapter (vllm_core.py).
 """
 
 import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from llumnix.core.errors import ConfigurationError, ProtocolError, TransportError
 from llumnix.core.messages.ranks import (
@@ -31,6 +33,7 @@ from llumnix.instance.vllm_exchange import Exchange
 from llumnix.instance.vllm_heads import heads_of_rank
 from llumnix.instance.vllm_layout import BlockShape
 from llumnix.instance.vllm_rank_line import Line, address_of
+from llumnix.instance.vllm_shared_memory import mapped, take_away
 
 COPY_TIMEOUT_S = 60.0
 """A bound only: ranks answer, or their lines end."""
@@ -63,6 +66,8 @@ class Ranks:
         self._lost = ""
         self._failure = ""
         self._keepers: tuple[int, ...] = ()
+        self._others_names = mapped()
+        self._names: frozenset[Path] = frozenset()
         self.shape = BlockShape(0, 0, 0, 0)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(address_of(pool_name))
@@ -92,6 +97,10 @@ class Ranks:
         """See BlockCopier. Raises TransportError if a rank cannot or is gone."""
         self._copy(range(self._count), False, blocks, pool_blocks, first, end)
 
+    def note_names(self) -> None:
+        """vLLM has started: whatever memory it shares with its ranks is mapped."""
+        self._names = mapped() - self._others_names
+
     def expect_end(self) -> None:
         """vLLM is about to end its processes in order."""
         self._closing = True
@@ -107,6 +116,7 @@ class Ranks:
         for thread in list(self._threads):
             thread.join()
         self._listener.close()
+        self._take_names_away()
 
     def _copy(
         self,
@@ -224,10 +234,15 @@ class Ranks:
 
     def _ended(self, rank: int, line: Line, reason: str) -> None:
         if not self._closing:
+            self._take_names_away()  # first: once it is lost the process ends
             who = f"rank {rank}" if rank >= 0 else "a rank"
             self._lose(reason or f"{who} of vLLM has ended")
             self._cut_all()
         line.close()
+
+    def _take_names_away(self) -> None:
+        """Those noted, or, if vLLM has not come that far, what it has mapped until now."""
+        take_away(self._names or mapped() - self._others_names)
 
     def _lose(self, reason: str) -> None:
         with self._lock:

@@ -7,7 +7,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +133,35 @@ def test_the_ranks_fall_together() -> None:
         with pytest.raises(TransportError, match=r"rank \d of vLLM has ended"):
             running.ranks.copy_in(running.exchange.pool, (0, 1), (1,), first=0, end=32)
         assert running.ranks.lost
+
+
+@contextmanager
+def shared_memory() -> Iterator[Path]:
+    memory = SharedMemory(create=True, size=4096)
+    file = Path("/dev/shm") / memory.name
+    try:
+        yield file
+    finally:
+        memory.close()
+        if file.exists():
+            memory.unlink()
+        else:
+            resource_tracker.unregister(f"/{memory.name}", "shared_memory")
+
+
+def test_memory_that_a_killed_rank_shared_with_its_instance_alone_loses_its_name() -> None:
+    with shared_memory() as others, started("names", 2) as running, shared_memory() as ours:
+        running.ranks.note_names()
+        with shared_memory() as later:
+            victim = running.processes[1]
+            assert victim.pid is not None
+            os.kill(victim.pid, signal.SIGKILL)
+            assert running.ended()
+            give_up_at = time.monotonic() + WAIT_S
+            while not running.ranks.lost:
+                assert time.monotonic() < give_up_at
+                time.sleep(0.02)
+            assert [others.exists(), ours.exists(), later.exists()] == [True, False, True]
 
 
 def test_a_rank_that_cannot_start_says_why_and_leaves_nothing() -> None:

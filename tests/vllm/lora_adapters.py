@@ -1,30 +1,43 @@
-"""LoRA adapters for SmolLM2, written as PEFT writes them: two that answer differently from the model and from
-each other. Random matrices: nothing is learnt, but every layer's queries and values change."""
+"""LoRA adapters written as PEFT writes them, of which each answers differently from the model and from the
+others. Random matrices: nothing is learnt, but every layer changes."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-LAYERS, HIDDEN, KV_WIDTH, RANK = 30, 576, 192, 4
+RANK = 4
 ALPHA = 8
 STRENGTH = 0.06
 
 
-def write_adapter(folder: Path, seed: int) -> Path:
-    """An adapter of rank 4 on q_proj and v_proj."""
+@dataclass(frozen=True)
+class Adapted:
+    """What of a model an adapter changes: ``modules`` by name within a layer, with their width in and out."""
+
+    layers: int
+    modules: dict[str, tuple[int, int]]
+
+
+SMOLLM2 = Adapted(30, {"self_attn.q_proj": (576, 576), "self_attn.v_proj": (576, 192)})
+
+
+def write_adapter(folder: Path, seed: int, adapted: Adapted = SMOLLM2) -> Path:
+    """An adapter of rank 4."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(seed)
     weights = {}
-    for layer in range(LAYERS):
-        for name, width in (("q_proj", HIDDEN), ("v_proj", KV_WIDTH)):
-            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{stem}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=draw) * STRENGTH
-            weights[f"{stem}.lora_B.weight"] = torch.randn(width, RANK, generator=draw) * STRENGTH
+    for layer in range(adapted.layers):
+        for name, (inner, outer) in adapted.modules.items():
+            stem = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{stem}.lora_A.weight"] = torch.randn(RANK, inner, generator=draw) * STRENGTH
+            weights[f"{stem}.lora_B.weight"] = torch.randn(outer, RANK, generator=draw) * STRENGTH
     save_file(weights, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"]}
+    names = [name.rpartition(".")[2] for name in adapted.modules]
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": names}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
     return folder
 

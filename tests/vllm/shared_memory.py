@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 def shared_by(pids: Iterable[int]) -> set[str]:
-    """Names in /dev/shm of what these processes have mapped of it: collectives of a CPU, message queues."""
+    """Names in /dev/shm of what these processes have mapped of it: collectives of a CPU, message queues,
+    locks."""
     found: set[str] = set()
     for pid in pids:
         try:
@@ -13,5 +14,7 @@ def shared_by(pids: Iterable[int]) -> set[str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         names = {line.partition("/dev/shm/")[2] for line in lines}
-        found |= {name for name in names if name.startswith(("vllm_dist_", "psm_")) and " " not in name}
+        found |= {
+            name for name in names if name.startswith(("vllm_dist_", "psm_", "sem.mp-")) and " " not in name
+        }
     return found

@@ -1,13 +1,18 @@
 """`llumnix serve --engine vllm --tensor-parallel 2` as users run it: devices reserved in Ray, ranks below the
-process of the instance, and nothing left of any of them, however it ends."""
+process of the instance, and nothing left of any of them, however it ends. One cluster, whose story the tests
+tell in order."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from openai import OpenAI
@@ -19,19 +24,64 @@ from llumnix.instance.model_loader import resolve_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
+LLUMNIX = [sys.executable, "-m", "llumnix.cli.main"]
 COMMAND = [
-    *(sys.executable, "-m", "llumnix.cli.main", "serve", "--engine", "vllm", "--dtype", "float32"),
-    *("--port", "0", "--tensor-parallel", "2", "--instances", "1", "--kv-blocks", "100"),
+    *(*LLUMNIX, "serve", "--engine", "vllm", "--dtype", "float32"),
+    *("--port", "0", "--tensor-parallel", "2", "--instances", "2", "--kv-blocks", "100"),
     *("--max-model-len", "512", "--staging-gib", "0.02", "--engine-arg", "enforce_eager=true"),
     *("--engine-arg", "block_size=32"),
 ]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+WAIT_S = 120.0
 RESERVED = """
 import sys, ray
 from llumnix.runtime.reservations import reserved_ids
 ray.init(address=sys.argv[1], namespace="llumnix", log_to_driver=False)
-print("reserved", reserved_ids())
+for line in sys.stdin:
+    print(*reserved_ids(), flush=True)
 """
+
+
+@dataclass
+class Served:
+    """A cluster, the process that serves it, and one that asks Ray for reservations."""
+
+    process: subprocess.Popen[str]
+    model: Path
+    url: str
+    asker: subprocess.Popen[str]
+
+    @property
+    def reserved(self) -> list[str]:
+        """For whom devices are."""
+        asked, told = piped(self.asker.stdin), piped(self.asker.stdout)
+        asked.write("\n")
+        asked.flush()
+        return told.readline().split()
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*LLUMNIX, *arguments, "--url", self.url], capture_output=True, text=True, timeout=WAIT_S
+        )
+
+    def serving(self) -> dict[str, int]:
+        """Process ids of instances that serve; none while the manager is away."""
+        done = self.cli("instances", "--json")
+        rows = json.loads(done.stdout) if done.returncode == 0 else []
+        return {row["instance_id"]: row["pid"] for row in rows if row["state"] == "serving"}
+
+    def say(self) -> str:
+        client = OpenAI(base_url=f"{self.url}/v1", api_key="none")
+        answer = client.completions.create(
+            model=str(self.model), prompt="Once", max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens == 8
+        return answer.choices[0].text
+
+
+def piped(end: IO[str] | None) -> IO[str]:
+    assert end is not None
+    return end
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +95,44 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [*COMMAND, "--model", str(model)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    everything, shared = set[int](), set[str]()
+    try:
+        line = piped(process.stdout).readline()
+        assert " on 2 instances: " in line, line
+        url, ray_address = line.split(": ", 1)[1].split("/v1, Ray ")
+        with subprocess.Popen(
+            [sys.executable, "-c", RESERVED, ray_address.strip()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "token"},
+        ) as asker:
+            yield Served(process, model, url, asker)
+        everything = below(process.pid)
+        shared = shared_by(everything)
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+    assert everything and not left_of(everything)
+    assert shared and not shared & set(os.listdir("/dev/shm"))
+
+
+def wait_for(met: Callable[[], Any]) -> Any:
+    give_up_at = time.monotonic() + WAIT_S
+    while not (found := met()):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.2)
+    return found
+
+
 def below(pid: int) -> set[int]:
     found = children(pid)
     return found.union(*(below(child) for child in found))
-
-
-def with_workers(pid: int, count: int) -> set[int]:
-    """All processes below this one, once so many workers of vLLM are seen among them."""
-    give_up_at = time.monotonic() + 20
-    while True:
-        titles = {one: title(one) for one in below(pid)}
-        if sum("VLLM::Worker" in text for text in titles.values()) == count:
-            return set(titles)
-        assert time.monotonic() < give_up_at, titles
-        time.sleep(0.2)
 
 
 def left_of(pids: set[int]) -> set[int]:
@@ -69,45 +143,65 @@ def left_of(pids: set[int]) -> set[int]:
     return left
 
 
-def test_an_instance_of_two_ranks_serves_and_leaves_nothing(model: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "--model", str(model)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert " on 1 instances: " in line, line
-        url, ray_address = line.split(": ", 1)[1].split(", Ray ")
-        client = OpenAI(base_url=url, api_key="none")
-        answer = client.completions.create(model=str(model), prompt="Once", max_tokens=8, temperature=0)
-        assert answer.usage is not None and answer.usage.completion_tokens == 8
-        told = subprocess.run(
-            [sys.executable, "-c", RESERVED, ray_address.strip()],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=os.environ | {"RAY_AUTH_MODE": "token"},
-        )
-        assert "reserved ['i0']" in told.stdout, told.stderr
-        everything = with_workers(process.pid, 2)
-        shared = shared_by(everything)
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(90) == 0
-    assert not left_of(everything)
+def test_instances_of_two_ranks_serve_on_what_is_reserved(served: Served) -> None:
+    assert served.say()
+    assert served.reserved == ["i0", "i1"]
+    for pid in served.serving().values():
+        assert sum("VLLM::Worker" in title(one) for one in below(pid)) == 2
+
+
+def test_a_restarted_manager_adopts_them_and_scales_one_away(served: Served) -> None:
+    before = served.serving()
+    [manager] = [pid for pid in below(served.process.pid) if "ManagerActor" in title(pid)]
+    os.kill(manager, signal.SIGKILL)
+    wait_for(lambda: not runs(manager) and served.serving() == before)
+    assert served.reserved == ["i0", "i1"]
+    parts = {name: {pid} | below(pid) for name, pid in before.items()}
+    shared = {name: shared_by(pids) for name, pids in parts.items()}
+    done = served.cli("scale", "1")
+    assert done.returncode == 0, done.stderr
+    [stays] = served.serving()
+    [goes] = before.keys() - {stays}
+    assert not left_of(parts[goes]) and all(runs(pid) for pid in parts[stays])
+    here = set(os.listdir("/dev/shm"))
+    assert shared[goes] and shared[stays]
+    assert not here & (shared[goes] - shared[stays]) and shared[stays] <= here
+    assert served.reserved == [stays]
+    assert served.say()
+
+
+def test_an_instance_that_lost_a_rank_leaves_nothing_and_is_started_again(served: Served) -> None:
+    [(name, pid)] = served.serving().items()
+    said, parts = served.say(), {pid} | below(pid)
+    shared = shared_by(parts)
+    os.kill(max(one for one in parts if "VLLM::Worker" in title(one)), signal.SIGKILL)
+    assert not left_of(parts)
     assert shared and not shared & set(os.listdir("/dev/shm"))
+    [(again, new)] = wait_for(served.serving).items()
+    assert again == name and new != pid
+    assert served.reserved == [name]
+    assert served.say() == said
 
 
-def test_ranks_that_do_not_start_leave_a_line_and_nothing_running(model: Path) -> None:
-    broken = model.with_name("broken")
-    shutil.copytree(model, broken)
-    (broken / "model.safetensors").write_bytes(b"no weights")
-    before = {pid for pid in below(1) if "VLLM::" in title(pid)}
-    done = subprocess.run([*COMMAND, "--model", str(broken)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "vLLM did not start: " in done.stderr and "header" in done.stderr
-    assert not {pid for pid in below(1) if "VLLM::" in title(pid)} - before
+def test_ranks_that_do_not_start_leave_a_line_and_nothing_running(served: Served) -> None:
+    [(name, pid)] = served.serving().items()
+    before, shared = below(pid), set[str]()
+    broken = served.model / "broken"
+    broken.write_bytes(b"no weights")
+    broken.replace(served.model / "model.safetensors")
+    ordered = subprocess.Popen(
+        [*LLUMNIX, "scale", "2", "--url", served.url], stderr=subprocess.PIPE, text=True
+    )
+    while ordered.poll() is None:
+        workers = {one for one in below(served.process.pid) if "VLLM::" in title(one)} - before
+        shared |= shared_by(workers)
+        time.sleep(0.1)
+    line = piped(ordered.stderr).read().strip()
+    assert ordered.returncode == 1 and len(line.splitlines()) == 1, line
+    assert "vLLM did not start: " in line and "header" in line
+    assert not left_of({one for one in below(served.process.pid) if "VLLM::" in title(one)} - before)
+    assert shared and not shared & set(os.listdir("/dev/shm"))
+    assert served.reserved == [name] and served.say()
 
 
 def test_degrees_that_do_not_fit_are_refused_before_anything_starts(model: Path) -> None:

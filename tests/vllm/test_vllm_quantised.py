@@ -1,8 +1,9 @@
 """Quantised weights, int8 as compressed-tensors writes them and 8-bit floats that vLLM makes at start: it
-computes with them as they are, and moves do not notice."""
+computes with them as they are, and moves do not notice, nor that there are two ranks at one end."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_vllm_engine import PROMPT, Run, spec
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llumnix.bench.migration_processes import llama_json
-from llumnix.core.config import EngineConfig
+from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.instance.models.config import ModelConfig
 from llumnix.instance.vllm_engine import VllmEngine
+from llumnix.migration.transports import inprocess
+from llumnix.migration.transports.factory import Readers
+from llumnix.runtime.instance_factory import kv_endpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -73,47 +78,93 @@ def write_model(folder: Path) -> None:
 
 
 def write_plain_model(folder: Path) -> None:
-    """What vLLM makes weights up for."""
-    (folder / "config.json").write_text(json.dumps(llama_json(SHAPE)))
+    """What vLLM itself quantises, by blocks of 128 rows: none of them belongs to two ranks."""
+    torch.manual_seed(0)
+    config = LlamaConfig.from_dict(llama_json(replace(SHAPE, head_dim=128)) | {"initializer_range": 0.2})
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("write", "arguments", "dtype"),
-    [
-        (write_model, "", torch.int8),
-        (write_plain_model, ";load_format=dummy;quantization=fp8_per_block", torch.float8_e4m3fn),
-    ],
-)
-def test_a_request_over_quantised_weights_leaves_and_enters_again(
-    tmp_path: Path, write: Callable[[Path], None], arguments: str, dtype: torch.dtype
-) -> None:
-    write(tmp_path)
-    config = EngineConfig(
+def settings(folder: Path, dtype: str, more: str = "", degree: int = 1) -> EngineConfig:
+    return EngineConfig(
         kind="vllm",
-        model=str(tmp_path),
+        model=str(folder),
         device="cpu",
-        dtype="bfloat16",
+        dtype=dtype,
         kv_blocks=20,
         max_model_len=256,
         staging_gib=0.05,
-        threads=1,
-        engine_args="enforce_eager=true;block_size=32;enable_prefix_caching=false" + arguments,
+        threads=degree,
+        tensor_parallel=degree,
+        engine_args="enforce_eager=true;block_size=32;enable_prefix_caching=false" + more,
     )
-    engine = VllmEngine(config, "test-quantised")
-    try:
-        assert dtype in engine._core._vllm.apply_model(formats)[0]
-        undisturbed = Run(engine, spec("a", PROMPT)).out()["a"]
-        run = Run(engine, spec("b", PROMPT))
-        for _ in range(4):
-            run.step(4)
-            assert engine.begin_move("b") == ""
-            engine.take_out("b")
-            engine.put_back("b", next(EPOCHS))
-            engine.end_move("b")
-        assert run.out()["b"] == undisturbed
-    finally:
-        engine.close()
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmEngine, VllmEngine]]:
+    """Of one rank and of two."""
+    folder, arguments = tmp_path_factory.mktemp("plain"), ";quantization=fp8_per_block"
+    write_plain_model(folder)
+    one = VllmEngine(settings(folder, "float32", arguments), "test-one")
+    two = VllmEngine(settings(folder, "float32", arguments, degree=2), "test-two")
+    yield one, two
+    two.close()
+    one.close()
+
+
+def leaves_and_enters_again(engine: VllmEngine) -> None:
+    undisturbed = Run(engine, spec("a", PROMPT)).out()["a"]
+    run = Run(engine, spec("b", PROMPT))
+    for _ in range(4):
+        run.step(4)
+        assert engine.begin_move("b") == ""
+        engine.take_out("b")
+        engine.put_back("b", next(EPOCHS))
+        engine.end_move("b")
+    assert run.out()["b"] == undisturbed
 
 
 def formats(model: torch.nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for tensor in model.state_dict().values()}
+
+
+def test_a_request_over_int8_weights_leaves_and_enters_again(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    engine = VllmEngine(settings(tmp_path, "bfloat16"), "test-quantised")
+    try:
+        assert torch.int8 in engine._core._vllm.apply_model(formats)[0]
+        leaves_and_enters_again(engine)
+    finally:
+        engine.close()
+
+
+def test_a_request_over_8_bit_floats_leaves_and_enters_again(engines: tuple[VllmEngine, VllmEngine]) -> None:
+    assert torch.float8_e4m3fn in engines[0]._core._vllm.apply_model(formats)[0]
+    leaves_and_enters_again(engines[0])
+
+
+def move(name: str, source: VllmEngine, target: VllmEngine) -> None:
+    inprocess.offer(source.pool)
+    readers = target.readers(Readers(target.pool, MigrationConfig(transport="inprocess")))
+    reader = readers.open(kv_endpoint(source.pool, ""))
+    assert source.begin_move(name) == ""
+    state, moving = source.take_out(name), source.spec_of(name, 0.0)
+    reserved = target.reserve("m", len(state.blocks))
+    assert reserved is not None and len(reserved) == len(state.blocks) > 0
+    reader.read(state.blocks, reserved, 1.0, urgent=True)
+    source.release(name)
+    source.end_move(name)
+    assert target.adopt("m", replace(moving, epoch=next(EPOCHS)), state.computed_tokens, 0.0) is None
+
+
+def test_requests_over_8_bit_floats_move_between_one_rank_and_two(
+    engines: tuple[VllmEngine, VllmEngine],
+) -> None:
+    one, two = engines
+    undisturbed = Run(one, spec("a", PROMPT, max_tokens=60)).out()["a"]
+    run = Run(one, spec("b", PROMPT, max_tokens=60))
+    for source, target in ((one, two), (two, one), (one, two)):
+        run.step(8)
+        move("b", source, target)
+        run.engine = target
+    assert run.out()["b"] == undisturbed
+    assert not one.has_work()
