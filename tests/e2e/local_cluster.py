@@ -62,10 +62,10 @@ class LocalCluster:
     processes: dict[str, BaseProcess] = field(default_factory=dict)
     hellos: dict[str, InstanceHello] = field(default_factory=dict)
 
-    async def add_instance(self, instance_id: str) -> None:
-        """One more, in this process."""
+    async def add_instance(self, instance_id: str, config: Config | None = None) -> None:
+        """One more, in this process, with settings of its own if they are given."""
         identity = InstanceIdentity(instance_id, uuid.uuid4().hex[:8], self.manager.address)
-        instance = self.instances[instance_id] = await make_instance(self.config, identity, _fail)
+        instance = self.instances[instance_id] = await make_instance(config or self.config, identity, _fail)
         instance.server.start()
 
     async def add_process(

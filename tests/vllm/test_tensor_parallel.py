@@ -90,8 +90,8 @@ def settings(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(model: str, adapters: dict[str, Path]) -> AsyncIterator[LocalCluster]:
-    """One rank with adapters; two that have them too, and guess; two with other blocks and none of that. They
-    run in order of the tests, the last of which kill."""
+    """One rank with adapters, in this process; two that have them too, and guess; two with other blocks and
+    none of that. The tests run in order, the last of them kill."""
     configs = [
         settings(model, 1, adapters=adapters),
         settings(model, 2, adapters=adapters, more=f";{SPECULATION}"),
@@ -99,7 +99,8 @@ async def cluster(model: str, adapters: dict[str, Path]) -> AsyncIterator[LocalC
     ]
     async with local_cluster(configs[0], instances=()) as cluster:
         await asyncio.gather(
-            *(cluster.add_process(f"i{n}", config, START_S) for n, config in enumerate(configs))
+            cluster.add_instance("i0"),
+            *(cluster.add_process(f"i{n}", configs[n], START_S) for n in (1, 2)),
         )
         await cluster.serving(len(configs))
         yield cluster
@@ -275,7 +276,8 @@ async def test_sampled_requests_say_the_same_on_one_rank_and_on_the_move(cluster
 
 async def test_requests_move_between_two_ranks_and_our_own_engine(cluster: LocalCluster, model: str) -> None:
     drain(cluster, ["i0"], True)
-    await cluster.add_process("i3", settings(model, 1, kind="torch"), START_S)
+    await cluster.add_instance("i3", settings(model, 1, kind="torch"))
+    await cluster.serving(3)
     wanted = {("i1", "i2"), ("i2", "i3"), ("i3", "i1")}
     await until_moved(cluster, "t", wanted, partial(likeliest, model), temperature=0.0)
     drain(cluster, ["i0"], False)
