@@ -58,7 +58,7 @@ class Rank:
         except OSError as error:
             raise TransportError(f"there is no instance with pool {pool_name}: {error}") from error
         self._line = Line(end)
-        self._offer: Future[PoolPart] = Future()
+        self._offer: Future[None] = Future()
         self._pool: PoolPart | None = None
         self._copier: KvCopier | None = None
         self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
@@ -95,7 +95,7 @@ class Rank:
         ConfigurationError if there is none."""
         self._copier = copier
         self._line.send(RankReady(copier.shape.blocks, copier.shape.block_size, layout))
-        self._pool = self._offer.result(POOL_TIMEOUT_S)
+        self._offer.result(POOL_TIMEOUT_S)
 
     def take_in(self, load: Load) -> None:
         """Fill this rank's part of a request's blocks in vLLM from the pool."""
@@ -132,7 +132,10 @@ class Rank:
         shape = (layout.blocks, layout.layers, 2, layout.kv_heads, layout.block_size, layout.head_dim)
         mine = self.heads(layout.kv_heads)
         whole = flat.view(DTYPES[layout.dtype]).view(shape)
-        self._offer.set_result(PoolPart(layout, whole.narrow(3, mine.first, mine.count)))
+        self._pool = PoolPart(
+            layout, whole.narrow(3, mine.first, mine.count)
+        )  # copies may be ordered at once
+        self._offer.set_result(None)
 
     def _copy(self, order: CopyOrder) -> None:
         blocks, pool_blocks, ends = order.vllm_blocks, order.pool_blocks, (order.first, order.end)

@@ -24,17 +24,18 @@ def address_of(pool_name: str) -> str:
 
 
 class Line:
-    """One end. Any thread may send; one receives."""
+    """One end. Any thread may send; one receives. ``peer`` is the process at the other end."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._sending = Lock()
+        raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        self.peer, self._peers_user, _ = CREDENTIALS.unpack(raw)
 
     @property
     def same_user(self) -> bool:
         """Whether the other end belongs to this user: the address is open to all of the host."""
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        return bool(CREDENTIALS.unpack(raw)[1] == os.getuid())
+        return bool(self._peers_user == os.getuid())
 
     def send(self, message: object, fd: int = -1) -> None:
         """Send one message, and a descriptor after it if there is one. Raises TransportError."""

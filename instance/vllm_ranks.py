@@ -7,12 +7,13 @@ its own. So `Ranks` stands where vLLM's KV would be in this process (a BlockCopi
 migration know nothing of ranks. What a rank loads in a step (vllm_connector.py) it is told by vLLM.
 
 The ranks stand and fall together: when one ends, the others are cut off and end too, and `lost` says why. An
-instance that dies takes its ranks along, as its ends of their lines go. Names of shared memory go with the
-ranks; what only the instance and a rank that was killed have, the instance takes away. One thread takes ranks
-in, one listens to each; callers of ``copy_…`` wait on theirs. Bounded by the copies that callers wait for.
-Made by the engine adapter (vllm_core.py).
+instance that dies takes its ranks along, as its ends of their lines go. Names of shared memory are taken away
+by the instance when a rank dies, since Ray ends the others with it at once, and else by the ranks. One thread
+takes ranks in, one listens to each; callers of ``copy_…`` wait on theirs. Bounded by the copies that callers
+wait for. Made by the engine adapter (vllm_core.py).
 """
 
+import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class Ranks:
         self._lost = ""
         self._failure = ""
         self._keepers: tuple[int, ...] = ()
-        self._others_names = mapped()
+        self._others_names = mapped(os.getpid())
         self._names: frozenset[Path] = frozenset()
         self.shape = BlockShape(0, 0, 0, 0)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -98,8 +99,8 @@ class Ranks:
         self._copy(range(self._count), False, blocks, pool_blocks, first, end)
 
     def note_names(self) -> None:
-        """vLLM has started: whatever memory it shares with its ranks is mapped."""
-        self._names = mapped() - self._others_names
+        """vLLM has started: whatever memory it shares with its ranks, and they with each other, is mapped."""
+        self._names = self._shared_names()
 
     def expect_end(self) -> None:
         """vLLM is about to end its processes in order."""
@@ -108,6 +109,7 @@ class Ranks:
     def close(self) -> None:
         """Cut all lines, which ends ranks that are still there."""
         self._closing = True
+        names = self._shared_names()
         self._cut_all()
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -116,7 +118,7 @@ class Ranks:
         for thread in list(self._threads):
             thread.join()
         self._listener.close()
-        self._take_names_away()
+        take_away(names)
 
     def _copy(
         self,
@@ -234,15 +236,19 @@ class Ranks:
 
     def _ended(self, rank: int, line: Line, reason: str) -> None:
         if not self._closing:
-            self._take_names_away()  # first: once it is lost the process ends
+            take_away(self._shared_names())  # first: once it is lost the process ends
             who = f"rank {rank}" if rank >= 0 else "a rank"
             self._lose(reason or f"{who} of vLLM has ended")
             self._cut_all()
         line.close()
 
-    def _take_names_away(self) -> None:
-        """Those noted, or, if vLLM has not come that far, what it has mapped until now."""
-        take_away(self._names or mapped() - self._others_names)
+    def _shared_names(self) -> frozenset[Path]:
+        """Those noted, or, if vLLM has not come that far, what has been mapped until now."""
+        if self._names:
+            return self._names
+        with self._lock:
+            pids = [os.getpid(), *(line.peer for line in self._lines.values())]
+        return frozenset[Path]().union(*map(mapped, pids)) - self._others_names
 
     def _lose(self, reason: str) -> None:
         with self._lock:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Final
 
 SHARED: Final = "/dev/shm/"
-KINDS: Final = ("psm_", "sem.mp-")
-"""How Python names memory (vLLM's message queues) and locks that processes share."""
 COLLECTIVES: Final = "vllm_dist_"
-"""What ranks on a CPU share has names that begin with this."""
+KINDS: Final = ("psm_", "sem.mp-", COLLECTIVES)
+"""How what they share is called: Python's memory (vLLM's message queues) and locks, and on a CPU what ranks
+compute sums in."""
 
 
-def mapped() -> frozenset[Path]:
-    """Message queues and locks that this process has mapped and that still have names."""
-    with open("/proc/self/maps") as maps:
-        names = {line.rstrip("\n").partition(SHARED)[2] for line in maps}
+def mapped(pid: int) -> frozenset[Path]:
+    """What of this kind a process has mapped and still has names; nothing if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return frozenset()
+    names = {line.partition(SHARED)[2] for line in lines}
     return frozenset(Path(SHARED + name) for name in names if name.startswith(KINDS) and " " not in name)
 
 
@@ -31,9 +34,8 @@ def take_away(names: Iterable[Path]) -> None:
 
 
 def take_away_of_rank() -> None:
-    """All names that this rank knows: its queues, and on a CPU what all ranks of the instance share. Any of
-    them does it for those that were killed."""
+    """What this rank has mapped, and on a CPU what the others of its instance have just made."""
     ident = os.environ.get("VLLM_DIST_IDENT", "")
     if ident.startswith(COLLECTIVES):
         take_away(Path(SHARED).glob(f"{ident}*"))
-    take_away(mapped())
+    take_away(mapped(os.getpid()))
