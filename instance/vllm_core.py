@@ -92,7 +92,6 @@ class VllmCore:
             raise
         self.arrivals = Arrivals(self.exchange)
         self.entered: dict[str, Entered] = {}
-        self._loras: set[int] | None = None
         self._by_name: dict[str, Entered] = {}
         self._names = 0
         self._salted = unshared(config)
@@ -183,7 +182,6 @@ class VllmCore:
         """One step of vLLM."""
         if self.arrivals.held_tokens and self.exchange.free_blocks() < len(self.entered):
             self.arrivals.yield_blocks()
-        self._forget_loras()
         torch.get_num_threads()  # has this thread go by the number set, which vLLM's kernels insist on
         produced = []
         for output in self._vllm.step():
@@ -220,17 +218,8 @@ class VllmCore:
     # LoRA adapters.
 
     def adapters_loaded(self) -> set[str]:
-        """Those in vLLM's memory now. Asking is a call to every rank, so that is done only after steps that
-        may have changed the answer."""
-        if self._loras is None:
-            self._loras = set(self._vllm.list_loras()) if self._lora.names else set()
-        return self._lora.loaded(self._loras)
-
-    def _forget_loras(self) -> None:
-        """vLLM loads adapters, and drops others for them, when a request has one that is not there."""
-        wanted = (self._lora.request(one.request.adapter) for one in self.entered.values())
-        if any(one is not None and one.lora_int_id not in (self._loras or ()) for one in wanted):
-            self._loras = None
+        """Those in vLLM's memory now."""
+        return self._lora.loaded(self._vllm.list_loras()) if self._lora.names else set()
 
     def has_slot_for(self, adapter: str) -> bool:
         """Whether a request with this adapter can join the batch beside the adapters there."""

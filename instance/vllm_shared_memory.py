@@ -1,8 +1,8 @@
 """The memory with names that vLLM's processes share, and taking the names away when they end: a process that
 is killed leaves its names behind, and Python's cleaner of them is ended by Ray together with the instance.
 
-A name is taken from what a process has mapped, so nobody else's is touched. Whoever has mapped the memory
-keeps it until it ends. Used by both sides of the ranks, vllm_ranks.py and vllm_rank.py.
+A name is found by what a process has mapped, so nobody else's is touched. Whoever has mapped the memory keeps
+it until it ends. Used by both sides of the ranks, vllm_ranks.py and vllm_rank.py.
 """
 
 import os
@@ -23,8 +23,12 @@ def mapped(pid: int) -> frozenset[Path]:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return frozenset()
-    names = {line.partition(SHARED)[2] for line in lines}
-    return frozenset(Path(SHARED + name) for name in names if name.startswith(KINDS) and " " not in name)
+    # By inode: who makes a semaphore has it mapped under a name of before.
+    inodes = {int(line.split()[4]) for line in lines if SHARED in line}
+    with os.scandir(SHARED) as files:
+        return frozenset(
+            Path(file.path) for file in files if file.name.startswith(KINDS) and file.inode() in inodes
+        )
 
 
 def take_away(names: Iterable[Path]) -> None:
