@@ -82,7 +82,7 @@ class VllmCore:
             self._lora = LoraRequests(config, int(lora.max_loras) if lora is not None else 0)
             in_one_line(lambda: self._lora.prepare(self._vllm.add_lora))
             if self._ranks is not None:
-                self._ranks.note_names()
+                self._ranks.started()
         except ConfigurationError as error:
             withdraw(pool_name)
             if self._ranks is not None:

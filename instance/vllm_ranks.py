@@ -7,10 +7,10 @@ its own. So `Ranks` stands where vLLM's KV would be in this process (a BlockCopi
 migration know nothing of ranks. What a rank loads in a step (vllm_connector.py) it is told by vLLM.
 
 The ranks stand and fall together: when one ends, the others are cut off and end too, and `lost` says why. An
-instance that dies takes its ranks along, as its ends of their lines go. Names of shared memory are taken away
-by the instance when a rank dies, since Ray ends the others with it at once, and else by the ranks. One thread
-takes ranks in, one listens to each; callers of ``copy_…`` wait on theirs. Bounded by the copies that callers
-wait for. Made by the engine adapter (vllm_core.py).
+instance that dies takes its ranks along, as its ends of their lines go. What they share loses its names once
+they have started, so nothing is left of them, whoever is killed. One thread takes ranks in, one listens to
+each; callers of ``copy_…`` wait on theirs. Bounded by the copies that callers wait for. Made by the engine
+adapter (vllm_core.py).
 """
 
 import os
@@ -68,7 +68,6 @@ class Ranks:
         self._failure = ""
         self._keepers: tuple[int, ...] = ()
         self._others_names = mapped(os.getpid())
-        self._names: frozenset[Path] = frozenset()
         self.shape = BlockShape(0, 0, 0, 0)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(address_of(pool_name))
@@ -98,9 +97,9 @@ class Ranks:
         """See BlockCopier. Raises TransportError if a rank cannot or is gone."""
         self._copy(range(self._count), False, blocks, pool_blocks, first, end)
 
-    def note_names(self) -> None:
-        """vLLM has started: whatever memory it shares with its ranks, and they with each other, is mapped."""
-        self._names = self._shared_names()
+    def started(self) -> None:
+        """vLLM has started: whoever shares memory has mapped it, and it needs no names any more."""
+        take_away(self._shared_names())
 
     def expect_end(self) -> None:
         """vLLM is about to end its processes in order."""
@@ -243,9 +242,7 @@ class Ranks:
         line.close()
 
     def _shared_names(self) -> frozenset[Path]:
-        """Those noted, or, if vLLM has not come that far, what has been mapped until now."""
-        if self._names:
-            return self._names
+        """Of memory that this process has mapped since, or a rank."""
         with self._lock:
             pids = [os.getpid(), *(line.peer for line in self._lines.values())]
         return frozenset[Path]().union(*map(mapped, pids)) - self._others_names

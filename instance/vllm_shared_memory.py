@@ -1,8 +1,9 @@
-"""The memory with names that vLLM's processes share, and taking the names away when they end: a process that
-is killed leaves its names behind, and Python's cleaner of them is ended by Ray together with the instance.
+"""The memory with names that vLLM's processes share, and taking the names away: a process that is killed
+leaves its names behind, and Python's cleaner of them is ended by Ray together with the instance.
 
 A name is found by what a process has mapped, so nobody else's is touched. Whoever has mapped the memory keeps
-it until it ends. Used by both sides of the ranks, vllm_ranks.py and vllm_rank.py.
+it until it ends. Used by both sides of the ranks: by the instance once all have started (vllm_ranks.py), and
+by ranks that end before (vllm_rank.py).
 """
 
 import os

@@ -149,10 +149,12 @@ def shared_memory() -> Iterator[Path]:
             resource_tracker.unregister(f"/{memory.name}", "shared_memory")
 
 
-def test_memory_that_a_killed_rank_shared_with_its_instance_alone_loses_its_name() -> None:
-    with shared_memory() as others, started("names", 2) as running, shared_memory() as ours:
-        running.ranks.note_names()
-        with shared_memory() as later:
+def test_memory_that_an_instance_shares_with_its_ranks_loses_its_name() -> None:
+    with shared_memory() as others, started("names", 2) as running:
+        with shared_memory() as ours:
+            running.ranks.started()
+            assert [others.exists(), ours.exists()] == [True, False]
+        with shared_memory() as ours:
             victim = running.processes[1]
             assert victim.pid is not None
             os.kill(victim.pid, signal.SIGKILL)
@@ -161,7 +163,7 @@ def test_memory_that_a_killed_rank_shared_with_its_instance_alone_loses_its_name
             while not running.ranks.lost:
                 assert time.monotonic() < give_up_at
                 time.sleep(0.02)
-            assert [others.exists(), ours.exists(), later.exists()] == [True, False, True]
+            assert [others.exists(), ours.exists()] == [True, False]
 
 
 def test_a_rank_that_cannot_start_says_why_and_leaves_nothing() -> None:

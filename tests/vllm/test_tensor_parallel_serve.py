@@ -18,7 +18,7 @@ import pytest
 from openai import OpenAI
 from shared_memory import shared_by
 from small_llama import small_llama
-from test_tensor_parallel import children, runs
+from test_tensor_parallel import children, runs, unnamed
 
 from llumnix.instance.model_loader import resolve_model
 
@@ -100,7 +100,7 @@ def served(model: Path) -> Iterator[Served]:
     process = subprocess.Popen(
         [*COMMAND, "--model", str(model)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    everything, shared = set[int](), set[str]()
+    everything = set[int]()
     try:
         line = piped(process.stdout).readline()
         assert " on 2 instances: " in line, line
@@ -114,12 +114,11 @@ def served(model: Path) -> Iterator[Served]:
         ) as asker:
             yield Served(process, model, url, asker)
         everything = below(process.pid)
-        shared = shared_by(everything)
+        assert unnamed(everything)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0
     assert everything and not left_of(everything)
-    assert shared and not shared & set(os.listdir("/dev/shm"))
 
 
 def wait_for(met: Callable[[], Any]) -> Any:
@@ -157,15 +156,12 @@ def test_a_restarted_manager_adopts_them_and_scales_one_away(served: Served) -> 
     wait_for(lambda: not runs(manager) and served.serving() == before)
     assert served.reserved == ["i0", "i1"]
     parts = {name: {pid} | below(pid) for name, pid in before.items()}
-    shared = {name: shared_by(pids) for name, pids in parts.items()}
+    assert all(unnamed(pids) for pids in parts.values())
     done = served.cli("scale", "1")
     assert done.returncode == 0, done.stderr
     [stays] = served.serving()
     [goes] = before.keys() - {stays}
     assert not left_of(parts[goes]) and all(runs(pid) for pid in parts[stays])
-    here = set(os.listdir("/dev/shm"))
-    assert shared[goes] and shared[stays]
-    assert not here & (shared[goes] - shared[stays]) and shared[stays] <= here
     assert served.reserved == [stays]
     assert served.say()
 
@@ -173,10 +169,9 @@ def test_a_restarted_manager_adopts_them_and_scales_one_away(served: Served) -> 
 def test_an_instance_that_lost_a_rank_leaves_nothing_and_is_started_again(served: Served) -> None:
     [(name, pid)] = served.serving().items()
     said, parts = served.say(), {pid} | below(pid)
-    shared = shared_by(parts)
+    assert unnamed(parts)
     os.kill(max(one for one in parts if "VLLM::Worker" in title(one)), signal.SIGKILL)
     assert not left_of(parts)
-    assert shared and not shared & set(os.listdir("/dev/shm"))
     [(again, new)] = wait_for(served.serving).items()
     assert again == name and new != pid
     assert served.reserved == [name]
