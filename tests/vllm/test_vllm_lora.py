@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from local_cluster import LocalCluster
-from test_vllm_cluster import cluster_of, likeliest, one, with_adapters
+from local_cluster import LocalCluster, local_cluster
+from test_vllm_cluster import START_S, likeliest, one, with_adapters
 
 from llumnix.api.backend import StreamCall
 from llumnix.core.admin import DecisionRow, MigrationResult
@@ -33,7 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(folder: Path) -> AsyncIterator[LocalCluster]:
-    async with cluster_of(with_adapters(folder, 32), with_adapters(folder, 64)) as cluster:
+    """The first in a process of its own, to be killed; this one has vLLM imported, which takes longest."""
+    async with local_cluster(with_adapters(folder, 64), instances=()) as cluster:
+        killed = cluster.add_process("i0", with_adapters(folder, 32), START_S)
+        await asyncio.gather(killed, cluster.add_instance("i1"))
+        await cluster.serving(2)
         yield cluster
 
 
