@@ -8,6 +8,7 @@ from dataclasses import replace
 from llumnix.control.placement import KEPT_CONSIDERED_MAX
 from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint, KvLayout, Place
 from llumnix.core.messages.load import LoadReport, MoveCandidate
+from llumnix.instance.move_offers import CANDIDATES_MAX, ROOM_CANDIDATES_MAX
 
 ADAPTERS = tuple(f"adapter{number}" for number in range(8))
 LOADED_MAX = 2
@@ -16,6 +17,7 @@ KEPT_TOKENS = 160
 REQUEST_KINDS = ("plain", "kept", "adapter")
 CAPACITY_BLOCKS = 851  # LLaMA-7B on a 24 GB card, 16 tokens a block
 BATCH_MAX = 60
+HEAD_BLOCKS = (8, 8, 120)
 
 
 class Loads:
@@ -59,10 +61,13 @@ class Loads:
         running = self._random.randint(1, BATCH_MAX)
         used = int(CAPACITY_BLOCKS * self._random.uniform(0.3, 1.0))
         waiting = self._random.choice((0, 0, 0, 1, 4))
+        head = self._random.choice(HEAD_BLOCKS) if waiting else 0
+        missing = max(0, head + running - (CAPACITY_BLOCKS - used))
         size = max(1, used // running)
+        offered = min(running, CANDIDATES_MAX + (ROOM_CANDIDATES_MAX if missing else 0))
         candidates = tuple(
             MoveCandidate(f"{instance_id}-{self._sequence}-{number}", size, 0, False, 16 * size, 16, 0.0)
-            for number in range(4)
+            for number in range(offered)
         )
         return LoadReport(
             instance_id=instance_id,
@@ -71,8 +76,8 @@ class Loads:
             capacity_blocks=CAPACITY_BLOCKS,
             used_blocks=used,
             reserved_blocks=0,
-            head_blocks=8 if waiting else 0,
-            waiting_blocks=8 * waiting,
+            head_blocks=head,
+            waiting_blocks=head + HEAD_BLOCKS[0] * max(0, waiting - 1),
             running=running,
             waiting=waiting,
             migrating_in=0,
@@ -87,6 +92,8 @@ class Loads:
             finished_total=0,
             address=f"tcp://{instance_id}",
             adapters=tuple(sorted(set(self._random.choices(ADAPTERS, k=LOADED_MAX)))),
+            head_missing_blocks=missing,
+            head_waited_s=self._random.uniform(0.0, 90.0) if waiting else 0.0,
         )
 
     def placed(self, instance_id: str, request_id: str) -> None:
