@@ -68,7 +68,8 @@ class StepResult(NamedTuple):
 class MovableState:
     """What a migration's source needs to know between steps. ``waiting``: no KV, in the queue. ``swapped``:
     in the queue, and ``blocks`` are those of host memory. ``blocks`` are for the KV of ``computed_tokens``;
-    the first ``full_blocks`` of them hold it and never change while ``kv_version`` stays as it is.
+    the first ``full_blocks`` of the request hold it and never change while ``kv_version`` stays as it is.
+    They begin with its block ``first_block``: those before it need not be read, since the target has them.
     ``lagging``: more blocks will be counted after a later step, once they have been copied to where peers
     read them. ``known_tokens`` counts prompt + output. ``recompute_s`` is what computing a swapped one's KV
     again would take (0.0: not known)."""
@@ -82,6 +83,7 @@ class MovableState:
     lagging: bool = False
     swapped: bool = False
     recompute_s: float = 0.0
+    first_block: int = 0
 
 
 class Engine(Protocol):
@@ -141,13 +143,13 @@ class Engine(Protocol):
         ...
 
     # A migration's source.
-    def begin_move(self, request_id: str) -> str:
-        """A migration of this held request begins: see to it that peers can read its KV. Returns why that
-        cannot be; empty if it can."""
+    def begin_move(self, request_id: str, present_blocks: int = 0) -> str:
+        """A target has room for this held request, and has the KV of its first ``present_blocks`` blocks, all
+        full: see to it that peers can read the rest. Returns why that cannot be; empty if it can."""
         ...
 
     def end_move(self, request_id: str) -> None:
-        """That migration has ended, however it ended."""
+        """A migration of this request has ended, however it ended."""
         ...
 
     def movable(self, request_id: str) -> MovableState | None:
@@ -179,13 +181,14 @@ class Engine(Protocol):
 
     def keep_present(self, migration_id: str, spec: RequestSpec, blocks_max: int) -> int:
         """How many of the request's leading blocks, all full, at most ``blocks_max``, have their KV here.
-        Asked once, right before the reservation is made, whose first blocks they will be; it is kept until
-        the reservation is adopted or cancelled."""
+        Asked once, right before the reservation is made, of which they are part; it is kept until the
+        reservation is adopted or cancelled."""
         ...
 
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         """Make the reservation hold exactly ``blocks`` blocks in total, new or grown (never shrunk), and
-        return all their ids in order. None: no room, and the reservation is as it was."""
+        return in order the ids of all but those that are present, into which nothing is read. None: no room,
+        and the reservation is as it was."""
         ...
 
     def cancel_reservation(self, migration_id: str) -> None:
@@ -207,7 +210,7 @@ class KvInPlace:
     def readers(self, readers: ReaderFactory) -> ReaderFactory:
         return readers
 
-    def begin_move(self, request_id: str) -> str:
+    def begin_move(self, request_id: str, present_blocks: int = 0) -> str:
         return ""
 
     def end_move(self, request_id: str) -> None: ...

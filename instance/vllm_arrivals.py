@@ -1,24 +1,23 @@
 """KV on its way into vLLM: each stage of a migration is brought into vLLM's own blocks as it comes, so that
 little is left to load when the request itself joins.
 
-An arrival holds blocks that vLLM's block pool gave out through its own methods (a connector is handed the
+An arrival has blocks that vLLM's block pool gave out through its own methods (a connector is handed the
 pool for that). When the request joins, its full blocks are entered in vLLM's prefix cache under the hashes of
 the request's own tokens and let go, last to be evicted; vLLM finds them there in its next step, and the
 connector loads only what lies behind them. All that came is in the staging pool as well until then, so what
 is taken back (vLLM needs the blocks, or evicts them) is merely loaded later.
 
-What vLLM's prefix cache has of a request when its migration begins does not travel: the arrival holds those
-blocks as a request of vLLM would, so they are not evicted, and copies them to the staging pool itself, before
-it gives them back. So these too are merely loaded if vLLM has lost them when the request joins.
+What vLLM's prefix cache has of a request when its migration begins does not travel, and is not in the staging
+pool: those blocks are held (vllm_holds.py), from then on until vLLM has taken the request in. All that is
+said here of an arrival's own blocks begins behind them. If vLLM needs them before the request joins, the
+request is not taken: it goes on where it is.
 
 ``load`` runs on copy threads, one read of a migration at a time; everything else between vLLM's steps, on the
 engine's thread. Bounded by the migrations that may come in at once. Used by the engine adapter
 (vllm_engine.py).
 """
 
-import math
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 
 from llumnix.core.messages.control import KvEndpoint
 from llumnix.instance.vllm_exchange import Exchange
+from llumnix.instance.vllm_holds import Hold, Holds
 from llumnix.migration.transports.base import BlockReader, ReaderFactory, ReadStats
 
 LOAD_TOKENS_MAX = 1024
@@ -38,40 +38,52 @@ GROUP = 0
 
 @dataclass(slots=True, eq=False)
 class Arrival:
-    """One migration. ``places``: where in the request each block of the staging pool is. The first ``loaded``
-    tokens are in ``blocks``, vLLM's own, the first ``present`` of which its prefix cache had before;
-    ``kept``: their KV is in the staging pool too. ``lock`` guards these four."""
+    """One migration. vLLM's prefix cache had the first ``present`` tokens before; ``hold``: in these blocks.
+    Behind them, ``places``: where each block of the staging pool is; the first ``loaded`` tokens are in
+    ``blocks``, vLLM's own. ``lock`` guards these two."""
 
+    present: int = 0
+    hold: Hold = field(default_factory=Hold)
     pool_blocks: tuple[int, ...] = ()
     places: dict[int, int] = field(default_factory=dict)
     blocks: list[Any] = field(default_factory=list)
     loaded: int = 0
-    present: int = 0
-    kept: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Arrivals:
     """See the module."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, holds: Holds) -> None:
         self._exchange = exchange
+        self._holds = holds
         self._size = exchange.pool.layout.block_size
         self._vllm_size = exchange.copier.shape.block_size
         self._arriving: dict[str, Arrival] = {}
 
     @property
-    def held_tokens(self) -> int:
-        """What the blocks held here, and by no request, hold."""
-        mine = sum(len(arrival.blocks) - arrival.present for arrival in self._arriving.values())
-        present = [one for arrival in self._arriving.values() for one in arrival.blocks[: arrival.present]]
-        holds = Counter(one.block_id for one in present)
-        alone = {one.block_id for one in present if one.ref_cnt == holds[one.block_id]}
-        return (mine + len(alone)) * self._vllm_size
+    def blocks(self) -> int:
+        """How many of vLLM's own are taken here."""
+        return sum(len(arrival.blocks) for arrival in self._arriving.values())
+
+    def present(self, migration_id: str) -> int:
+        """How many tokens of a request vLLM's prefix cache had when its migration began."""
+        arrival = self._arriving.get(migration_id)
+        return 0 if arrival is None else arrival.present
+
+    @property
+    def present_tokens(self) -> int:
+        """Of all requests that are coming."""
+        return sum(arrival.present for arrival in self._arriving.values())
+
+    def intact(self, migration_id: str) -> bool:
+        """Whether what was present still is, for certain."""
+        arrival = self._arriving.get(migration_id)
+        return arrival is None or arrival.present == len(arrival.hold.blocks) * self._vllm_size
 
     def begin(self, migration_id: str, hashes: Sequence[Any], keep_blocks: int) -> int:
         """A request with these block hashes of vLLM is about to come: hold what vLLM has of it, as far as
-        ``keep_blocks`` stay free, and return how many blocks of the staging pool that fills."""
+        ``keep_blocks`` stay free, and return how many of our blocks that fills."""
         pool, found = self._exchange.block_pool, list[Any]()
         spare = self._exchange.free_blocks() - keep_blocks
         for one in hashes:
@@ -80,16 +92,14 @@ class Arrivals:
             if hit is None or spare < 0:
                 break
             found += hit
-        unit = math.lcm(self._size, self._vllm_size)
-        tokens = len(found) * self._vllm_size // unit * unit
+        tokens = self._exchange.whole_blocks(len(found) * self._vllm_size)
         if tokens:
-            present = tokens // self._vllm_size
-            pool.touch(found[:present])
-            self._arriving[migration_id] = Arrival(blocks=found[:present], loaded=tokens, present=present)
+            hold = self._holds.hold(found[: tokens // self._vllm_size])
+            self._arriving[migration_id] = Arrival(tokens, hold)
         return tokens // self._size
 
     def hold(self, migration_id: str, pool_blocks: Sequence[int], keep_blocks: int) -> None:
-        """KV will come into these blocks of the staging pool, more than before: hold blocks of vLLM for what
+        """KV will come into these blocks of the staging pool, more than before: take blocks of vLLM for what
         will be full, as far as vLLM has more than ``keep_blocks`` free."""
         pool = self._exchange.block_pool
         if not pool.enable_caching:
@@ -108,49 +118,35 @@ class Arrivals:
         arrival = next((one for one in list(self._arriving.values()) if pool_blocks[0] in one.places), None)
         if arrival is None:
             return
-        with arrival.lock:
-            self._keep(arrival)
         come = (arrival.places[pool_blocks[-1]] + full) * self._size
         while self._load_some(arrival, come):
             pass
 
-    def join(self, migration_id: str, computed_tokens: int) -> tuple[list[Any], int]:
-        """The request is about to join: its full blocks of vLLM, in order, for ``give`` to pass on, and how
-        many of them vLLM's prefix cache has."""
+    def join(self, migration_id: str, computed_tokens: int, live: Any) -> Hold:
+        """The request has come: let vLLM find its full blocks for its own request object ``live``. Returns
+        what is to be held until it has."""
         arrival = self._arriving.pop(migration_id, Arrival())
-        self._keep(arrival)
-        full = min(arrival.loaded, computed_tokens) // self._vllm_size
-        self._free(arrival.blocks[full:])
-        return arrival.blocks[:full], arrival.present
-
-    def give(self, live: Any, blocks: list[Any], present: int) -> None:
-        """Let vLLM find these blocks for its own request object ``live``."""
+        full = min(arrival.loaded, computed_tokens - arrival.present) // self._vllm_size
+        blocks, present = [*arrival.hold.blocks, *arrival.blocks[:full]], len(arrival.hold.blocks)
         pool = self._exchange.block_pool
         pool.cache_full_blocks(live, blocks, present, len(blocks), self._vllm_size, GROUP)
-        self._free(blocks)
+        self._free(arrival.blocks[full:])
+        self._free(arrival.blocks[:full])
+        return arrival.hold
 
     def let_go(self, migration_id: str) -> None:
         """Nothing comes of a migration. No read of it is under way."""
         arrival = self._arriving.pop(migration_id, None)
         if arrival is not None:
             self._free(arrival.blocks)
+            self._holds.let_go(arrival.hold)
 
     def yield_blocks(self) -> None:
-        """vLLM needs blocks: give back all that is held. What has come is loaded when its request joins."""
+        """vLLM needs blocks: give back all that are taken. What has come is loaded when its request joins."""
         for arrival in self._arriving.values():
             with arrival.lock:
-                self._keep(arrival)
-                blocks, arrival.blocks, arrival.loaded, arrival.present = arrival.blocks, [], 0, 0
+                blocks, arrival.blocks, arrival.loaded = arrival.blocks, [], 0
             self._free(blocks)
-
-    def _keep(self, arrival: Arrival) -> None:
-        """Have the staging pool hold what vLLM had before."""
-        if arrival.present and not arrival.kept:
-            exchange, blocks = self._exchange, [one.block_id for one in arrival.blocks[: arrival.present]]
-            end = len(blocks) * self._vllm_size
-            with torch.inference_mode():
-                exchange.copier.copy_out(exchange.pool, blocks, arrival.pool_blocks, first=0, end=end)
-            arrival.kept = True
 
     def _load_some(self, arrival: Arrival, come: int) -> bool:
         """Whether there may be more to do."""

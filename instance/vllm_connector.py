@@ -81,13 +81,17 @@ class LlumnixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         waiting = self._exchange.imports.get(request.request_id)
-        return max(0, waiting.tokens - num_computed_tokens) if waiting is not None else 0, False
+        if waiting is None or num_computed_tokens < waiting.first:
+            return 0, False
+        return max(0, waiting.tokens - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         waiting = self._exchange.imports.get(request.request_id)
         if num_external_tokens > 0 and waiting is not None:
-            first = waiting.tokens - num_external_tokens
-            self._loads.append(Load(waiting, tuple(blocks.get_block_ids()[0]), first))
+            whole = tuple(blocks.get_block_ids()[0])
+            behind = whole[waiting.first // self._exchange.copier.shape.block_size :]
+            end = waiting.tokens - waiting.first
+            self._loads.append(Load(waiting.pool_blocks, behind, end - num_external_tokens, end))
 
     def build_connector_meta(self, scheduler_output: Any) -> LoadOrders:
         self._exchange.scheduled_tokens = scheduler_output.total_num_scheduled_tokens

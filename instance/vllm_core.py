@@ -22,6 +22,7 @@ from llumnix.instance.model_limits import ModelLimits
 from llumnix.instance.request import Request
 from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
+from llumnix.instance.vllm_holds import Hold, Holds
 from llumnix.instance.vllm_launch import in_one_line, start_vllm, unshared
 from llumnix.instance.vllm_lora import LoraRequests
 from llumnix.instance.vllm_model import end_tokens
@@ -35,13 +36,14 @@ REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 @dataclass(slots=True, eq=False)
 class Entered:
     """A request that vLLM holds. ``live`` is vLLM's own object for it. ``importing``: its KV is in the pool
-    and vLLM has not taken it in yet."""
+    and vLLM has not taken it in yet; ``hold``: what goes before that KV is in these blocks until then."""
 
     request: Request
     name: str
     vllm_id: str
     live: Any
     importing: bool
+    hold: Hold
     preemptions: int = 0
 
     @property
@@ -90,7 +92,8 @@ class VllmCore:
                 if self._ranks.failure:
                     raise ConfigurationError(f"vLLM did not start: {self._ranks.failure}") from error
             raise
-        self.arrivals = Arrivals(self.exchange)
+        self.holds = Holds(self.exchange)
+        self.arrivals = Arrivals(self.exchange, self.holds)
         self.entered: dict[str, Entered] = {}
         self._by_name: dict[str, Entered] = {}
         self._names = 0
@@ -141,11 +144,9 @@ class VllmCore:
 
     # Requests.
 
-    def enter(
-        self, request: Request, pool_blocks: Sequence[int] = (), computed: int = 0, migration_id: str = ""
-    ) -> Entered:
-        """Give vLLM a request; the KV of its first ``computed`` tokens lies in ``pool_blocks``, which must
-        stay until ``importing`` has ended, and some of it in what the migration's arrival holds."""
+    def enter(self, request: Request, brought: Import | None = None, hold: Hold | None = None) -> Entered:
+        """Give vLLM a request, and what is ``brought`` of its KV, in pool blocks that must stay until
+        ``importing`` has ended; what goes before is held."""
         self._names += 1
         name = str(self._names)
         vllm_id = self._vllm.add_request(
@@ -156,12 +157,21 @@ class VllmCore:
             lora_request=self._lora.request(request.adapter),
             priority=-request.execution_priority,
         )
-        entered = Entered(request, name, vllm_id, self.exchange.live[vllm_id], computed > 0)
-        if computed:
-            self.arrivals.give(entered.live, *self.arrivals.join(migration_id, computed))
-            self.exchange.imports[vllm_id] = Import(tuple(pool_blocks), computed)
+        live = self.exchange.live[vllm_id]
+        entered = Entered(request, name, vllm_id, live, brought is not None, hold or Hold())
+        if brought is not None:
+            self.exchange.imports[vllm_id] = brought
         self.entered[request.request_id] = self._by_name[name] = entered
         return entered
+
+    def arrive(
+        self, request: Request, pool_blocks: tuple[int, ...], computed: int, migration_id: str
+    ) -> None:
+        """Give vLLM a request with KV of ``computed`` tokens that a migration has brought: into
+        ``pool_blocks``, and some of it into vLLM's own already."""
+        brought = Import(pool_blocks, self.arrivals.present(migration_id), computed)
+        entered = self.enter(request, brought)
+        entered.hold = self.arrivals.join(migration_id, computed, entered.live)
 
     def block_hashes(self, tokens: Sequence[int], adapter: str) -> list[Any]:
         """What vLLM's prefix cache would know the full blocks of these tokens by, in order: with this LoRA
@@ -173,15 +183,19 @@ class VllmCore:
         probe = VllmRequest("", list(tokens), params, None, lora_request=lora, block_hasher=hasher)
         return list(probe.block_hashes)
 
-    def leave(self, entered: Entered) -> None:
-        """Take a request out of vLLM, which frees its blocks there."""
+    def leave(self, entered: Entered, keep_tokens: int = 0) -> Hold:
+        """Take a request out of vLLM, which frees its blocks there; those of its first ``keep_tokens``, which
+        end a block, are held on."""
+        kept = self.exchange.blocks_of(entered.vllm_id)[: keep_tokens // self.block_size]
+        hold = self.holds.hold([self.exchange.block_pool.blocks[block] for block in kept])
         self._vllm.abort_request([entered.name])
         self._forget(entered)
+        return hold
 
     def step(self) -> list[Produced]:
         """One step of vLLM."""
-        if self.arrivals.held_tokens and self.exchange.free_blocks() < len(self.entered):
-            self.arrivals.yield_blocks()
+        if self._held_tokens:
+            self._yield_blocks()
         torch.get_num_threads()  # has this thread go by the number set, which vLLM's kernels insist on
         produced = []
         for output in self._vllm.step():
@@ -230,26 +244,47 @@ class VllmCore:
     @property
     def used_tokens(self) -> int:
         """What vLLM has given out to requests."""
-        return (self._blocks - self.exchange.free_blocks()) * self.block_size - self.arrivals.held_tokens
+        return (self._blocks - self.exchange.free_blocks()) * self.block_size - self._held_tokens
+
+    @property
+    def caches(self) -> bool:
+        """Whether a request that comes, or comes back, can find leading blocks in vLLM's prefix cache."""
+        return self.exchange.block_pool.enable_caching and not self._salted
 
     @property
     def kept_tokens_max(self) -> int:
         """Of how many tokens vLLM's prefix cache can have the KV beside what requests hold."""
-        caches = self.exchange.block_pool.enable_caching and not self._salted
-        return self.exchange.free_blocks() * self.block_size if caches else 0
+        return self.exchange.free_blocks() * self.block_size if self.caches else 0
 
     def free_tokens(self) -> int:
-        """What is left once everything that vLLM holds has its known tokens computed. What arrivals hold is
-        left too: they are counted by their reservations."""
-        coming = 0
-        for one in self.entered.values():
-            held = len(self.exchange.blocks_of(one.vllm_id))
-            coming += max(0, -(-len(one.request.tokens) // self.block_size) - held)
-        return (self.exchange.free_blocks() - coming) * self.block_size + self.arrivals.held_tokens
+        """What is left once everything that vLLM holds has its known tokens computed. What migrations hold is
+        left too: arrivals are counted by their reservations, and what has left goes first."""
+        coming = sum(self._missing(one) for one in self.entered.values())
+        return (self.exchange.free_blocks() - coming) * self.block_size + self._held_tokens
 
     def rounded(self, tokens: int) -> int:
         """Tokens that the blocks for so many hold."""
         return -(-tokens // self.block_size) * self.block_size
+
+    def _missing(self, entered: Entered) -> int:
+        """Blocks that vLLM has yet to give a request for its known tokens."""
+        has = len(self.exchange.blocks_of(entered.vllm_id))
+        return max(0, -(-len(entered.request.tokens) // self.block_size) - has)
+
+    @property
+    def _held_tokens(self) -> int:
+        """What the blocks hold that migrations keep from being free, and no request has."""
+        return (self.arrivals.blocks + self.holds.alone) * self.block_size
+
+    def _yield_blocks(self) -> None:
+        """See to it that migrations keep no blocks which requests of vLLM may need in this step: first those
+        that are merely loaded later without them."""
+        found = (self._missing(one) - len(one.hold.blocks) for one in self.entered.values())
+        wanted = sum(max(1, missing) for missing in found)
+        if self.exchange.free_blocks() < wanted:
+            self.arrivals.yield_blocks()
+        if self.exchange.free_blocks() < wanted:
+            self.holds.let_all_go()
 
     def _forget(self, entered: Entered) -> None:
         self._imported(entered)
@@ -259,6 +294,7 @@ class VllmCore:
 
     def _imported(self, entered: Entered) -> None:
         entered.importing = False
+        self.holds.let_go(entered.hold)
         self.exchange.imports.pop(entered.vllm_id, None)
 
     def _make_pool(self, layout: KvLayout) -> KvPool:

@@ -13,13 +13,13 @@ the engine thread (runtime/instance_server.py); see engine.py for their contract
 
 from dataclasses import replace
 
-from llumnix.core.config import EngineConfig
 from llumnix.core.errors import InvariantError
-from llumnix.core.messages.serving import RequestSpec
-from llumnix.core.views import SelectionPolicy
+from llumnix.core.messages.serving import RejectCode, RequestSpec
 from llumnix.instance.engine import MovableState, SubmitRefusal
 from llumnix.instance.vllm_arrivals import LoadingReaders
-from llumnix.instance.vllm_requests import VllmRequests
+from llumnix.instance.vllm_exchange import Import
+from llumnix.instance.vllm_holds import Hold
+from llumnix.instance.vllm_requests import TakenOut, VllmRequests
 from llumnix.migration.transports.base import ReaderFactory
 
 GROWTH_BLOCKS = 4
@@ -29,22 +29,21 @@ GROWTH_BLOCKS = 4
 class VllmEngine(VllmRequests):
     """See the module. Raises ConfigurationError if vLLM does not start."""
 
-    def __init__(
-        self, config: EngineConfig, pool_name: str, selection: SelectionPolicy | None = None
-    ) -> None:
-        super().__init__(config, pool_name, selection)
-        self._leaving: set[str] = set()
-
     # A migration's source.
 
-    def begin_move(self, request_id: str) -> str:
-        if not self._staged(request_id):
-            return "the pool that peers read has no room for its KV"
-        self._leaving.add(request_id)
-        return ""
+    def begin_move(self, request_id: str, present_blocks: int = 0) -> str:
+        """What the target has stays in vLLM's own blocks: if the request is to go on here after all, vLLM
+        finds them in its prefix cache."""
+        entered, size = self._core.entered.get(request_id), self._limits.block_size
+        if entered is None or not entered.computed:
+            return ""
+        first = self._core.exchange.whole_blocks(present_blocks * size) if self._core.caches else 0
+        tokens = len(entered.request.tokens) + GROWTH_BLOCKS * size
+        if self._staging.begin(request_id, first, tokens):
+            return ""
+        return "the pool that peers read has no room for its KV"
 
     def end_move(self, request_id: str) -> None:
-        self._leaving.discard(request_id)
         if self._staging.moving(request_id):
             self._staging.stop(request_id)
 
@@ -54,15 +53,14 @@ class VllmEngine(VllmRequests):
             return None
         computed = entered.computed if entered is not None else 0
         blocks: tuple[int, ...] = ()
-        full = computed // self._limits.block_size
+        full, size, first = computed // self._limits.block_size, self._limits.block_size, 0
         copied = full
-        if entered is not None and computed and request_id in self._leaving:
-            if not self._staged(request_id):
-                return None
+        if entered is not None and computed and self._staging.moving(request_id):
             found = self._staging.copied(request_id, entered.vllm_id, computed)
             if found is None:
                 return None
-            blocks, copied = found[0], found[1] // self._limits.block_size
+            first = self._staging.began_at(request_id) // size
+            blocks, copied = found[0], found[1] // size
         return MovableState(
             waiting=computed == 0,
             blocks=blocks,
@@ -71,6 +69,7 @@ class VllmEngine(VllmRequests):
             known_tokens=len(request.tokens),
             kv_version=request.kv_version,
             lagging=copied < full,
+            first_block=first,
         )
 
     def take_out(self, request_id: str) -> MovableState:
@@ -78,41 +77,34 @@ class VllmEngine(VllmRequests):
         if state is None:
             raise InvariantError(f"request {request_id} is taken out already")
         entered = self._core.entered.get(request_id)
-        blocks: tuple[int, ...] = ()
+        hold = Hold()
         if entered is None:
             self._waiting.remove(request)
         else:
             if state.computed_tokens:
-                blocks = self._staging.finish(request_id, entered.vllm_id, state.computed_tokens)
-            self._core.leave(entered)
-        request.computed_tokens = state.computed_tokens
-        self._taken_out[request_id] = blocks
-        return replace(state, blocks=blocks)
+                last = self._staging.finish(request_id, entered.vllm_id, state.computed_tokens)
+                state = replace(state, blocks=last)
+            hold = self._core.leave(entered, keep_tokens=state.first_block * self._limits.block_size)
+        self._taken_out[request_id] = TakenOut(state, hold)
+        return state
 
     def put_back(self, request_id: str, epoch: int) -> None:
         """One that was aborted or replaced meanwhile stays so."""
-        blocks = self._taken_out.pop(request_id, None)
-        if blocks is None:
+        taken = self._taken_out.pop(request_id, None)
+        if taken is None:
             return
-        request = self._requests[request_id]
+        request, state = self._requests[request_id], taken.state
         request.epoch = epoch
-        if blocks:
-            self._core.enter(request, blocks, request.computed_tokens)
-        else:
+        if state.waiting:
             self._waiting.push(request)
+        else:
+            first = state.first_block * self._limits.block_size
+            self._core.enter(request, Import(state.blocks, first, state.computed_tokens), taken.hold)
 
     def release(self, request_id: str) -> None:
         """One that was aborted or replaced meanwhile stays so."""
         if request_id in self._taken_out:
             self._forget(self._requests[request_id])
-
-    def _staged(self, request_id: str) -> bool:
-        """Have the pool keep room for a request's KV if it has any. False: there is none."""
-        entered = self._core.entered.get(request_id)
-        if entered is None or not entered.computed or self._staging.moving(request_id):
-            return True
-        tokens = len(entered.request.tokens) + GROWTH_BLOCKS * self._limits.block_size
-        return self._staging.begin(request_id, tokens)
 
     # A migration's target.
 
@@ -127,17 +119,21 @@ class VllmEngine(VllmRequests):
         return self._core.arrivals.begin(migration_id, hashes, keep_blocks=len(self._core.entered))
 
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
-        """Needs room in the pool and in vLLM; a new reservation also needs a batch slot."""
-        staging = self._staging.blocks
+        """Needs room in vLLM, and in the pool for what is not present; a new reservation also needs a batch
+        slot."""
+        staging, arrivals = self._staging.blocks, self._core.arrivals
+        coming = blocks - arrivals.present(migration_id) // self._limits.block_size
         held = staging.reserved(migration_id)
-        if blocks > held:
-            if (blocks - held) * self._limits.block_size > self._room() - self._core.block_size:
+        if not arrivals.intact(migration_id):
+            return None
+        if coming > held:
+            if (coming - held) * self._limits.block_size > self._room() - self._core.block_size:
                 return None
             if held == 0 and not self._has_slot():
                 return None
-        reserved = staging.reserve(migration_id, blocks)
+        reserved = staging.reserve(migration_id, coming)
         if reserved is not None:
-            self._core.arrivals.hold(migration_id, reserved, keep_blocks=len(self._core.entered))
+            arrivals.hold(migration_id, reserved, keep_blocks=len(self._core.entered))
         return reserved
 
     def cancel_reservation(self, migration_id: str) -> None:
@@ -148,16 +144,20 @@ class VllmEngine(VllmRequests):
         self, migration_id: str, spec: RequestSpec, computed_tokens: int, now: float
     ) -> SubmitRefusal | None:
         """Pool blocks are freed once vLLM has taken their KV in."""
-        staging = self._staging.blocks
-        refusal = self._adopt_refusal(spec, computed_tokens, staging.reserved(migration_id))
+        staging, arrivals = self._staging.blocks, self._core.arrivals
+        present = arrivals.present(migration_id) // self._limits.block_size
+        refusal = self._adopt_refusal(spec, computed_tokens, present + staging.reserved(migration_id))
         if refusal is not None:
             return refusal
         if computed_tokens == 0:
             self.cancel_reservation(migration_id)
             self._enqueue(self._take(spec, now))
             return None
+        if not arrivals.intact(migration_id):
+            return SubmitRefusal(RejectCode.INVALID, "what was here of its KV had to make room")
         request = self._take(spec, now)
         self._new_kv(request)
-        blocks = self._staging.adopt(migration_id, request.request_id, computed_tokens)
-        self._core.enter(request, blocks, computed_tokens, migration_id)
+        coming = computed_tokens - arrivals.present(migration_id)
+        blocks = self._staging.adopt(migration_id, request.request_id, coming)
+        self._core.arrive(request, blocks, computed_tokens, migration_id)
         return None

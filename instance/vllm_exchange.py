@@ -7,6 +7,7 @@ place of an Exchange.
 Bounded: ``live`` and ``imports`` hold requests that vLLM holds, ``loads`` those of one step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,19 +24,23 @@ BLOCK_SIZE = "llumnix_block_size"
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """KV that waits in the pool for a request that vLLM has been given: of its first ``tokens`` tokens."""
+    """KV that waits in the pool for a request that vLLM has been given: of its tokens ``first … tokens - 1``,
+    where blocks of vLLM and of the pool both begin at ``first``. What is before is in vLLM's prefix cache; if
+    vLLM has lost it, none of this is of use."""
 
     pool_blocks: tuple[int, ...]
+    first: int
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An import that vLLM has found room for: tokens from ``first`` on, to a request's ``blocks``."""
+    """What is to be loaded of an import that vLLM has found room for, as BlockCopier.copy_in is told."""
 
-    source: Import
+    pool_blocks: tuple[int, ...]
     blocks: tuple[int, ...]
     first: int
+    end: int
 
 
 class BlockCopier(Protocol):
@@ -91,14 +96,19 @@ class Exchange:
             raise InvariantError("vLLM has not told about its KV yet")
         return self._copier
 
+    def whole_blocks(self, tokens: int) -> int:
+        """The most of a request's first ``tokens`` tokens that end both a block of vLLM and one of the
+        pool."""
+        unit = math.lcm(self.pool.layout.block_size, self.copier.shape.block_size)
+        return tokens // unit * unit
+
     def ready(self, pool: KvPool, copier: BlockCopier) -> None:
         """vLLM has its KV."""
         self._pool, self._copier = pool, copier
 
     def take_in(self, load: Load) -> None:
         """Fill a request's blocks in vLLM from the pool."""
-        source = load.source
-        self.copier.copy_in(self.pool, source.pool_blocks, load.blocks, first=load.first, end=source.tokens)
+        self.copier.copy_in(self.pool, load.pool_blocks, load.blocks, first=load.first, end=load.end)
 
     def know(self, layout: KvLayout, copier: BlockCopier) -> None:
         """vLLM has its KV, in this process: make the pool."""

@@ -99,8 +99,7 @@ class Rank:
 
     def take_in(self, load: Load) -> None:
         """Fill this rank's part of a request's blocks in vLLM from the pool."""
-        source = load.source
-        self.copier.copy_in(self.pool, source.pool_blocks, load.blocks, first=load.first, end=source.tokens)
+        self.copier.copy_in(self.pool, load.pool_blocks, load.blocks, first=load.first, end=load.end)
 
     def _listen(self) -> None:
         try:

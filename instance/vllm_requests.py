@@ -3,14 +3,14 @@ protocol but for migrations, which vllm_engine.py adds; see there for who decide
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from llumnix.core.config import EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.messages.control import KvLayout, RequestRow, RequestStatus, TenantTotals
 from llumnix.core.messages.load import MoveCandidate
 from llumnix.core.messages.serving import RequestSpec, TokenDelta
 from llumnix.core.views import SelectionPolicy
-from llumnix.instance.engine import EngineLoad, StepResult
+from llumnix.instance.engine import EngineLoad, MovableState, StepResult
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.move_offers import MoveOffers
 from llumnix.instance.ranking import Ranking
@@ -18,12 +18,22 @@ from llumnix.instance.request import Request
 from llumnix.instance.request_table import RequestTable
 from llumnix.instance.tenant_counters import TenantCounters
 from llumnix.instance.vllm_core import Entered, Produced, VllmCore
+from llumnix.instance.vllm_holds import Hold
 from llumnix.instance.vllm_staging import Staging
 from llumnix.instance.waiting_queue import WaitingQueue
 from llumnix.policies.registry import selection_policy
 
 WAITING_CANDIDATES_MAX = 2
 STEP_MEAN_WEIGHT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOut:
+    """A request whose migration is not decided yet. It could go on here, with the KV that ``state`` says is
+    in the pool and, for what goes before, in these blocks of vLLM."""
+
+    state: MovableState
+    hold: Hold
 
 
 class VllmRequests(RequestTable):
@@ -38,7 +48,7 @@ class VllmRequests(RequestTable):
         limits, tenants = self._core.limits, TenantCounters(SchedulerConfig())
         waiting = WaitingQueue(limits.block_size, Ranking(tenants, SwapConfig()))
         super().__init__(limits, config.waiting_max, waiting, tenants)
-        self._taken_out: dict[str, tuple[int, ...]] = {}
+        self._taken_out: dict[str, TakenOut] = {}
         self._kv_versions = 0
         self._step_s = 0.0
         self._tokens_total = self._preemptions_total = 0
@@ -136,7 +146,7 @@ class VllmRequests(RequestTable):
         return self._has_slot() and self._core.rounded(len(head.tokens)) <= self._room()
 
     def _has_slot(self) -> bool:
-        aside = sum(1 for blocks in self._taken_out.values() if blocks)
+        aside = sum(not one.state.waiting for one in self._taken_out.values())
         reservations = self._staging.blocks.reservations
         return len(self._core.entered) + aside + reservations < self._core.batch_max
 
@@ -144,8 +154,13 @@ class VllmRequests(RequestTable):
         """Tokens that newcomers may bring: what vLLM has free but for reservations and a little for each
         running request to grow."""
         size = self._limits.block_size
-        kept = (self._staging.blocks.reserved_blocks + len(self._core.entered)) * size
+        kept = (self._reserved_blocks + len(self._core.entered)) * size
         return self._core.free_tokens() - kept
+
+    @property
+    def _reserved_blocks(self) -> int:
+        """For what is coming: in the pool, and what is here already."""
+        return self._staging.blocks.reserved_blocks + self._core.arrivals.present_tokens // self.block_size
 
     # LoRA adapters.
 
@@ -171,7 +186,9 @@ class VllmRequests(RequestTable):
         entered = self._core.entered.get(request_id)
         if entered is not None:
             self._core.leave(entered)
-        elif self._taken_out.pop(request_id, None) is None and request_id in self._waiting:
+        elif request_id in self._taken_out:
+            self._core.holds.let_go(self._taken_out.pop(request_id).hold)
+        elif request_id in self._waiting:
             self._waiting.remove(request)
         self._staging.stop(request_id)
 
@@ -193,7 +210,7 @@ class VllmRequests(RequestTable):
         return EngineLoad(
             capacity_blocks=self._limits.capacity_blocks,
             used_blocks=used_blocks,
-            reserved_blocks=self._staging.blocks.reserved_blocks,
+            reserved_blocks=self._reserved_blocks,
             head_blocks=head_blocks,
             waiting_blocks=self._waiting.blocks + sum(self._waiting.blocks_of(one) for one in behind),
             running=len(running),
@@ -231,7 +248,8 @@ class VllmRequests(RequestTable):
             if entered is not None and entered.running:
                 blocks, status = self._waiting.blocks_of(request), RequestStatus.RUNNING
             elif request.request_id in self._taken_out:
-                blocks, status = len(self._taken_out[request.request_id]), RequestStatus.MIGRATING
+                state = self._taken_out[request.request_id].state
+                blocks, status = state.first_block + len(state.blocks), RequestStatus.MIGRATING
             rows.append(replace(request.row(instance_id, now), status=status, blocks=blocks))
         return tuple(rows)
 

@@ -87,7 +87,7 @@ class Copying:
         """The blocks of the next stage: all fresh ones."""
         self.under_way = self.fresh(movable)
         self._known_tokens = movable.known_tokens
-        return movable.blocks[self.copied : self.copied + self.under_way]
+        return self._blocks(movable, self.copied + self.under_way)
 
     def stage_ended(self, done: StageCopied, now: float) -> None:
         """The last stage begun has been copied."""
@@ -99,9 +99,13 @@ class Copying:
 
     def last_blocks(self, movable: Movable) -> tuple[int, ...]:
         """What the commit has to bring."""
-        last = movable.blocks[self.copied : -(-movable.computed_tokens // self._layout.block_size)]
+        last = self._blocks(movable, -(-movable.computed_tokens // self._layout.block_size))
         self._last = len(last)
         return last
+
+    def _blocks(self, movable: Movable, end: int) -> tuple[int, ...]:
+        """Those that have not been copied, up to the request's block ``end``."""
+        return movable.blocks[self.copied - movable.first_block : end - movable.first_block]
 
     def at_once(self, movable: Movable, now: float) -> bool:
         """Whether all there is can go with the commit: it lies in host memory, whole, and the target is known

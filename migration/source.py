@@ -94,8 +94,10 @@ class SourceMigration(SentCommit):
             if event.stage != self._tally.stages:
                 return self._ignore(event, now)
             copying.stage_ended(event, now)
-        elif isinstance(event, Reserved) and not copying.skip(event.present_blocks):
-            return self._give_up(f"the target says it has {event.present_blocks} blocks", now)
+        elif isinstance(event, Reserved):
+            objection = self._target_has(event.present_blocks)
+            if objection:
+                return self._give_up(objection, now)
         movable = self._engine.movable(self.order.request_id)
         lost = copying.lost(movable)
         if movable is None or lost:
@@ -111,6 +113,13 @@ class SourceMigration(SentCommit):
         self.state = SourceState.READY
         self._wait(now)
         return self._leave_in_time(movable, now)
+
+    def _target_has(self, present_blocks: int) -> str:
+        """It has room, and so many leading blocks already: have the others where it can read them. Returns
+        why that cannot be; empty if it can."""
+        if not self._copying.skip(present_blocks):
+            return f"the target says it has {present_blocks} blocks"
+        return self._engine.begin_move(self.order.request_id, present_blocks)
 
     def _staged(self, movable: Movable) -> bool:
         """Whether what is full by now is to be copied before the commit."""

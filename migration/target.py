@@ -84,7 +84,7 @@ class TargetMigration:
         self._pace = pace
         self._story = Story()
         self._blocks: tuple[int, ...] = ()
-        self._copied = self._present = 0
+        self._copied = self._present = 0  # of all; ``_blocks`` are those behind the present ones
         self._stage = 0
         self._reading = 0
         self._commit: Commit | None = None
@@ -281,7 +281,7 @@ class TargetMigration:
             self._engine.cancel_reservation(self.migration_id)
 
     def _grow(self, total: int) -> bool:
-        if total > len(self._blocks):
+        if total > self._present + len(self._blocks):
             blocks = self._engine.reserve(self.migration_id, total)
             if blocks is None:
                 return False
@@ -290,7 +290,8 @@ class TargetMigration:
 
     def _start_read(self, source_blocks: tuple[int, ...], *, final: bool) -> StartRead:
         self._reading = len(source_blocks)
-        target_blocks = self._blocks[self._copied : self._copied + len(source_blocks)]
+        first = self._copied - self._present
+        target_blocks = self._blocks[first : first + len(source_blocks)]
         endpoint = self.reserve.kv_endpoint
         rests = not (final or self.reserve.swapped)
         where = (endpoint, source_blocks, target_blocks)

@@ -1,7 +1,7 @@
 """One instance of the small world (migration_world.py): agent, engine, and the content of every KV block, in
 virtual time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from migration_host import HostMemory
@@ -11,6 +11,7 @@ from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import InstanceHello, InstanceRole, KvEndpoint, RequestRow, RequestStatus
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.agent import Agent
+from llumnix.instance.engine import MovableState
 from llumnix.instance.engine_core import EngineCore
 from llumnix.instance.executor import StepPlan
 from llumnix.instance.model_limits import ModelLimits
@@ -39,30 +40,48 @@ KvStamp = tuple[str, int, int]
 
 
 class CachingEngine(EngineCore):
-    """One that happens to have some of the leading blocks of what comes in."""
+    """One that happens to have some of the leading blocks of what comes in, and lets nobody read blocks of
+    what leaves that its target has."""
 
     def __init__(self, node: "Node", limits: ModelLimits) -> None:
         super().__init__(limits, node.world.engine, swap=node.world.swap, host=node.host)
         self.configure(SchedulerConfig(preemption_policy="swap"))
         self._node = node
-        self._present: dict[str, tuple[RequestSpec, int]] = {}
+        self._coming: dict[str, RequestSpec] = {}
+        self._present: dict[str, int] = {}
+        self._unread: dict[str, int] = {}
 
     def keep_present(self, migration_id: str, spec: RequestSpec, blocks_max: int) -> int:
         chance = self._node.world.random
         present = chance.randint(0, blocks_max) if chance.random() < 0.5 else 0
-        self._present[migration_id] = (spec, present)
+        self._coming[migration_id], self._present[migration_id] = spec, present
         return present
 
     def reserve(self, migration_id: str, blocks: int) -> tuple[int, ...] | None:
         reserved = super().reserve(migration_id, blocks)
-        spec, present = self._present.pop(migration_id, (None, 0))
-        if reserved is not None and spec is not None:
+        if reserved is None:
+            return None
+        spec, present = self._coming.pop(migration_id, None), self._present.get(migration_id, 0)
+        if spec is not None:
             tokens, size = spec.prompt_tokens + spec.output_tokens, ENGINE.block_size
             for place in range(present * size):
                 stamp = (spec.request_id, place, tokens[place])
                 self._node.kv[reserved[place // size]][place % size] = stamp
             self._node.world.present_blocks += present
-        return reserved
+        return reserved[present:]
+
+    def begin_move(self, request_id: str, present_blocks: int = 0) -> str:
+        self._unread[request_id] = present_blocks
+        return ""
+
+    def end_move(self, request_id: str) -> None:
+        self._unread.pop(request_id, None)
+
+    def movable(self, request_id: str) -> MovableState | None:
+        state, unread = super().movable(request_id), self._unread.get(request_id, 0)
+        if state is None or not unread:
+            return state
+        return replace(state, blocks=state.blocks[unread:], first_block=unread)
 
 
 class Node:

@@ -18,7 +18,9 @@ from migration_driving import (
     stage,
 )
 
+from llumnix.core.messages.control import MigrationEnded
 from llumnix.core.messages.migration import AbortMigration, Commit, CopyStage, Reserve, Reserved, StageCopied
+from llumnix.instance.engine import MovableState
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.migration.events import ReadEnded, StartRead
 from llumnix.migration.pace import CopySpeeds
@@ -70,6 +72,43 @@ def test_a_target_that_has_all_full_blocks_gets_the_commit_at_once() -> None:
     assert len(last.source_blocks) == 1
 
 
+def test_blocks_that_the_target_has_need_not_be_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine()
+    migration = begun(engine)
+    every, begun_with = engine.movable, list[tuple[str, int]]()
+
+    def begin_move(request_id: str, present_blocks: int) -> str:
+        begun_with.append((request_id, present_blocks))
+        return ""
+
+    def movable(request_id: str) -> MovableState | None:
+        state = every(request_id)
+        assert state is not None
+        return replace(state, blocks=state.blocks[1:], first_block=1)  # it makes one more readable than asked
+
+    monkeypatch.setattr(engine, "begin_move", begin_move)
+    monkeypatch.setattr(engine, "movable", movable)
+    whole = every("r")
+    assert whole is not None
+    (first,) = messages(migration.handle(Reserved("m", 15.0, present_blocks=2), 1.0))
+    assert isinstance(first, CopyStage)
+    assert (begun_with, first.source_blocks) == ([("r", 2)], whole.blocks[2:4])
+    (last,) = messages(migration.handle(StageCopied("m", 1, 0.1), 1.1))
+    assert isinstance(last, Commit)
+    assert last.source_blocks == whole.blocks[4:5]
+
+
+def test_a_source_that_cannot_have_the_others_read_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine()
+    migration = begun(engine)
+    monkeypatch.setattr(engine, "begin_move", lambda *asked: "no room")
+    (abort, ended) = messages(migration.handle(Reserved("m", 15.0, present_blocks=2), 1.0))
+    assert abort == AbortMigration("m", "no room")
+    assert isinstance(ended, MigrationEnded) and ended.reason == "no room"
+    step(engine)
+    assert engine.movable("r") is not None
+
+
 @pytest.mark.parametrize("present", [-1, 5])
 def test_a_target_that_claims_what_cannot_be_is_left(present: int) -> None:
     engine = small_engine()
@@ -90,18 +129,20 @@ def test_blocks_that_are_here_are_not_read(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(blocks_max)
         return 2
 
+    reserve_all = engine.reserve
     monkeypatch.setattr(engine, "keep_present", present)
+    monkeypatch.setattr(engine, "reserve", lambda *wanted: (reserve_all(*wanted) or ())[2:] or None)
     ask = replace(reserve(REQUEST, 5), full_blocks=3)
     migration = TargetMigration(ask, engine=engine, config=CONFIG, pace=pace())
     told = Reserved("m", CONFIG.reservation_s, present_blocks=2)
     assert messages(migration.begin(1.0)) == [told]
     assert messages(migration.handle(ask, 1.0)) == [told]
     assert asked == [3]
-    (first,) = migration.handle(stage(1, (6,), 5), 1.0)
+    (first,) = migration.handle(stage(1, (6,), 6), 1.0)
     assert isinstance(first, StartRead)
     migration.handle(ReadEnded(1, READ), 1.1)
     (last,) = migration.handle(commit((7,), 13, OUTPUT[:6]), 1.2)
     assert isinstance(last, StartRead)
-    held = engine.reserve("m", 5)
+    held = reserve_all("m", 6)
     assert held is not None
     assert (first.target_blocks, last.target_blocks) == ((held[2],), (held[3],))
