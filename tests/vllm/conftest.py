@@ -5,7 +5,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+for folder in ("e2e", "unit"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
