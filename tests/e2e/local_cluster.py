@@ -28,6 +28,7 @@ from llumnix.runtime.instance_factory import Instance, InstanceIdentity, make_in
 from llumnix.runtime.manager_server import ManagerServer
 
 WAIT_S = 30.0
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def simulated_config(
@@ -73,7 +74,7 @@ class LocalCluster:
     ) -> None:
         """One more, in a process of its own, with settings of its own if they are given."""
         identity = InstanceIdentity(instance_id, uuid.uuid4().hex[:8], self.manager.address)
-        process = multiprocessing.get_context("spawn").Process(
+        process = PROCESSES.Process(
             target=_run,
             args=(config or self.config, identity),
             daemon=(config or self.config).engine.tensor_parallel == 1,  # a daemon may have no ranks

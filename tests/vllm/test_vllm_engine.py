@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+from small_llama import small_llama
 
 from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.errors import ConfigurationError
@@ -28,10 +29,10 @@ ANY_EPOCH = 10_000
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[VllmEngine]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     config = EngineConfig(
         kind="vllm",
-        model="smollm2",
+        model=small_llama(tmp_path_factory.mktemp("model"), vocabulary=8192),
         device="cpu",
         dtype="float32",
         kv_blocks=CAPACITY_TOKENS // 16,

@@ -125,7 +125,7 @@ class Leaving:
     def churn(self) -> None:
         """Another request takes, and leaves, nearly every block of vLLM that nobody holds."""
         free = self.engine._core.exchange.free_blocks()
-        steps = Run(self.engine, spec("o", new_prompt((free - 1) * 32 - 4), max_tokens=4))
+        steps = Run(self.engine, spec("o", new_prompt(min(780, (free - 1) * 32 - 4)), max_tokens=4))
         while self.engine.has_work():
             steps.step()
         assert self.engine._core.holds.alone == PRESENT * 16 // 32
