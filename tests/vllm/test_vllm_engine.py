@@ -173,8 +173,8 @@ def test_running_requests_take_back_what_an_arrival_holds(engine: VllmEngine) ->
     assert reserved is not None
     reader.read(state.blocks[: state.full_blocks], reserved[: state.full_blocks], 1.0)
     arrivals = engine._core.arrivals
-    before = arrivals.held_tokens
-    while arrivals.held_tokens:
+    before = arrivals.blocks
+    while arrivals.blocks:
         run.step()
         assert engine.holds("a"), "nobody needed the blocks"
     assert before > 0 and engine.load().reserved_blocks == len(reserved)
