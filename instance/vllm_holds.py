@@ -28,12 +28,12 @@ class Holds:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._held: dict[int, Hold] = {}
+        self._held: dict[Hold, None] = {}
 
     @property
     def alone(self) -> int:
         """Blocks that are held here and by no request."""
-        held = [block for hold in self._held.values() for block in hold.blocks]
+        held = [block for hold in self._held for block in hold.blocks]
         holds = Counter(block.block_id for block in held)
         return len({block.block_id for block in held if block.ref_cnt == holds[block.block_id]})
 
@@ -42,17 +42,18 @@ class Holds:
         hold = Hold(list(blocks))
         if blocks:
             self._exchange.block_pool.touch(hold.blocks)
-            self._held[id(hold)] = hold
+            self._held[hold] = None
         return hold
 
     def let_go(self, hold: Hold) -> None:
         """Nobody counts on it any more; the last block goes first, as vLLM does it. One that has been let go
         already is fine."""
-        if self._held.pop(id(hold), None) is not None:
+        if hold in self._held:
+            del self._held[hold]
             blocks, hold.blocks = hold.blocks, []
             self._exchange.block_pool.free_blocks(reversed(blocks))
 
     def let_all_go(self) -> None:
         """Requests of vLLM need blocks."""
-        for hold in list(self._held.values()):
+        for hold in list(self._held):
             self.let_go(hold)

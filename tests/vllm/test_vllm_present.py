@@ -213,6 +213,19 @@ def test_requests_of_vllm_come_before_what_is_kept(
     assert leaving.run.out()["a"] == leaving.undisturbed
 
 
+def test_what_is_kept_is_room_for_newcomers(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving = Leaving(engine, monkeypatch)
+    leaving.commit()
+    engine.cancel_reservation("m")
+    newcomer = spec("o", new_prompt((engine._core.exchange.free_blocks() + 2) * 32), max_tokens=8)
+    grows = Run(engine, newcomer)
+    grows.step()
+    assert engine._core.entered["o"].running and engine._core.holds.alone == 0
+    leaving.denied()
+    leaving.run.said |= grows.said
+    assert leaving.run.out()["a"] == leaving.undisturbed
+
+
 def test_what_is_kept_goes_with_its_request(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     leaving = Leaving(engine, monkeypatch)
     leaving.commit()
