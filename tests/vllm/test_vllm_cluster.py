@@ -97,9 +97,11 @@ def only(cluster: LocalCluster, *names: str) -> Iterator[None]:
     others = cluster.processes.keys() - names
     for name in others:
         cluster.manager.set_draining(name, True)
-    yield
-    for name in others:
-        cluster.manager.set_draining(name, False)
+    try:
+        yield
+    finally:
+        for name in others:
+            cluster.manager.set_draining(name, False)
 
 
 @cache
