@@ -105,8 +105,12 @@ def only(cluster: LocalCluster, *names: str) -> Iterator[None]:
 
 
 @cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(resolve_model("smollm2"))
+
+
 def tokens_of(text: str) -> tuple[int, ...]:
-    return tuple(AutoTokenizer.from_pretrained(resolve_model("smollm2"))(text)["input_ids"])
+    return tuple(tokenizer()(text)["input_ids"])
 
 
 @pytest.fixture(scope="module")
