@@ -113,6 +113,8 @@ class LoadReporter:
             load.adapters,
             load.kept_tokens_max,
             load.head_missing_blocks,
+            load.head_priority,
+            load.head_arrived_at,
             max(0.0, now - load.head_arrived_at) if load.waiting else 0.0,
         )
         return Send(self._manager_address, report)

@@ -24,8 +24,7 @@ class SubmitRefusal:
 
 
 class EngineLoad(NamedTuple):
-    """Load as in the LoadReport message; ``step_s`` is a recent mean, 0.0 before the first step. The queue's
-    head arrived at ``head_arrived_at``."""
+    """Load as in the LoadReport message; ``step_s`` is a recent mean, 0.0 before the first step."""
 
     capacity_blocks: int
     used_blocks: int
@@ -48,6 +47,7 @@ class EngineLoad(NamedTuple):
     adapters: tuple[str, ...] = ()
     kept_tokens_max: int = 0
     head_missing_blocks: int = 0
+    head_priority: int = 0
     head_arrived_at: float = 0.0
 
 

@@ -211,6 +211,7 @@ class EngineCore(RequestTable, KvInPlace):
             (),
             self._switching.kept_tokens_max,
             missing,
+            0 if head is None else head.scheduling_priority,
             0.0 if head is None else head.arrived_at,
         )
 

@@ -80,6 +80,7 @@ def _candidate(request: Request, blocks: int, host_blocks: int) -> MoveCandidate
         request.arrived_at,
         host_blocks,
         request.adapter,
+        request.scheduling_priority,
     )
 
 

@@ -32,5 +32,6 @@ def shortage(scheduler: LocalScheduler, free_tokens: int, step_s: float) -> Shor
         tokens - victim.prompt_len,
         victim.arrived_at,
         adapter=victim.adapter,
+        scheduling_priority=victim.scheduling_priority,
     )
     return Shortage(candidate, free_tokens // running, scheduler.switching.loss_s(victim))

@@ -230,6 +230,7 @@ class VllmRequests(RequestTable):
             adapters=tuple(sorted(self._core.adapters_loaded() | self._adapters_wanted())),
             kept_tokens_max=self._core.kept_tokens_max,
             head_missing_blocks=missing,
+            head_priority=0 if waiting_first is None else waiting_first.scheduling_priority,
             head_arrived_at=0.0 if waiting_first is None else waiting_first.arrived_at,
         )
 
@@ -273,6 +274,7 @@ class VllmRequests(RequestTable):
             request.output_len,
             request.arrived_at,
             adapter=request.adapter,
+            scheduling_priority=request.scheduling_priority,
         )
 
     def _new_kv(self, request: Request) -> None:

@@ -7,9 +7,11 @@ admitted. Then running requests leave for blocks that lie idle elsewhere, just e
 be admitted. (In Llumnix, OSDI'24, Algorithm 1, a blocked head is usage that makes others leave, but only to
 an instance above the high mark.)
 
-Who lacks least is helped first, since that lets most in for the fewest moves. A head that has waited
-``room_patience_s`` comes before all others, oldest first, and its instance takes nobody in any more: so long
-prompts wait longer than others, but not for ever. Called by pairing after its other moves of a round.
+Heads of higher scheduling priority come first, and those of one priority in the order of what they lack: that
+lets most in for the fewest moves. But a head that has waited ``room_patience_s`` comes before others of its
+priority, oldest first, and its blocks then serve no younger one; those of a head never serve one of lower
+priority. So long prompts wait longer than others, but not for ever. Called by pairing after its other moves of
+a round.
 """
 
 from collections.abc import Collection, Sequence
@@ -73,13 +75,12 @@ class _Plan:
 
     def send_on(self, source: InstanceView) -> None:
         """The first of its queue go where they are admitted at once."""
-        waiting = sorted(
-            (one for one in source.candidates if one.waiting),
-            key=lambda one: (one.arrived_at, one.request_id),
-        )
-        for one in waiting:
-            since = source.head_since + one.arrived_at - waiting[0].arrived_at
-            first = [gap for gap in self._usable(source) if _is_first(gap.view, since)]
+        waiting = [one for one in source.candidates if one.waiting]
+        for one in sorted(
+            waiting, key=lambda one: (-one.scheduling_priority, one.arrived_at, one.request_id)
+        ):
+            since = source.head_since + one.arrived_at - source.head_arrived_at
+            first = [gap for gap in self._usable(source) if _is_first(gap.view, one, since)]
             gap = _largest(first, {gap.view.instance_id: gap.blocks for gap in first}, one)
             if gap is not None and one.request_id not in self._resting:
                 self._move(one, source, gap)
@@ -91,9 +92,10 @@ class _Plan:
                 if self._room(source):
                     self._move(one, source, gap)
 
-    def _urgency(self, view: InstanceView) -> tuple[bool, float, str]:
+    def _urgency(self, view: InstanceView) -> tuple[int, bool, float, str]:
         late = view.head_since < self._overdue
-        return not late, view.head_since if late else float(view.head_missing_blocks), view.instance_id
+        within = view.head_since if late else float(view.head_missing_blocks)
+        return -view.head_priority, not late, within, view.instance_id
 
     def _find_gaps(self, serving: Sequence[InstanceView], closed: Collection[str]) -> list[_Gap]:
         """The largest, as many as a round has moves."""
@@ -112,8 +114,7 @@ class _Plan:
         return gaps[: config.moves_per_round_max]
 
     def _usable(self, source: InstanceView) -> list[_Gap]:
-        """Gaps that may serve the queue of ``source``: not those kept for an older head that has waited too
-        long."""
+        """Gaps that may serve the queue of ``source``."""
         if source.instance_id in self._took or not self._room(source):
             return []
         return [
@@ -122,11 +123,15 @@ class _Plan:
             if gap.moves > 0
             and gap.view.instance_id != source.instance_id
             and gap.view.instance_id not in self._gave
-            and not (
-                gap.view.head_missing_blocks > 0
-                and gap.view.head_since < min(self._overdue, source.head_since)
-            )
+            and not self._is_kept(gap.view, source)
         ]
+
+    def _is_kept(self, view: InstanceView, source: InstanceView) -> bool:
+        """Whether a head waits for these blocks that comes before that of ``source`` whatever the two
+        lack."""
+        if not view.head_missing_blocks or view.head_priority != source.head_priority:
+            return view.head_missing_blocks > 0 and view.head_priority > source.head_priority
+        return view.head_since < min(self._overdue, source.head_since)
 
     def _room(self, source: InstanceView) -> bool:
         gave = self._gave.get(source.instance_id, 0) + source.migrating_out
@@ -172,9 +177,11 @@ class _Plan:
         self._took.add(gap.view.instance_id)
 
 
-def _is_first(view: InstanceView, since: float) -> bool:
+def _is_first(view: InstanceView, one: MoveCandidate, since: float) -> bool:
     """Whether a request that has waited since then would be the head of the queue there."""
-    return not (view.waiting or view.placed_requests) or since < view.head_since
+    if not (view.waiting or view.placed_requests):
+        return True
+    return (-one.scheduling_priority, since) < (-view.head_priority, view.head_since)
 
 
 def _largest(gaps: Sequence[_Gap], left: dict[str, float], candidate: MoveCandidate) -> _Gap | None:

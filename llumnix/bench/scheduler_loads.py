@@ -93,6 +93,7 @@ class Loads:
             address=f"tcp://{instance_id}",
             adapters=tuple(sorted(set(self._random.choices(ADAPTERS, k=LOADED_MAX)))),
             head_missing_blocks=missing,
+            head_arrived_at=0.0,
             head_waited_s=self._random.uniform(0.0, 90.0) if waiting else 0.0,
         )
 

@@ -249,5 +249,7 @@ class InstanceRecord:
             self.headroom_blocks,
             self.hello.adapters,
             report.head_missing_blocks,
+            report.head_priority,
+            report.head_arrived_at,
             self.heard_at - report.head_waited_s,
         )

@@ -26,8 +26,8 @@ class InstanceView(NamedTuple):
     ``headroom_blocks`` are kept free beside requests of each execution priority above 0 that runs there.
     ``reported_at`` is the manager's clock when the last report came in. ``adapters`` are the LoRA adapters it
     can serve; a request that needs another must not go there. The queue's head lacks ``head_missing_blocks``
-    to be admitted (0: none), ``leaving_blocks`` not counted, and arrived at ``head_since`` on the manager's
-    clock.
+    to be admitted (0: none), ``leaving_blocks`` not counted, has the scheduling priority ``head_priority``,
+    and arrived at ``head_since`` on the manager's clock, which is ``head_arrived_at`` on the instance's.
     """
 
     instance_id: str
@@ -54,6 +54,8 @@ class InstanceView(NamedTuple):
     headroom_blocks: int = 0
     adapters: tuple[str, ...] = ()
     head_missing_blocks: int = 0
+    head_priority: int = 0
+    head_arrived_at: float = 0.0
     head_since: float = 0.0
 
     def serves(self, adapter: str) -> bool:

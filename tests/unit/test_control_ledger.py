@@ -114,9 +114,15 @@ def test_a_record_scores_what_its_view_stands_for(used: int, placed: int, moves:
 
 def test_since_when_a_head_waits_is_on_the_managers_clock() -> None:
     record = InstanceRecord(hello("a"), 50.0, 4)
-    record.report = ToyInstance("a", running={"r": 95}, waiting={"w": 7}).report()._replace(head_waited_s=8.0)
+    record.report = (
+        ToyInstance("a", running={"r": 95}, waiting={"w": 7})
+        .report()
+        ._replace(head_priority=3, head_arrived_at=7.0, head_waited_s=8.0)
+    )
     record.changed()
-    assert (record.seen.head_missing_blocks, record.seen.head_since) == (2, 42.0)
+    seen = record.seen
+    assert (seen.head_missing_blocks, seen.head_priority) == (2, 3)
+    assert (seen.head_arrived_at, seen.head_since) == (7.0, 42.0)
 
 
 def test_running_moves_are_counted_by_side_until_they_end() -> None:

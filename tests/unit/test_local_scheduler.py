@@ -116,7 +116,7 @@ def test_admission_leaves_running_requests_room_to_grow() -> None:
     step(engine)
     assert held(engine, RequestStatus.WAITING) == ["b"], "2 of 4 blocks are free, and one is kept"
     load = engine.load()
-    assert (load.head_missing_blocks, load.head_arrived_at) == (2, 1.0), "a has grown into one more"
+    assert (load.head_missing_blocks, load.head_arrived_at, load.head_priority) == (2, 1.0, 0)
 
 
 def test_a_head_that_fits_lacks_nothing() -> None:

@@ -23,7 +23,12 @@ def stuck(instance_id: str, *blocks: int, head: int, since: float = 90.0, **chan
     missing = head - (made.capacity_blocks - sum(blocks))
     assert missing > 0
     queued = MoveCandidate(f"{instance_id}q", head, 0, True, arrived_at=since)
-    return made._replace(candidates=(queued, *made.candidates), head_missing_blocks=missing, head_since=since)
+    return made._replace(
+        candidates=(queued, *made.candidates),
+        head_missing_blocks=missing,
+        head_arrived_at=since,
+        head_since=since,
+    )
 
 
 def room(
@@ -140,6 +145,45 @@ def test_the_blocks_of_a_head_that_has_waited_too_long_are_kept_for_it() -> None
     assert room(source, stuck("b", 66, head=90, since=39.0)) == []
     older = stuck("a", 30, 65, head=34, since=38.0)
     assert ("a0", "a", "b") in room(older, stuck("b", 66, head=90, since=39.0)), "an older one may"
+
+
+def urgent(view: InstanceView) -> InstanceView:
+    """The same with a head of scheduling priority 1."""
+    first = view.candidates[0]._replace(scheduling_priority=1)
+    return view._replace(candidates=(first, *view.candidates[1:]), head_priority=1)
+
+
+def test_heads_of_higher_priority_come_first() -> None:
+    less, more = stuck("a", 29, 66, head=34, since=30.0), stuck("b", 30, 69, head=31, since=95.0)
+    one_gap = running("c", 66)
+    assert room(less, more, one_gap) == [("a0", "a", "c")]
+    assert room(less, urgent(more), one_gap) == [("b0", "b", "c")]
+    assert room(urgent(less), urgent(more), one_gap) == [("a0", "a", "c")]
+
+
+def test_the_blocks_of_a_head_serve_none_of_lower_priority() -> None:
+    source, target = stuck("a", 30, 65, head=34), stuck("b", 66, head=90, since=95.0)
+    assert room(source, target) == [("a0", "a", "b")]
+    assert room(source, urgent(target)) == []
+    assert room(urgent(source), urgent(target)) == [("a0", "a", "b")]
+    late = stuck("b", 66, head=90, since=10.0)
+    assert room(source, late) == [] and room(urgent(source), late) == [("a0", "a", "b")]
+
+
+def test_an_urgent_request_goes_before_older_ones_that_wait_elsewhere() -> None:
+    older = stuck("b", 40, head=70, since=85.0)
+    assert room(stuck("a", 80, head=50), older) == []
+    assert room(urgent(stuck("a", 80, head=50)), older) == [("aq", "a", "b")]
+    assert room(stuck("a", 80, head=50, since=80.0), urgent(older)) == []
+
+
+def test_since_when_a_request_waits_follows_from_its_instances_own_clock() -> None:
+    """That clock is far from the manager's; only differences on one clock are taken."""
+    second = MoveCandidate("second", 10, 0, True, arrived_at=7005.0)
+    source = stuck("a", 60, head=80, since=90.0)._replace(head_arrived_at=7000.0)
+    source = source._replace(candidates=(*source.candidates[1:], second))
+    assert room(source, stuck("b", 70, head=90, since=96.0)) == [("second", "a", "b")]
+    assert room(source, stuck("b", 70, head=90, since=94.0)) == []
 
 
 def test_a_round_of_either_pairing_makes_room_where_all_are_below_the_marks() -> None:

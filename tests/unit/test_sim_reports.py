@@ -42,10 +42,11 @@ def test_how_long_the_head_of_the_queue_has_waited_is_told() -> None:
     one.start(1.0)
     one.handle(Submit(spec("a", prompt_len=8, max_tokens=6)), 1.0)
     one.after_step(step(engine), 1.1)
-    one.handle(Submit(spec("b", prompt_len=8, max_tokens=2, waited_s=7.0)), 2.0)
+    one.handle(Submit(spec("b", prompt_len=8, max_tokens=2, waited_s=7.0, scheduling_priority=3)), 2.0)
     (report,) = sent_to(one.after_step(step(engine), 2.5), MANAGER)
     assert isinstance(report, LoadReport)
     assert (report.waiting, report.head_missing_blocks, report.head_waited_s) == (1, 2, 7.5)
+    assert (report.head_priority, report.head_arrived_at) == (3, -5.0)
 
 
 def test_what_comes_ends_or_leaves_is_news_and_a_question_is_not() -> None:

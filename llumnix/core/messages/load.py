@@ -16,7 +16,7 @@ class MoveCandidate(NamedTuple):
     ``waiting``, those that its tokens need. ``tokens`` of prompt + output are known, the last
     ``output_tokens`` of them generated. ``arrived_at`` is on the instance's own clock: compare it only with
     others of the same report. ``host_blocks`` of one that waits lie in host memory and go along.
-    ``adapter``: it can only go where that LoRA adapter is served."""
+    ``adapter``: it can only go where that LoRA adapter is served. ``scheduling_priority`` orders queues."""
 
     request_id: str
     blocks: int
@@ -27,6 +27,7 @@ class MoveCandidate(NamedTuple):
     arrived_at: float = 0.0
     host_blocks: int = 0
     adapter: str = ""
+    scheduling_priority: int = 0
 
     @property
     def prefills(self) -> bool:
@@ -95,8 +96,9 @@ class LoadReport(NamedTuple):
     None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
     adapters in its memory or wanted by requests it holds, sorted, ``kept_tokens_max``: of so many tokens it
     can keep the KV at present after their requests have ended. The queue's head lacks ``head_missing_blocks``
-    to be admitted (0: none, or there is no queue) and arrived ``head_waited_s`` ago. Reports repeat about
-    every second while nothing changes: silence is how a hung instance is noticed."""
+    to be admitted (0: none, or there is no queue), has the scheduling priority ``head_priority`` and arrived
+    ``head_waited_s`` ago, at ``head_arrived_at`` on the instance's own clock. Reports repeat about every
+    second while nothing changes: silence is how a hung instance is noticed."""
 
     instance_id: str
     incarnation: str
@@ -129,4 +131,6 @@ class LoadReport(NamedTuple):
     adapters: tuple[str, ...] = ()
     kept_tokens_max: int = 0
     head_missing_blocks: int = 0
+    head_priority: int = 0
+    head_arrived_at: float = 0.0
     head_waited_s: float = 0.0
