@@ -10,8 +10,8 @@ an instance above the high mark.)
 Heads of higher scheduling priority come first, and those of one priority in the order of what they lack: that
 lets most in for the fewest moves. But a head that has waited ``room_patience_s`` comes before others of its
 priority, oldest first, and its blocks then serve no younger one; those of a head never serve one of lower
-priority. So long prompts wait longer than others, but not for ever. Called by pairing after its other moves of
-a round.
+priority. So long prompts wait longer than others, but not for ever. Called by pairing after its other moves
+of a round.
 """
 
 from collections.abc import Collection, Sequence
