@@ -70,7 +70,7 @@ class _Plan:
         ]
         lacking = [view for view in serving if view.head_missing_blocks > view.leaving_blocks]
         lacking.sort(key=self._urgency)
-        self.lacking = lacking[:SOURCES_MAX] if most > 0 else []
+        self.lacking = lacking[:SOURCES_MAX]
         self._gaps = self._find_gaps(serving, cluster.closed) if self.lacking else []
 
     def send_on(self, source: InstanceView) -> None:
@@ -89,7 +89,7 @@ class _Plan:
         """Running requests leave, unless one that waited has."""
         if source.instance_id not in self._gave:
             for one, gap in self._cover(source, self._usable(source)):
-                if self._room(source):
+                if self._room(source) and gap.moves > 0:
                     self._move(one, source, gap)
 
     def _urgency(self, view: InstanceView) -> tuple[int, bool, float, str]:
@@ -179,9 +179,7 @@ class _Plan:
 
 def _is_first(view: InstanceView, one: MoveCandidate, since: float) -> bool:
     """Whether a request that has waited since then would be the head of the queue there."""
-    if not (view.waiting or view.placed_requests):
-        return True
-    return (-one.scheduling_priority, since) < (-view.head_priority, view.head_since)
+    return not view.waiting or (-one.scheduling_priority, since) < (-view.head_priority, view.head_since)
 
 
 def _largest(gaps: Sequence[_Gap], left: dict[str, float], candidate: MoveCandidate) -> _Gap | None:

@@ -130,6 +130,25 @@ def test_who_may_not_move_does_not() -> None:
     assert room(source._replace(candidates=tuple(adapted)), target._replace(adapters=("sql",))) != []
 
 
+def test_a_waiting_request_that_rests_stays_and_once_one_has_gone_nobody_makes_way() -> None:
+    source, target = stuck("a", 30, 45, head=50), running("b", 46)
+    assert room(source, target) == [("aq", "a", "b")], "not a0 besides, which would fit into c"
+    assert room(source, target, running("c", 60)) == [("aq", "a", "b")]
+    assert room(source, target, resting=("aq",)) == [("a0", "a", "b")]
+
+
+def test_an_instance_takes_no_more_at_a_time_than_it_may() -> None:
+    source, rest = stuck("a", 5, 5, 5, 5, 60, head=40), ("aq", "cq")  # lacks 20: four of five blocks
+    four = [(f"a{number}", "a", "b") for number in range(4)]
+    assert room(source, running("b", 50), resting=rest) == four
+    busy = running("b", 50, migrating_in=2)
+    assert room(source, busy, resting=rest) == four[:2], "the others in later rounds"
+    assert room(source, busy._replace(migrating_in=4), resting=rest) == []
+    less = stuck("c", 5, 5, 60, head=40)  # lacks 10
+    first = [("c0", "c", "b"), ("c1", "c", "b")]
+    assert room(source, less, running("b", 50), resting=rest) == [*first, *four[:2]]
+
+
 def test_who_lacks_least_comes_first_until_one_has_waited_too_long() -> None:
     less = stuck("a", 29, 66, head=34, since=90.0)
     more, late = (stuck("b", 30, 69, head=31, since=since) for since in (80.0, 30.0))
