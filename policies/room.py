@@ -89,7 +89,7 @@ class _Plan:
         """Running requests leave, unless one that waited has."""
         if source.instance_id not in self._gave:
             for one, gap in self._cover(source, self._usable(source)):
-                if self._room(source) and gap.moves > 0:
+                if self._may_give(source) and gap.moves > 0:
                     self._move(one, source, gap)
 
     def _urgency(self, view: InstanceView) -> tuple[int, bool, float, str]:
@@ -115,7 +115,7 @@ class _Plan:
 
     def _usable(self, source: InstanceView) -> list[_Gap]:
         """Gaps that may serve the queue of ``source``."""
-        if source.instance_id in self._took or not self._room(source):
+        if source.instance_id in self._took or not self._may_give(source):
             return []
         return [
             gap
@@ -133,7 +133,8 @@ class _Plan:
             return view.head_missing_blocks > 0 and view.head_priority > source.head_priority
         return view.head_since < min(self._overdue, source.head_since)
 
-    def _room(self, source: InstanceView) -> bool:
+    def _may_give(self, source: InstanceView) -> bool:
+        """Whether one more request may leave it in this round."""
         gave = self._gave.get(source.instance_id, 0) + source.migrating_out
         return gave < self._config.moves_per_instance_max and len(self.moves) < self._most
 
