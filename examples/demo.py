@@ -3,8 +3,8 @@
 Run it with `make demo`. It starts `llumnix serve`, then:
 1. with all requests on one instance and nothing moving, streams a burst of chats: the reference;
 2. streams the same burst again. All of it lands on one instance; then the other one is opened and the
-scheduler
-   evens the load out, while this script orders further moves, as an operator would;
+   scheduler evens the load out, while this script orders further moves, as an operator would; when, goes by
+   how long the reference took, so that it is neither over nor hardly begun on any machine;
 3. compares every output with its reference and prints a table and one JSON object.
 """
 
@@ -32,7 +32,7 @@ KV_BLOCKS = 112  # per instance: the burst just fits one, which leaves the sched
 TOKENS = (48, 64, 80, 96)
 START_TIMEOUT_S = 150.0
 RUN_TIMEOUT_S = 120.0
-COMMAND_EVERY_S = 2.0
+RESUME_SHARE, COMMAND_SHARE = 0.2, 0.15  # of the time that the burst takes
 TOKENS_LEFT_MIN = 16  # a request about to end is not worth an order
 
 QUESTIONS = (
@@ -127,10 +127,10 @@ async def watch(http: httpx.AsyncClient, seen: Observed) -> None:
         await asyncio.sleep(0.2)
 
 
-async def order_moves(http: httpx.AsyncClient) -> None:
+async def order_moves(http: httpx.AsyncClient, every_s: float) -> None:
     """An operator who moves the request with most left to say to the other instance, again and again."""
     while True:
-        await asyncio.sleep(COMMAND_EVERY_S)
+        await asyncio.sleep(every_s)
         rows = (await http.get("/admin/requests")).json()["data"]
         running = [row for row in rows if row["status"] == "running" and row["output_tokens"] > 0]
         row = max(running, key=lambda row: row["max_tokens"] - row["output_tokens"], default=None)
@@ -171,7 +171,8 @@ async def play(url: str) -> dict[str, object]:
         (await http.post("/admin/drain", json={"instance_id": "i1"})).raise_for_status()
         began = time.monotonic()
         reference = await run_burst(client, model)
-        console.print(f"{REQUESTS} chats in {time.monotonic() - began:.1f} s")
+        took_s = time.monotonic() - began
+        console.print(f"{REQUESTS} chats in {took_s:.1f} s")
 
         console.rule("2. The same burst, moving")
         seen = Observed()
@@ -181,10 +182,10 @@ async def play(url: str) -> dict[str, object]:
         moving = asyncio.create_task(run_burst(client, model))
         watching = asyncio.create_task(watch(http, seen))
         async with background(watching):
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(RESUME_SHARE * took_s)
             console.print("[bold]$ llumnix resume i1[/bold]")
             (await http.post("/admin/resume", json={"instance_id": "i1"})).raise_for_status()
-            ordering = asyncio.create_task(order_moves(http))
+            ordering = asyncio.create_task(order_moves(http, COMMAND_SHARE * took_s))
             async with background(ordering):
                 chats = await moving
             await asyncio.sleep(0.5)
