@@ -63,11 +63,6 @@ class Load(NamedTuple):
         """Blocks left once all queued and placed demand is met; negative if it cannot be."""
         return self.capacity_blocks - self.used_blocks - self.queued_blocks - self.placed_blocks
 
-    @property
-    def head_blocked(self) -> bool:
-        """Whether the head of the queue has to wait for blocks."""
-        return self.head_blocks > self.capacity_blocks - self.used_blocks
-
     def freeness(self, headroom_blocks: int) -> float:
         """Algorithm 1; ``-inf`` while draining."""
         if self.draining:

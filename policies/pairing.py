@@ -75,7 +75,6 @@ class DefragmentPairing:
         """The round's moves, those off draining instances first."""
         plan = _Round(self._config, cluster)
         plan.empty_draining()
-        plan.unblock()
         plan.make_room()
         return tuple(plan.moves)
 
@@ -174,19 +173,6 @@ class _Round:
             if not _headroom(view) and (urgent := _urgent_running(view))
         ]
         self._plan(strays, clear, allowed)
-
-    def unblock(self) -> None:
-        """Plan moves off instances whose head of the queue does not fit, to where free blocks remain."""
-
-        def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
-            return source.load.head_blocked and not after.head_blocked and target.freeness_of(after) > 0
-
-        blocked = [
-            self._side(view, view.migrating_out)
-            for view in self._serving
-            if view.candidates and Load.of(view).head_blocked
-        ]
-        self._plan(blocked, self._targets, allowed)
 
     def make_room(self) -> None:
         """Plan moves that let heads of queues in by blocks that lie idle elsewhere (room.py)."""

@@ -1,5 +1,4 @@
-"""The source's side of a migration, over a real engine: what it sends, when it gives up, and when it may
-resume."""
+"""The source's side of a migration, over a real engine: what it sends, when it gives up and may resume."""
 
 from dataclasses import replace
 

@@ -173,9 +173,11 @@ def test_every_round_keeps_the_rules(views: tuple[InstanceView, ...]) -> None:
 
 
 def blocked(instance_id: str, *blocks: int, head: int) -> InstanceView:
-    """An instance whose head of the queue waits for blocks."""
+    """An instance whose head of the queue waits for blocks, if it lacks any."""
     made = running(instance_id, *blocks, head_blocks=head, waiting_blocks=head, waiting=1)
-    return made._replace(candidates=(MoveCandidate(f"{instance_id}q", head, 0, True), *made.candidates))
+    missing = max(0, head - (made.capacity_blocks - made.used_blocks))
+    candidates = (MoveCandidate(f"{instance_id}q", head, 0, True), *made.candidates)
+    return made._replace(candidates=candidates, head_missing_blocks=missing)
 
 
 def test_drain_moves_what_drains_and_nothing_else() -> None:
@@ -199,27 +201,6 @@ def test_defragment_leaves_balance_alone() -> None:
     assert defragment(running("a", *FULL), view("b")) == []
     assert pair(running("a", *FULL), view("b")) != ()
     assert defragment(blocked("a", 40, 10, head=50), view("b")) == [], "its head fits and is admitted next"
-
-
-def test_defragment_blocks_nobody_else() -> None:
-    assert defragment(blocked("a", 50, 30, head=40), running("b", 75)) == []
-    assert defragment(blocked("a", 50, 30, head=40), blocked("b", 60, head=50)) == []
-
-
-@given(clusters())
-@settings(max_examples=100, deadline=None)
-def test_defragment_never_blocks_a_target(views: tuple[InstanceView, ...]) -> None:
-    snapshot = ClusterSnapshot(0.0, views, frozenset())
-    moves = DefragmentPairing(CONFIG).pair(snapshot)
-    by_id = {one.instance_id: one for one in views}
-    loads = {one.instance_id: Load.of(one) for one in views}
-    for move in moves:
-        source = by_id[move.source_id]
-        candidate = next(one for one in source.candidates if one.request_id == move.request_id)
-        assert source.state is InstanceState.DRAINING or Load.of(source).head_blocked
-        loads[move.target_id] = loads[move.target_id].joined(candidate, candidate.blocks)
-        assert loads[move.target_id].free_blocks > 0
-        assert not loads[move.target_id].head_blocked
 
 
 def urgent_on(instance_id: str, high: int, *normal: int) -> InstanceView:

@@ -231,6 +231,19 @@ def test_preempted_requests_say_the_same_and_priorities_are_ours(engine: VllmEng
     assert engine.load().preemptions_total == len(run.preempted)
 
 
+def test_what_a_head_lacks_is_told_and_who_could_make_room(engine: VllmEngine) -> None:
+    running = [spec(f"r{n}", tuple(range(400 * n, 400 * n + 200)), max_tokens=40) for n in range(2)]
+    run = Run(engine, *running, spec("q", tuple(range(900, 1200))))
+    run.step(10)
+    load = engine.load()
+    assert (load.running, load.waiting, load.head_blocks) == (2, 1, 19)
+    assert load.head_missing_blocks == 19 - (load.capacity_blocks - load.used_blocks) > 0
+    assert load.head_arrived_at > 0
+    assert {one.request_id: one.waiting for one in load.candidates} == {"r0": False, "r1": False, "q": True}
+    run.out()
+    assert engine.load().head_missing_blocks == 0
+
+
 def test_stops_lengths_and_log_probabilities(engine: VllmEngine) -> None:
     plain = Run(engine, spec("p")).out()["p"]
     stop = plain[5]

@@ -122,6 +122,12 @@ class Leaving:
         self.engine.end_move("a")
         assert self.migration.state is SourceState.ABORTED
 
+    def denied_beside(self, other: Run) -> None:
+        """The request goes on here beside another, and says what it would have said."""
+        self.denied()
+        self.run.said |= other.said
+        assert self.run.out()["a"] == self.undisturbed
+
     def churn(self) -> None:
         """Another request takes, and leaves, nearly every block of vLLM that nobody holds."""
         free = self.engine._core.exchange.free_blocks()
@@ -208,9 +214,7 @@ def test_requests_of_vllm_come_before_what_is_kept(
     assert refused is not None and "had to make room" in refused.reason
     assert engine.reserve("m", PRESENT + 3) is None
     engine.cancel_reservation("m")
-    leaving.denied()
-    leaving.run.said |= grows.said
-    assert leaving.run.out()["a"] == leaving.undisturbed
+    leaving.denied_beside(grows)
 
 
 def test_what_is_kept_is_room_for_newcomers(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +225,7 @@ def test_what_is_kept_is_room_for_newcomers(engine: VllmEngine, monkeypatch: pyt
     grows = Run(engine, newcomer)
     grows.step()
     assert engine._core.entered["o"].running and engine._core.holds.alone == 0
-    leaving.denied()
-    leaving.run.said |= grows.said
-    assert leaving.run.out()["a"] == leaving.undisturbed
+    leaving.denied_beside(grows)
 
 
 def test_what_is_kept_goes_with_its_request(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
