@@ -20,7 +20,6 @@ from llumnix.runtime import reservations
 from llumnix.runtime.reservations import actor_options, give_back, reserved_ids
 
 ray.init(address="local", num_gpus=4, num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="x")
-reservations.RESERVE_TIMEOUT_S = 1.0
 
 @ray.remote(max_restarts=-1, lifetime="detached", namespace="x")
 class Probe:
@@ -28,10 +27,14 @@ class Probe:
         return os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
 
 def refused(degree):
+    "Why nothing is reserved within a second; what must succeed has the whole time."
+    patience, reservations.RESERVE_TIMEOUT_S = reservations.RESERVE_TIMEOUT_S, 1.0
     try:
         actor_options(EngineConfig(kind="vllm", tensor_parallel=degree), "i2")
     except ConfigurationError as error:
         return str(error)
+    finally:
+        reservations.RESERVE_TIMEOUT_S = patience
 
 def gpus_free(expected):
     give_up_at = time.monotonic() + 20
