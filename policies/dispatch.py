@@ -17,11 +17,14 @@ CONSIDERED_MAX = 8
 
 class FreenessDispatch:
     """The freest instance by ``queue_freeness``; of the freest few, one that has room for the prompt right
-    now. An urgent request sees freeness without headroom, so it finds the instances kept clear for its like
+    now: so much that the instance stays above ``low_freeness`` with it, or where none has that, room at all.
+    The two differ where a large request is leaving, which makes an instance the freest before anything is
+    free there. An urgent request sees freeness without headroom, so it finds the instances kept clear for its like
     the freest until they are as full as others."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """Takes no setting."""
+        """Uses ``low_freeness``."""
+        self._low = config.low_freeness
 
     def place(self, request: RequestView, candidates: Sequence[InstanceView]) -> DispatchDecision:
         """See the class. Room is preferred over freeness only among the first CONSIDERED_MAX candidates."""
@@ -34,12 +37,18 @@ class FreenessDispatch:
         best = candidates[:SCORES_MAX]
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
         first = best[0]
-        if room_blocks(first) >= request.blocks:
-            return DispatchDecision(first.instance_id, scores, "freest"), first
-        for view in candidates[1:CONSIDERED_MAX]:
-            if room_blocks(view) >= request.blocks:
-                reason = f"freest with {request.blocks} free blocks"
+        narrow: InstanceView | None = None
+        for view in candidates[:CONSIDERED_MAX]:
+            left = room_blocks(view) - request.blocks
+            batch = view.running + view.placed_requests + 1
+            if left >= self._low * batch and view.queue_freeness > self._low:
+                reason = "freest" if view is first else f"freest with {request.blocks} free blocks and to spare"
                 return DispatchDecision(view.instance_id, scores, reason), view
+            if narrow is None and left >= 0:
+                narrow = view
+        if narrow is not None:
+            reason = f"freest with {request.blocks} free blocks"
+            return DispatchDecision(narrow.instance_id, scores, reason), narrow
         return DispatchDecision(first.instance_id, scores, "freest; it will wait for blocks"), first
 
 

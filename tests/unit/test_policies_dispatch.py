@@ -114,7 +114,27 @@ def test_what_a_leaving_request_still_holds_is_no_room_for_a_newcomer() -> None:
     other = running("b", 50, 10)
     assert emptying.queue_freeness > other.queue_freeness
     decision = FreenessDispatch(SchedulerConfig()).place(request(8), (emptying, other))
-    assert decision.instance_id == "b" and decision.reason == "freest with 8 free blocks"
+    assert decision.instance_id == "b" and decision.reason == "freest with 8 free blocks and to spare"
+
+
+def test_room_that_leaves_the_batch_little_is_taken_only_where_there_is_no_other() -> None:
+    """What the engine keeps for its batch to grow is not told: a short prompt into the last blocks would wait
+    until the leaving request is gone."""
+    emptying = running("a", 60, 30, leaving_blocks=60, migrating_out=1)
+    other, full = running("b", 40, 10), running("b", 50, 41)
+    assert emptying.queue_freeness > other.queue_freeness
+    policy = FreenessDispatch(SchedulerConfig())
+    assert policy.place(request(2), (emptying, other)).instance_id == "b"
+    decision = policy.place(request(2), (emptying, full))
+    assert decision.instance_id == "a" and decision.reason == "freest with 2 free blocks"
+
+
+def test_headroom_is_not_to_spare() -> None:
+    """An instance kept clear for urgent requests is none to turn to before others are full."""
+    narrow = running("a", *[30] * 3)
+    clear = running("b", 66, execution_priorities=((1, 1),))
+    assert narrow.queue_freeness > clear.queue_freeness
+    assert FreenessDispatch(SchedulerConfig()).place(request(2), (narrow, clear)).instance_id == "a"
 
 
 ROWS = [
