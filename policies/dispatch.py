@@ -19,8 +19,8 @@ class FreenessDispatch:
     """The freest instance by ``queue_freeness``; of the freest few, one that has room for the prompt right
     now: so much that the instance stays above ``low_freeness`` with it, or where none has that, room at all.
     The two differ where a large request is leaving, which makes an instance the freest before anything is
-    free there. An urgent request sees freeness without headroom, so it finds the instances kept clear for its like
-    the freest until they are as full as others."""
+    free there. An urgent request sees freeness without headroom, so it finds the instances kept clear for its
+    like the freest until they are as full as others."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         """Uses ``low_freeness``."""
@@ -42,7 +42,8 @@ class FreenessDispatch:
             left = room_blocks(view) - request.blocks
             batch = view.running + view.placed_requests + 1
             if left >= self._low * batch and view.queue_freeness > self._low:
-                reason = "freest" if view is first else f"freest with {request.blocks} free blocks and to spare"
+                wanted = f" with {request.blocks} free blocks and to spare"
+                reason = "freest" if view is first else "freest" + wanted
                 return DispatchDecision(view.instance_id, scores, reason), view
             if narrow is None and left >= 0:
                 narrow = view
