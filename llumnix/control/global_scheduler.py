@@ -245,12 +245,7 @@ class GlobalScheduler:
         if not self._cluster.report(record, report, now):
             return []
         if report.policy_fault:
-            self._faults.note(
-                "selection",
-                self._config.selection_policy,
-                f"on {report.instance_id}: {report.policy_fault}",
-                now,
-            )
+            self._faults.reported(report.instance_id, report.policy_fault, self._config, now)
         effects: list[Effect] = []
         if report.tenants:
             effects += self._tenants.report(report, self._cluster.size, now)

@@ -22,7 +22,7 @@ from llumnix.core.config_source import as_texts, with_settings
 from llumnix.core.effects import Send
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import HelloWanted, SchedulerSettings
-from llumnix.policies.registry import KINDS, known_names, selection_policy
+from llumnix.policies.registry import KINDS, known_names, preemption_policy, selection_policy
 
 REVISION_MAX = 1 << 53
 POLICY_SUFFIX = "_policy"
@@ -81,6 +81,7 @@ class SettingsInForce:
         dispatch, pairing = GuardedDispatch(config, self._faults), GuardedPairing(config, self._faults)
         relief = GuardedRelief(config, self._faults)
         roles, scaling = GuardedRoles(config, self._faults), GuardedScaling(config, self._faults)
-        selection_policy(config)  # the instances need it: refused here, before it reaches them
+        for needed_by_instances in (selection_policy, preemption_policy):
+            needed_by_instances(config)  # refused here, before it reaches them
         self.config, self.dispatch, self.pairing = config, dispatch, pairing
         self.roles, self.scaling, self.relief = roles, scaling, relief

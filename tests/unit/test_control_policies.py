@@ -43,6 +43,22 @@ class Nonsense(Raises):
         return float("nan")
 
 
+class Overflows(Nonsense):
+    """Its scores are numbers, but larger than any float."""
+
+    def score(self, view: InstanceView) -> float:
+        return 10**400
+
+
+class OddScores(Raises):
+    """Decides well, and puts anything where scores belong."""
+
+    ODD: object = None
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        return DispatchDecision("b", self.ODD, "as I like")  # type: ignore[arg-type]
+
+
 def order(cluster: ToyCluster, kind: str, name: str, **settings: str) -> list[Effect] | Refusal:
     effects = cluster.core.set_policy(kind, name, settings, cluster.now)
     if not isinstance(effects, Refusal):
@@ -61,7 +77,7 @@ def rows(cluster: ToyCluster, request_id: str) -> tuple[DecisionRow, ...]:
     return answer
 
 
-@pytest.mark.parametrize("name", ["Raises", "Nonsense"])
+@pytest.mark.parametrize("name", ["Raises", "Nonsense", "Overflows"])
 def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str) -> None:
     cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:{name}"), a=100, b=900)
     for number in range(5):
@@ -122,6 +138,7 @@ def test_pairing_settings_change_the_next_round() -> None:
     [
         ("dispatch", "best", {}, "unknown"),
         ("selection", "best", {}, "unknown"),
+        ("preemption", "best", {}, "unknown"),
         ("pairing", f"{__name__}:OwnFault", {}, "has no method pair"),
         ("paring", "none", {}, "no kind of policy 'paring'"),
         ("pairing", "freeness", {"low_freenes": "1"}, "did you mean low_freeness"),
@@ -198,11 +215,56 @@ def test_a_newcomer_is_told_what_was_changed() -> None:
 def test_a_selection_policy_that_breaks_on_an_instance_is_told_once_a_minute() -> None:
     cluster = ToyCluster(SchedulerConfig(), a=100)
     for _ in range(5):
-        report = cluster.instances["a"].report()._replace(policy_fault="Mine raised KeyError: 'x'")
+        report = cluster.instances["a"].report()._replace(policy_fault="selection: Mine raised KeyError: 'x'")
         cluster.do(cluster.core.handle(report, cluster.now))
         cluster.tick()
     (event,) = cluster.events("policy_error")
-    assert "Mine raised KeyError" in event.text and "a" in event.text
+    assert "Mine raised KeyError" in event.text and "on a" in event.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "policy", "text"),
+    [
+        (
+            "selection: Mine raised X",
+            "selection",
+            "cheapest",
+            "selection policy 'cheapest' on a: Mine raised X",
+        ),
+        ("preemption: Mine raised X", "preemption", "swap", "preemption policy 'swap' on a: Mine raised X"),
+        (
+            "selection policy 'm:C': gone",
+            "settings",
+            "",
+            "settings cannot hold on a: selection policy 'm:C': gone",
+        ),
+    ],
+)
+def test_what_an_instance_reports_is_told_as_what_it_is(
+    fault: str, kind: str, policy: str, text: str
+) -> None:
+    cluster = ToyCluster(SchedulerConfig(preemption_policy="swap"), a=100)
+    report = cluster.instances["a"].report()._replace(policy_fault=fault)
+    cluster.do(cluster.core.handle(report, cluster.now))
+    cluster.tick()
+    (event,) = cluster.events("policy_error")
+    assert event.text.startswith(text) and event.fields == {"kind": kind, "policy": policy}
+    assert event.text.endswith(
+        "it goes by those it had" if kind == "settings" else "the default decided instead"
+    )
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 7, (1, "a"), (("a",),), (("a", "high"), (3, 1.0), ("b", 2.0)), (("a", 10**400),)]
+)
+def test_scores_of_a_plug_in_that_are_none_are_not_shown(
+    odd: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OddScores, "ODD", odd)
+    cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:OddScores"), a=100, b=100)
+    assert cluster.place("r") == Placed("r", "b", "tcp://b:a")
+    (row,) = rows(cluster, "r")
+    assert row.reason == "as I like" and set(row.scores) <= {("b", 2.0)}
 
 
 def test_a_request_is_explained_from_its_placement_to_its_moves() -> None:
