@@ -102,6 +102,6 @@ class TenantLedger:
         tenant.held[instance_id] = None
 
     def _forget_old(self) -> None:
-        if len(self._tenants) > TENANTS_MAX:
+        while len(self._tenants) > TENANTS_MAX:
             idle = (name for name, tenant in self._tenants.items() if not tenant.held)
             del self._tenants[next(idle, next(iter(self._tenants)))]

@@ -13,7 +13,7 @@ from llumnix.control.tenant_ledger import REBUILD_S, TELL_GAP_S, TENANTS_MAX, Te
 from llumnix.core.config import MigrationConfig, SchedulerConfig
 from llumnix.core.effects import Send
 from llumnix.core.messages.control import TenantTotals
-from llumnix.core.messages.load import LoadReport, TenantService
+from llumnix.core.messages.load import TENANTS_REPORTED_MAX, LoadReport, TenantService
 from llumnix.core.messages.serving import Submit
 from llumnix.instance.agent import Agent
 
@@ -149,6 +149,10 @@ def test_the_ledger_is_bounded_and_quiet() -> None:
     ledger = TenantLedger(0.0)
     for number in range(TENANTS_MAX + 100):
         ledger.report(report("i0", TenantService(f"t{number}", 1.0, 1.0, 0)), 1, REBUILD_S)
+    assert len(ledger) == TENANTS_MAX
+    for number in range(100):  # as many new ones in each as a report has room for
+        new = [TenantService(f"n{number}-{part}", 1.0, 1.0, 0) for part in range(TENANTS_REPORTED_MAX)]
+        ledger.report(report("i0", *new), 1, REBUILD_S)
     assert len(ledger) == TENANTS_MAX
     one = report("i1", TenantService("x", 1.0, 1.0, 1))
     assert ledger.report(one, 1, 10.0) != [] and ledger.report(one, 1, 20.0) == []
