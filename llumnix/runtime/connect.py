@@ -124,6 +124,8 @@ class Cluster:
         if self.model.greedy_only and not params.greedy:
             raise ConfigurationError(GREEDY_ONLY)
         name = request_id or f"gen-{uuid.uuid4().hex}"
+        if name in self._frontend.table:
+            raise ConfigurationError(f"request {name!r} is being generated already")
         stream = self._frontend.open(
             StreamCall(
                 request_id=name,

@@ -16,7 +16,7 @@ Everything happens in one event loop. Called by the manager's actor only.
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import ray
@@ -47,9 +47,10 @@ RECOVERY_S = 3.0  # within it a manager that came back hears from every instance
 
 
 class Fleet:
-    """Made in the loop that it lives in. ``server`` is the scheduler behind its bus."""
+    """Made in the loop that it lives in. ``server`` is the scheduler behind its bus; ``on_failure`` is
+    called when that cannot go on."""
 
-    def __init__(self, config: Config, port: int) -> None:
+    def __init__(self, config: Config, port: int, on_failure: Callable[[BaseException], None]) -> None:
         self._config = config
         self._host = host_identity()
         self._hellos: dict[str, InstanceHello] = {}
@@ -65,6 +66,7 @@ class Fleet:
             on_hello=self._hello,
             on_lost=self._lost,
             on_scale=lambda instances: self._go(self._scale_by_itself(instances), "scale"),
+            on_failure=on_failure,
         )
         self._go(self._give_back_unused(), "give-back")
 

@@ -159,13 +159,14 @@ def serve(config: Config) -> int:
 
 
 async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer) -> None:
-    """Answer HTTP until a signal says to stop."""
+    """Answer HTTP until a signal says to stop. Raises what the frontend failed with, if that ended it."""
     description: ClusterDescription = await cluster.manager.describe.remote()
     model = model_info(config.engine, config.frontend.served_model_name, description.max_model_len)
     frontend = Frontend(
         on_this_host(config),
         frontend_id=f"http-{uuid.uuid4().hex[:8]}",
         manager_address=description.manager_address,
+        on_failure=lambda error: stop_serving(server, frontend),
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop_serving, server, frontend)
@@ -178,6 +179,8 @@ async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer)
                 print(f"{row.instance_id} keeps KV of up to {tokens} tokens in host memory")
         print(f"{model.name} on {config.cluster.instances} instances: {where}", flush=True)
         await server.serve(ClusterBackend(frontend, admin, model))
+        if frontend.failure is not None:
+            raise frontend.failure
     finally:
         await frontend.close()
 
