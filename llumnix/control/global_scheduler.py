@@ -241,7 +241,7 @@ class GlobalScheduler:
         record = self._cluster.get(report.instance_id)
         if record is None or record.hello.incarnation != report.incarnation:
             return [*self._audience.ask_stranger(report.address, now)]
-        before, last = record.state, record.report
+        before, was_drained = record.state, record.drained
         if not self._cluster.report(record, report, now):
             return []
         if report.policy_fault:
@@ -256,10 +256,7 @@ class GlobalScheduler:
             if before is InstanceState.SILENT:
                 text = f"{report.instance_id} reports again"
                 effects.append(Logged("instance_back", text, {"instance": report.instance_id}))
-        emptied = (
-            not report.running and not report.waiting and last is not None and last.running + last.waiting
-        )
-        if emptied and record.draining:
+        if record.drained and not was_drained:
             text = f"{report.instance_id} is empty"
             effects.append(Logged("drained", text, {"instance": report.instance_id}))
         return effects
