@@ -266,7 +266,8 @@ class GlobalScheduler:
             if not self._settings.hear(message):
                 return []
         except ConfigurationError as error:
-            return [Logged("policy_error", f"settings kept by an instance cannot hold here: {error}")]
+            text = f"settings kept by an instance cannot hold here, the manager's own do: {error}"
+            return [Logged("policy_error", text), *self._tell_settings()]
         text = f"policies as they were before this manager started (revision {message.revision})"
         return [Logged("policy_changed", text), *self._use_settings()]
 
@@ -279,6 +280,9 @@ class GlobalScheduler:
         self._relief.policy = self._settings.relief
         self._rescheduler.use(self._config, self._settings.pairing)
         self._scaler.use(self._config, self._settings.scaling)
+        return self._tell_settings()
+
+    def _tell_settings(self) -> list[Effect]:
         message = self._settings.message()
         return [Send(address, message) for address in self._instance_addresses()]
 

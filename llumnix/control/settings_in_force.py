@@ -50,10 +50,14 @@ class SettingsInForce:
 
     def hear(self, message: SchedulerSettings) -> bool:
         """An instance says what an earlier manager told it. True: that is newer than what held here. Raises
-        ConfigurationError if it cannot hold here."""
+        ConfigurationError if it cannot hold here; what does is newer then, so that instances take it."""
         if not self.revision < message.revision < REVISION_MAX:
             return False
-        self._use(with_settings(self.config, dict(message.values)))
+        try:
+            self._use(with_settings(self.config, dict(message.values)))
+        except ConfigurationError:
+            self.revision = message.revision + 1
+            raise
         self.revision = message.revision
         return True
 

@@ -1,6 +1,8 @@
 """Policies while they run: faults that end at the guard, changes that take effect at once, decisions
 explained."""
 
+from dataclasses import replace
+
 import pytest
 from control_driving import ToyCluster
 
@@ -178,11 +180,16 @@ def test_settings_outlive_the_manager_with_the_instances() -> None:
     cluster.do(cluster.core.handle(older, cluster.now))
     assert cluster.core.policies() == state
     broken = SchedulerSettings(9, (("dispatch_policy", "no_such:Thing"),))
-    cluster.do(cluster.core.handle(broken, cluster.now))
-    assert cluster.core.policies() == state
-    assert "cannot hold here" in cluster.events("policy_error")[0].text
+    for _ in range(3):  # one from each instance that keeps them
+        cluster.do(cluster.core.handle(broken, cluster.now))
+    assert cluster.core.policies() == replace(state, revision=10)
+    (event,) = cluster.events("policy_error")
+    assert "cannot hold here" in event.text
+    told = cluster.messages(SchedulerSettings)[-1]
+    assert isinstance(told, SchedulerSettings) and told.revision == 10, "newer than what instances keep"
+    assert dict(told.values)["dispatch_policy"] == state.policies["dispatch"]
     order(cluster, "dispatch", "freeness")
-    assert cluster.core.policies().revision == 4
+    assert cluster.core.policies().revision == 11
 
 
 def test_an_instance_that_missed_a_change_is_told_again_and_one_that_knows_more_is_asked() -> None:
