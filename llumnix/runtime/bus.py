@@ -146,20 +146,19 @@ class Bus:
     def _receive(self) -> None:
         if self._closed:
             return
+        # Also if a message breaks its reader: ZeroMQ tells of what is still there only once.
+        again = self._loop.call_soon(self._receive)
         for _ in range(RECEIVE_BURST):
             try:
                 data = self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
+                again.cancel()
                 return
             try:
                 self._on_message(decode(data))
             except ProtocolError as error:
                 self.dropped += 1
                 log.warning("dropped a message of %d bytes: %s", len(data), error)
-            except BaseException:
-                self._loop.call_soon(self._receive)  # ZeroMQ tells of what is still there only once
-                raise
-        self._loop.call_soon(self._receive)
 
 
 def _allow_files(wanted: int) -> None:
