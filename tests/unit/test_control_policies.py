@@ -12,7 +12,14 @@ from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.config_source import as_texts
 from llumnix.core.messages.control import HelloWanted, NotPlaced, Placed, SchedulerSettings
-from llumnix.core.views import ClusterSnapshot, DispatchDecision, InstanceView, Move, RequestView
+from llumnix.core.views import (
+    ClusterSnapshot,
+    DispatchDecision,
+    InstanceView,
+    Move,
+    RequestView,
+    ScalingDecision,
+)
 
 
 class OwnFault(Exception):
@@ -123,6 +130,33 @@ def test_a_policy_set_takes_effect_at_once_and_reaches_the_instances() -> None:
     assert isinstance(message, SchedulerSettings) and message.revision == 2
     assert dict(message.values)["selection_policy"] == "longest"
     assert len(cluster.events("policy_changed")) == 2
+
+
+class Remembers(Raises):
+    """Counts how often it is constructed."""
+
+    MADE = 0
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        type(self).MADE += 1
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision:
+        return ScalingDecision(0, "")
+
+
+def test_a_change_of_another_policy_costs_a_policy_nothing_of_what_it_has_learnt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Remembers, "MADE", 0)
+    cluster = ToyCluster(SchedulerConfig(scaling_policy=f"{__name__}:Remembers"), a=100)
+    order(cluster, "dispatch", "load")
+    order(cluster, "pairing", "none")
+    assert Remembers.MADE == 1
+    order(cluster, "dispatch", "freeness", rest_s="3")
+    assert Remembers.MADE == 2, "any policy may go by any setting"
+    order(cluster, "scaling", "none")
+    order(cluster, "scaling", f"{__name__}:Remembers")
+    assert Remembers.MADE == 3
 
 
 def test_pairing_settings_change_the_next_round() -> None:
