@@ -185,7 +185,7 @@ class Cluster:
         return await self._admin.policies()
 
     async def set_policy(self, kind: str, name: str, **settings: str | int | float) -> PolicyState | Refusal:
-        """Go by another policy of a kind (dispatch, pairing, selection) or by other settings, at once."""
+        """Go by another policy of a kind (dispatch, pairing …: see ``policies``) or by other settings."""
         return await self._admin.set_policy(
             kind, name, {setting: str(value) for setting, value in settings.items()}
         )
