@@ -37,6 +37,14 @@ def find_instance(instance_id: str) -> ActorHandle:
     return ray.get_actor(actor_name(instance_id), namespace=NAMESPACE)
 
 
+def tell_starting(instance_id: str) -> None:
+    """Let the manager know of a process that begins. Not waited for: it may be away."""
+    try:
+        ray.get_actor(MANAGER_NAME, namespace=NAMESPACE).starting.remote(instance_id)
+    except ValueError:
+        pass
+
+
 def on_this_host(config: Config) -> Config:
     """The configuration with ``bind_host`` "node" replaced by the address of the Ray node this process is
     on."""
@@ -71,6 +79,7 @@ class InstanceActor:
     """One instance. A failing engine thread ends the process, so that Ray starts a clean one."""
 
     def __init__(self, config: Config, instance_id: str, manager_address: str) -> None:
+        tell_starting(instance_id)
         self._process = ProcessName(incarnation=uuid.uuid4().hex[:12], pid=os.getpid())
         self._loop = LoopThread("instance-io")
         identity = InstanceIdentity(instance_id, self._process.incarnation, manager_address)

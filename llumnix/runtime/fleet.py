@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayActorError
 
 from llumnix.core.admin import ClusterSummary, InstanceRow, Refusal
@@ -43,6 +44,7 @@ from llumnix.runtime.reservations import actor_options, give_back, reserved_ids
 FENCE_POLL_S = 0.1
 EMPTY_POLL_S = 0.1
 EMPTY_TIMEOUT_S = 600.0
+STARTS_MAX = 3  # processes of one instance that may begin before one of them serves
 RECOVERY_S = 3.0  # within it a manager that came back hears from every instance that is well
 
 
@@ -58,6 +60,7 @@ class Fleet:
         self._scaling = asyncio.Lock()
         self._leaving: dict[str, asyncio.Task[str]] = {}
         self._asked: set[str] = set()  # who has said whether it leaves
+        self._starts: dict[str, int] = {}  # processes that have begun, of instances that do not serve yet
         self._recovered_at = time.monotonic() + RECOVERY_S
         self.server = ManagerServer(
             on_this_host(config),
@@ -80,6 +83,12 @@ class Fleet:
         if not isinstance(outcome, Refusal):
             self._leaving.pop(instance_id, None)
         return outcome
+
+    def starting(self, instance_id: str) -> None:
+        """A process of an instance has begun. Ray begins another when it dies, without end and without a
+        word."""
+        if instance_id in self._starts:
+            self._starts[instance_id] += 1
 
     async def stop(self) -> None:
         """Stop all instances, each in order, and the server. At once: one that hangs takes STOP_TIMEOUT_S."""
@@ -139,7 +148,9 @@ class Fleet:
         return next((row for row in self.server.instances() if row.instance_id == instance_id), None)
 
     async def _start_instance(self, instance_id: str) -> str:
-        """Start one and wait until it serves. Returns the reason in one line if it cannot."""
+        """Start one and wait until it serves. Returns the reason in one line if it cannot; then nothing of it
+        is left."""
+        self._starts[instance_id] = 0
         try:
             options = await asyncio.to_thread(actor_options, self._config.engine, instance_id)
             actor = RemoteInstance.options(
@@ -150,15 +161,30 @@ class Fleet:
                 max_concurrency=8,
                 **options,
             ).remote(self._config, instance_id, self.server.address)
-            await actor.process.remote()
+            await self._constructed(instance_id, actor)
         except (RayActorError, ConfigurationError) as error:
             reason = last_line(error) if isinstance(error, RayActorError) else str(error)
-            await asyncio.to_thread(give_back, instance_id)
+            await asyncio.to_thread(stop_instance, instance_id, orderly=False)
             self.server.note("start_failed", f"{instance_id} did not start: {reason}", instance=instance_id)
             return f"instance {instance_id} did not start: {reason}"
+        finally:
+            del self._starts[instance_id]
         while self._row(instance_id) is None:
             await asyncio.sleep(EMPTY_POLL_S)
         return ""
+
+    async def _constructed(self, instance_id: str, actor: ActorHandle) -> None:
+        """Wait until the constructor is through. Raises RayActorError if it failed, ConfigurationError if its
+        process died again and again."""
+        through = asyncio.wrap_future(actor.process.remote().future())
+        while not through.done():
+            if self._starts[instance_id] > STARTS_MAX:
+                through.cancel()
+                raise ConfigurationError(
+                    f"its process died {STARTS_MAX} times before it served; Ray's logs on its host say more"
+                )
+            await asyncio.wait((through,), timeout=EMPTY_POLL_S)
+        await through
 
     # On the way out.
 

@@ -88,6 +88,10 @@ class ManagerActor:
     def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
         return self._on_loop(lambda: self._server.explain(request_id))
 
+    def starting(self, instance_id: str) -> None:
+        """Told by every process of an instance before it does anything else."""
+        self._on_loop(lambda: self._fleet.starting(instance_id))
+
     def scale(self, instances: int) -> ClusterSummary | Refusal:
         """See Fleet. Returns when so many are there, or a later order wants otherwise."""
         return self._loop.run(self._fleet.scale(instances))
