@@ -159,6 +159,23 @@ def test_the_ledger_is_bounded_and_quiet() -> None:
     assert ledger.report(report("i2"), 1, 20.0) == []
 
 
+def test_a_tenant_that_comes_back_is_compared_with_those_that_have_requests_only() -> None:
+    ledger, now = TenantLedger(0.0), REBUILD_S
+    ledger.report(
+        report("i0", TenantService("idle", 1.0, 1.0, 0), TenantService("busy", 90.0, 90.0, 1)), 2, now
+    )
+    ledger.report(report("i1", TenantService("gone", 20.0, 20.0, 1)), 2, now)
+    ledger.instance_ended("i1")
+    ledger.report(report("i0", TenantService("idle", 1.0, 1.0, 1)), 2, now)
+    assert ledger.counters() == {"busy": 90.0, "gone": 90.0, "idle": 90.0}
+    ledger.report(
+        report("i0", TenantService("busy", 95.0, 95.0, 0), TenantService("idle", 1.0, 1.0, 1)), 2, now
+    )
+    ledger.report(report("i2", TenantService("gone", 0.0, 0.0, 1)), 2, now)
+    assert ledger.counters()["gone"] == 90.0, "the lowest of those that have requests is idle's"
+    assert set(ledger._active) == {"idle", "gone"}
+
+
 def test_totals_are_told_once_a_gap_and_to_a_successor_at_once() -> None:
     ledger, now = TenantLedger(0.0), REBUILD_S
     said = [report("i1", TenantService("x", float(count), float(count), 1)) for count in range(4)]
