@@ -111,8 +111,9 @@ class GuardedDispatch:
     ) -> DispatchDecision:
         """Tell what is wrong with the policy's decision, and let the default decide."""
         self._faults.note("dispatch", self.name, fault, now)
-        freest = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
-        return self._default.place(request, tuple(freest))
+        if self._score is not None:  # else they come in the default's order, and only the first are looked at
+            candidates = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
+        return self._default.place(request, candidates)
 
     def _checked_score(self, view: InstanceView) -> float:
         assert self._score is not None

@@ -81,6 +81,7 @@ class Cluster:
             on_this_host(description.config),
             frontend_id=f"connect-{uuid.uuid4().hex[:8]}",
             manager_address=description.manager_address,
+            on_failure=lambda error: self._frontend.stop(),
         )
 
     async def __aenter__(self) -> "Cluster":

@@ -1,13 +1,16 @@
 """Policies while they run: faults that end at the guard, changes that take effect at once, decisions
 explained."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from control_driving import ToyCluster
+from policy_views import request, view
 
 from llumnix.control.decision_log import DECISIONS_MAX, REQUESTS_MAX, Decision, DecisionLog
 from llumnix.control.effects import Effect
+from llumnix.control.policy_guard import Faults, GuardedDispatch
 from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.config_source import as_texts
@@ -261,6 +264,19 @@ def test_a_selection_policy_that_breaks_on_an_instance_is_told_once_a_minute() -
         cluster.tick()
     (event,) = cluster.events("policy_error")
     assert "Mine raised KeyError" in event.text and "on a" in event.text
+
+
+class Unread(tuple[InstanceView, ...]):
+    """Candidates of which nobody is to read more than the first."""
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        raise AssertionError("read them all")
+
+
+def test_to_overrule_a_policy_costs_no_look_at_every_instance() -> None:
+    guard = GuardedDispatch(SchedulerConfig(dispatch_policy=f"{__name__}:Raises"), Faults())
+    candidates = Unread([view(f"i{number:03}") for number in range(500)])
+    assert guard.place(request(), candidates, 0.0).instance_id == "i000"
 
 
 @pytest.mark.parametrize(
