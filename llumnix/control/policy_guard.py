@@ -6,7 +6,9 @@ Nothing it returns is used unchecked. Called by the placer, the rescheduler and 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from sys import float_info
+from typing import TypeVar
 
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
@@ -40,6 +42,8 @@ from llumnix.policies.roles import Disaggregate
 SPEAK_AGAIN_S = 60.0
 ON_INSTANCES = ("selection", "preemption")
 TEXT_MAX = 300
+
+Decision = TypeVar("Decision", DispatchDecision, EntryDecision, Move, ReliefDecision)
 
 
 class Faults:
@@ -113,7 +117,7 @@ class GuardedDispatch:
         self._faults.note("dispatch", self.name, fault, now)
         if self._score is not None:  # else they come in the default's order, and only the first are looked at
             candidates = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
-        return self._default.place(request, candidates)
+        return _instead(self._default.place(request, candidates), self.name)
 
     def _checked_score(self, view: InstanceView) -> float:
         assert self._score is not None
@@ -152,12 +156,10 @@ class GuardedPairing:
 
     def _chosen(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
         moves, fault = attempt(self._policy.pair, cluster)
-        if not fault and isinstance(moves, tuple):
-            if all(map(_is_move, moves)):
-                return moves
-            fault = f"returned {moves!r}"
-        self._faults.note("pairing", self.name, fault, cluster.now)
-        return self._default.pair(cluster)
+        if not fault and isinstance(moves, tuple) and all(map(_is_move, moves)):
+            return moves
+        self._faults.note("pairing", self.name, fault or f"returned {moves!r}", cluster.now)
+        return tuple(_instead(move, self.name) for move in self._default.pair(cluster))
 
 
 class GuardedRoles:
@@ -177,7 +179,7 @@ class GuardedRoles:
         if isinstance(decision, EntryDecision) and isinstance(decision.reason, str):
             return decision
         self._faults.note("roles", self.name, fault or f"returned {decision!r}", now)
-        return self._default.enter(request, entry, decode)
+        return _instead(self._default.enter(request, entry, decode), self.name)
 
     def leave(
         self, request: MoveCandidate, source: InstanceView, targets: Sequence[InstanceView], now: float
@@ -189,7 +191,8 @@ class GuardedRoles:
             if move is None or (move.request_id, move.source_id) == expected:
                 return move
         self._faults.note("roles", self.name, fault or f"returned {move!r}", now)
-        return self._default.leave(request, source, targets)
+        by_default = self._default.leave(request, source, targets)
+        return None if by_default is None else _instead(by_default, self.name)
 
 
 class GuardedRelief:
@@ -212,7 +215,7 @@ class GuardedRelief:
                 return decision
             fault = f"chose {chosen!r}, which was no target"
         self._faults.note("relief", self.name, fault or f"returned {decision!r}", now)
-        return self._default.relieve(victim, source, targets)
+        return _instead(self._default.relieve(victim, source, targets), self.name)
 
 
 class GuardedScaling:
@@ -230,6 +233,12 @@ class GuardedScaling:
             return decision
         self._faults.note("scaling", self.name, fault or f"returned {decision!r}", cluster.now)
         return ScalingDecision(0, "")
+
+
+def _instead(decision: Decision, name: str) -> Decision:
+    """The default's decision, which says for whom it was made."""
+    reason = f"{decision.reason}; the default's, as {name} failed" if decision.reason else decision.reason
+    return replace(decision, reason=reason)
 
 
 def _is_move(move: object) -> bool:

@@ -96,6 +96,7 @@ def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str)
         assert cluster.place(f"r{number}") == Placed(f"r{number}", "b", "tcp://b:a"), "the default decides"
     (event,) = cluster.events("policy_error")
     assert f"{__name__}:{name}" in event.text and event.fields["kind"] == "dispatch"
+    assert f"the default's, as {__name__}:{name} failed" in rows(cluster, "r0")[0].reason
     if name == "Raises":
         assert "OwnFault: out of luck" in event.text
     cluster.tick(61.0)
@@ -105,14 +106,25 @@ def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str)
     assert "more times" in cluster.events("policy_error")[1].text
 
 
-@pytest.mark.parametrize("name", ["Raises", "Nonsense"])
+class ListOfMoves(Raises):
+    """A likely mistake."""
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        return [Move("r0", "a", "b", "as I like")]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["Raises", "Nonsense", "ListOfMoves"])
 def test_a_faulty_pairing_policy_is_overruled_and_told(name: str) -> None:
     cluster = ToyCluster(SchedulerConfig(pairing_policy=f"{__name__}:{name}"), a=100, b=100)
     cluster.instances["a"].running = {f"r{number}": 24 for number in range(4)}
     assert [move.target_id for move in cluster.step()] == ["b"]
     for _ in range(10):
         cluster.step()
-    assert [event.fields["kind"] for event in cluster.events("policy_error")] == ["pairing"]
+    (event,) = cluster.events("policy_error")
+    assert event.fields["kind"] == "pairing"
+    said = {"Raises": "OwnFault: out of luck", "Nonsense": "returned (('r'", "ListOfMoves": "returned [Move("}
+    assert said[name] in event.text
+    assert all("the default's, as" in order.reason for order in cluster.orders)
 
 
 def test_a_policy_set_takes_effect_at_once_and_reaches_the_instances() -> None:
