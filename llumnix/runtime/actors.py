@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
@@ -41,8 +42,8 @@ def tell_starting(instance_id: str) -> None:
     """Let the manager know of a process that begins. Not waited for: it may be away."""
     try:
         ray.get_actor(MANAGER_NAME, namespace=NAMESPACE).starting.remote(instance_id)
-    except ValueError:
-        pass
+    except (ValueError, RayError):
+        pass  # an actor whose constructor raises is not started again
 
 
 def on_this_host(config: Config) -> Config:
