@@ -78,7 +78,7 @@ class OutgoingMigrations:
             return []
         reason = self._objection(order)
         if reason:
-            return [self._refuse(order, reason, now)]
+            return [self._not_begun(order, reason, now)]
         migration = SourceMigration(
             order,
             self._me,
@@ -169,9 +169,10 @@ class OutgoingMigrations:
             return "the request has moved too often"
         return ""
 
-    def _refuse(self, order: MigrateOrder, reason: str, now: float) -> Send:
+    def _not_begun(self, order: MigrateOrder, reason: str, now: float) -> Send:
+        """No refusal: that would be the target's, which is left alone for a while then."""
         self._ended.remember(order.migration_id, None)
-        ended = Tally(now).ended(order, self._me, MigrationOutcome.REFUSED, reason, now)
+        ended = Tally(now).ended(order, self._me, MigrationOutcome.ABORTED, reason, now)
         return Send(self._manager_address, ended)
 
     def _feed_all(self, event: object, migrations: list[SourceMigration], now: float) -> list[Send]:

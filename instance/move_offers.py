@@ -64,7 +64,7 @@ class MoveOffers:
         if isinstance(chosen, tuple) and len(chosen) <= limit and _all_of(chosen, rows):
             return chosen
         name = type(self._policy).__name__
-        self.fault = f"{name} {fault or f'returned {chosen!r}'}"[:FAULT_CHARS_MAX]
+        self.fault = f"selection: {name} {fault or f'returned {chosen!r}'}"[:FAULT_CHARS_MAX]
         return self._default.select(rows, limit)
 
 

@@ -253,7 +253,7 @@ class Switching:
         decision, fault = attempt(self._policy.decide, view)
         if not isinstance(decision, PreemptionDecision) or not isinstance(decision.action, PreemptionAction):
             name = type(self._policy).__name__
-            self.fault = f"{name} {fault or f'returned {decision!r}'}"[:FAULT_CHARS_MAX]
+            self.fault = f"preemption: {name} {fault or f'returned {decision!r}'}"[:FAULT_CHARS_MAX]
             decision = self._default.decide(view)
         return decision.action
 

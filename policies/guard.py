@@ -1,5 +1,6 @@
-"""The one place where other people's code may raise whatever it likes. Called wherever a policy runs: by the
-manager's guards (control/policy_guard.py) and by engines (instance/move_offers.py)."""
+"""The one place where other people's code may raise whatever it likes. Called wherever a policy runs, by the
+manager's guards (control/policy_guard.py) and by engines (instance/move_offers.py, instance/switching.py),
+and where one is made (policies/registry.py)."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar

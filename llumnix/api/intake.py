@@ -18,7 +18,7 @@ from llumnix.core.errors import ConfigurationError
 from llumnix.core.sampling import GREEDY_ONLY, SEED_MAX, SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
-THREAD_CHARS = 8192  # longer texts are tokenized off the event loop
+THREAD_CHARS = 8192  # calls with more text are tokenized off the event loop
 PROMPTS_MAX = 1024
 
 T = TypeVar("T")
@@ -59,7 +59,8 @@ class Intake:
             raise refused("the prompt is empty", "prompt", "empty_prompt")
         if len(prompts) > PROMPTS_MAX:
             raise refused(f"at most {PROMPTS_MAX} prompts in one request", "prompt")
-        tokenized = [await self._prompt_tokens(prompt) for prompt in prompts]
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        tokenized = [await self._prompt_tokens(prompt, size) for prompt in prompts]
         choices: list[Choice] = []
         for prompt, tokens in zip(prompts, tokenized, strict=True):
             echo = ""
@@ -93,11 +94,15 @@ class Intake:
 
     async def text_tokens(self, text: str) -> tuple[int, ...]:
         """A text as the model expects it."""
-        self._bound(len(text), "prompt")
-        return tuple(await _maybe_threaded(len(text), lambda: self._tokenizer.encode(text)))
+        return await self._encoded(text, len(text))
 
-    async def _prompt_tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        tokens = await self.text_tokens(prompt) if isinstance(prompt, str) else tuple(prompt)
+    async def _encoded(self, text: str, size: int) -> tuple[int, ...]:
+        """The tokens of one of a call's texts, which have ``size`` characters together."""
+        self._bound(len(text), "prompt")
+        return tuple(await _maybe_threaded(size, lambda: self._tokenizer.encode(text)))
+
+    async def _prompt_tokens(self, prompt: Prompt, size: int) -> tuple[int, ...]:
+        tokens = await self._encoded(prompt, size) if isinstance(prompt, str) else tuple(prompt)
         if not prompt or not tokens:
             raise refused("the prompt is empty", "prompt", "empty_prompt")
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:

@@ -92,7 +92,7 @@ def scale(count: int, url: str, token: str, as_json: bool) -> None:
 @server_options
 def events(follow: bool, after: int, url: str, token: str, as_json: bool) -> None:
     """Print what happened in the cluster. With --json --follow, one JSON object a line."""
-    client = AdminClient(url, token)
+    client, gathered = AdminClient(url, token), []
     while True:
         try:
             page = client.ask("events", after=after, limit=EVENTS_PAGE)["data"]
@@ -100,16 +100,19 @@ def events(follow: bool, after: int, url: str, token: str, as_json: bool) -> Non
             if not follow:
                 raise
             page = []
+        after = page[-1]["sequence"] if page else after
         if as_json and not follow:
-            tables.print_json(page)
-            return
-        for event in page:
-            tables.print_json_line(event) if as_json else tables.print_event(event)
-            after = event["sequence"]
+            gathered += page
+        else:
+            for event in page:
+                tables.print_json_line(event) if as_json else tables.print_event(event)
+        if len(page) == EVENTS_PAGE:
+            continue
         if not follow:
-            return
-        if len(page) < EVENTS_PAGE:
-            time.sleep(FOLLOW_INTERVAL_S)
+            break
+        time.sleep(FOLLOW_INTERVAL_S)
+    if as_json:
+        tables.print_json(gathered)
 
 
 def _show(columns: tuple[tables.Column, ...], rows: list[Any], as_json: bool, nothing: str) -> None:

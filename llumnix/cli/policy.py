@@ -34,7 +34,7 @@ def show(url: str, token: str, as_json: bool) -> None:
 )
 @server_options
 def set_policy(kind: str, name: str, settings: tuple[str, ...], url: str, token: str, as_json: bool) -> None:
-    """Go by policy NAME for KIND (dispatch, pairing, scaling, selection) from now on."""
+    """Go by policy NAME for KIND (dispatch, pairing, scaling …: see policy show) from now on."""
     values: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

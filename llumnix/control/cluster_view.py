@@ -285,15 +285,16 @@ class ClusterView:
     def refresh(self, record: InstanceRecord) -> None:
         """Bring a record up to date after a change, and put it where it belongs in the ranking."""
         record.changed()
-        load = record.load
-        if load is not None and load.priorities and load.priorities[-1][0] > 0:  # they are in rising order
+        load, serving = record.load, record.state is InstanceState.SERVING
+        urgent = load is not None and load.priorities and load.priorities[-1][0] > 0  # in rising order
+        if urgent and serving:
             self._prioritised[record.instance_id] = None
         elif self._prioritised:
             self._prioritised.pop(record.instance_id, None)
         full = load is None or (
             load.queued_blocks + load.placed_blocks > self._config.queue_blocks_factor * load.capacity_blocks
         )
-        if full or record.state is not InstanceState.SERVING:
+        if full or not serving:
             self._entry.remove(record.instance_id)
             self._decode.remove(record.instance_id)
             if self._urgent is not None:

@@ -7,7 +7,7 @@ asks. Filled by the placer and the rescheduler.
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from math import isfinite
+from sys import float_info
 
 from llumnix.core.admin import DecisionRow
 
@@ -53,7 +53,8 @@ class DecisionLog:
             del decisions[0]
 
     def rows(self, request_id: str, now: float) -> tuple[DecisionRow, ...]:
-        """All that is kept about a request, oldest first. A draining instance has no finite score to show."""
+        """All that is kept about a request, oldest first. A draining instance has no finite score to show,
+        and a plug-in may have put anything where scores belong."""
         return tuple(
             DecisionRow(
                 now - one.at,
@@ -62,8 +63,20 @@ class DecisionLog:
                 one.instance_id,
                 one.policy,
                 one.reason,
-                tuple((name, score) for name, score in one.scores if isfinite(score)),
+                _shown(one.scores),
                 one.candidates,
             )
             for one in self._requests.get(request_id, ())
         )
+
+
+def _shown(scores: object) -> tuple[tuple[str, float], ...]:
+    """Those that are a name and a finite number."""
+    if not isinstance(scores, tuple):
+        return ()
+    pairs = [pair for pair in scores if isinstance(pair, tuple) and len(pair) == 2]
+    return tuple(
+        (name, score)
+        for name, score in pairs
+        if isinstance(name, str) and isinstance(score, int | float) and abs(score) <= float_info.max
+    )

@@ -241,16 +241,11 @@ class GlobalScheduler:
         record = self._cluster.get(report.instance_id)
         if record is None or record.hello.incarnation != report.incarnation:
             return [*self._audience.ask_stranger(report.address, now)]
-        before, last = record.state, record.report
+        before, was_drained = record.state, record.drained
         if not self._cluster.report(record, report, now):
             return []
         if report.policy_fault:
-            self._faults.note(
-                "selection",
-                self._config.selection_policy,
-                f"on {report.instance_id}: {report.policy_fault}",
-                now,
-            )
+            self._faults.reported(report.instance_id, report.policy_fault, self._config, now)
         effects: list[Effect] = []
         if report.tenants:
             effects += self._tenants.report(report, self._cluster.size, now)
@@ -261,10 +256,7 @@ class GlobalScheduler:
             if before is InstanceState.SILENT:
                 text = f"{report.instance_id} reports again"
                 effects.append(Logged("instance_back", text, {"instance": report.instance_id}))
-        emptied = (
-            not report.running and not report.waiting and last is not None and last.running + last.waiting
-        )
-        if emptied and record.draining:
+        if record.drained and not was_drained:
             text = f"{report.instance_id} is empty"
             effects.append(Logged("drained", text, {"instance": report.instance_id}))
         return effects
@@ -274,7 +266,8 @@ class GlobalScheduler:
             if not self._settings.hear(message):
                 return []
         except ConfigurationError as error:
-            return [Logged("policy_error", f"settings kept by an instance cannot hold here: {error}")]
+            text = f"settings kept by an instance cannot hold here, the manager's own do: {error}"
+            return [Logged("policy_error", text), *self._tell_settings()]
         text = f"policies as they were before this manager started (revision {message.revision})"
         return [Logged("policy_changed", text), *self._use_settings()]
 
@@ -287,6 +280,9 @@ class GlobalScheduler:
         self._relief.policy = self._settings.relief
         self._rescheduler.use(self._config, self._settings.pairing)
         self._scaler.use(self._config, self._settings.scaling)
+        return self._tell_settings()
+
+    def _tell_settings(self) -> list[Effect]:
         message = self._settings.message()
         return [Send(address, message) for address in self._instance_addresses()]
 

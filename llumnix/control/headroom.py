@@ -24,7 +24,7 @@ def shares(config: SchedulerConfig, records: Iterable[InstanceRecord]) -> list[t
     left = int(config.headroom_spare_share * sum(_free_blocks(record) for record in present))
     found = []
     for record in sorted(present, key=_order):
-        classes = 0 if record.load is None else classes_above_normal(record.load.priorities)
+        classes = _classes(record)
         blocks = min(full_blocks(config, record), left // max(1, classes))
         left -= blocks * classes
         found.append((record, blocks))
@@ -40,6 +40,12 @@ def full_blocks(config: SchedulerConfig, record: InstanceRecord) -> int:
 def _free_blocks(record: InstanceRecord) -> int:
     serves = record.load is not None and record.state is InstanceState.SERVING
     return max(0, record.load.free_blocks) if serves and record.load is not None else 0
+
+
+def _classes(record: InstanceRecord) -> int:
+    """How many execution priorities above 0 run where headroom is of use: not where nothing may go."""
+    serves = record.load is not None and record.state is InstanceState.SERVING
+    return classes_above_normal(record.load.priorities) if serves and record.load is not None else 0
 
 
 def _urgent(record: InstanceRecord) -> int:

@@ -6,7 +6,9 @@ Nothing it returns is used unchecked. Called by the placer, the rescheduler and 
 """
 
 from collections.abc import Callable, Sequence
-from math import isfinite
+from dataclasses import replace
+from sys import float_info
+from typing import TypeVar
 
 from llumnix.control.effects import Logged
 from llumnix.core.config import SchedulerConfig
@@ -38,7 +40,10 @@ from llumnix.policies.relief import CheapestRelief
 from llumnix.policies.roles import Disaggregate
 
 SPEAK_AGAIN_S = 60.0
+ON_INSTANCES = ("selection", "preemption")
 TEXT_MAX = 300
+
+Decision = TypeVar("Decision", DispatchDecision, EntryDecision, Move, ReliefDecision)
 
 
 class Faults:
@@ -50,19 +55,33 @@ class Faults:
 
     def note(self, kind: str, name: str, what: str, now: float) -> None:
         """One more fault."""
+        instead = "nothing changes" if kind == "scaling" else "the default decided instead"
+        self._note(kind, name, f"{kind} policy {name!r} {what[:TEXT_MAX]}", instead, now)
+
+    def reported(self, instance_id: str, fault: str, config: SchedulerConfig, now: float) -> None:
+        """One that an instance reports (``policy_fault`` of its report): of a policy that runs there, or that
+        the settings cannot hold there."""
+        kind, _, what = fault.partition(": ")
+        if kind in ON_INSTANCES:
+            self.note(kind, getattr(config, f"{kind}_policy"), f"on {instance_id}: {what}", now)
+        else:
+            what = f"settings cannot hold on {instance_id}: {fault[:TEXT_MAX]}"
+            self._note("settings", "", what, "it goes by those it had", now)
+
+    def take(self) -> list[Logged]:
+        """What there is to tell."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def _note(self, kind: str, name: str, what: str, instead: str, now: float) -> None:
         told_at, untold = self._told.get(kind, (float("-inf"), 0))
         if now - told_at < SPEAK_AGAIN_S:
             self._told[kind] = told_at, untold + 1
             return
         self._told[kind] = now, 0
         again = f" ({untold} more times in the last {now - told_at:.0f} s)" if untold else ""
-        text = f"{kind} policy {name!r} {what[:TEXT_MAX]}{again}; the default decided instead"
+        text = f"{what}{again}; {instead}"
         self._pending.append(Logged("policy_error", text, {"kind": kind, "policy": name}))
-
-    def take(self) -> list[Logged]:
-        """What there is to tell."""
-        pending, self._pending = self._pending, []
-        return pending
 
 
 class GuardedDispatch:
@@ -96,13 +115,14 @@ class GuardedDispatch:
     ) -> DispatchDecision:
         """Tell what is wrong with the policy's decision, and let the default decide."""
         self._faults.note("dispatch", self.name, fault, now)
-        freest = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
-        return self._default.place(request, tuple(freest))
+        if self._score is not None:  # else they come in the default's order, and only the first are looked at
+            candidates = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
+        return _instead(self._default.place(request, candidates), self.name)
 
     def _checked_score(self, view: InstanceView) -> float:
         assert self._score is not None
         score, fault = attempt(self._score, view)
-        if isinstance(score, int | float) and isfinite(score):
+        if isinstance(score, int | float) and abs(score) <= float_info.max:
             return score
         self._score_fault = fault or f"scored {view.instance_id} {score!r}"
         return view.queue_freeness
@@ -136,12 +156,10 @@ class GuardedPairing:
 
     def _chosen(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
         moves, fault = attempt(self._policy.pair, cluster)
-        if not fault and isinstance(moves, tuple):
-            if all(map(_is_move, moves)):
-                return moves
-            fault = f"returned {moves!r}"
-        self._faults.note("pairing", self.name, fault, cluster.now)
-        return self._default.pair(cluster)
+        if not fault and isinstance(moves, tuple) and all(map(_is_move, moves)):
+            return moves
+        self._faults.note("pairing", self.name, fault or f"returned {moves!r}", cluster.now)
+        return tuple(_instead(move, self.name) for move in self._default.pair(cluster))
 
 
 class GuardedRoles:
@@ -161,7 +179,7 @@ class GuardedRoles:
         if isinstance(decision, EntryDecision) and isinstance(decision.reason, str):
             return decision
         self._faults.note("roles", self.name, fault or f"returned {decision!r}", now)
-        return self._default.enter(request, entry, decode)
+        return _instead(self._default.enter(request, entry, decode), self.name)
 
     def leave(
         self, request: MoveCandidate, source: InstanceView, targets: Sequence[InstanceView], now: float
@@ -173,7 +191,8 @@ class GuardedRoles:
             if move is None or (move.request_id, move.source_id) == expected:
                 return move
         self._faults.note("roles", self.name, fault or f"returned {move!r}", now)
-        return self._default.leave(request, source, targets)
+        by_default = self._default.leave(request, source, targets)
+        return None if by_default is None else _instead(by_default, self.name)
 
 
 class GuardedRelief:
@@ -191,12 +210,12 @@ class GuardedRelief:
         """The policy's decision, or the default's."""
         decision, fault = attempt(self._policy.relieve, victim, source, targets)
         if isinstance(decision, ReliefDecision) and isinstance(decision.reason, str):
-            known = {view.instance_id for view in targets}
-            if decision.instance_id is None or decision.instance_id in known:
+            chosen, known = decision.instance_id, {view.instance_id for view in targets}
+            if chosen is None or (isinstance(chosen, str) and chosen in known):
                 return decision
-            fault = f"chose {decision.instance_id!r}, which was no target"
+            fault = f"chose {chosen!r}, which was no target"
         self._faults.note("relief", self.name, fault or f"returned {decision!r}", now)
-        return self._default.relieve(victim, source, targets)
+        return _instead(self._default.relieve(victim, source, targets), self.name)
 
 
 class GuardedScaling:
@@ -214,6 +233,12 @@ class GuardedScaling:
             return decision
         self._faults.note("scaling", self.name, fault or f"returned {decision!r}", cluster.now)
         return ScalingDecision(0, "")
+
+
+def _instead(decision: Decision, name: str) -> Decision:
+    """The default's decision, which says for whom it was made."""
+    reason = f"{decision.reason}; the default's, as {name} failed" if decision.reason else decision.reason
+    return replace(decision, reason=reason)
 
 
 def _is_move(move: object) -> bool:

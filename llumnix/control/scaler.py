@@ -1,17 +1,19 @@
 """When the cluster grows and shrinks by itself.
 
 The policy sees the cluster every round. Its wish is acted on when the last action has shown its effect:
-``scale_cooldown_s`` after it, with no instance starting or draining; a policy that counts those itself says
-``at_once``. Nothing is changed while an instance is silent: nobody knows then what there is. The number
-stays within ``scale_instances_min`` and ``scale_instances_max``, so never below one. The driver takes
-instances back that are being emptied, then starts others; or it drains those with the fewest requests by
-migration and stops them. Called by the global scheduler only.
+``scale_cooldown_s`` after it, with no instance starting or being emptied; a policy that counts those itself
+says ``at_once``. One that is empty and stays is an operator's, and waited for by nobody. Nothing is changed
+while an instance is silent: nobody knows then what there is. The number stays within ``scale_instances_min``
+and ``scale_instances_max``, so never below one. The driver takes instances back that are being emptied, then
+starts others; or it drains those with the fewest requests by migration and stops them. Called by the global
+scheduler only.
 """
 
 from dataclasses import replace
 
 from llumnix.control.cluster_view import ClusterView
 from llumnix.control.effects import Logged, ScaleTo
+from llumnix.control.instance_record import InstanceRecord
 from llumnix.control.policy_guard import GuardedScaling
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.messages.control import InstanceState
@@ -41,7 +43,7 @@ class Scaler:
         config = self._config
         if config.scaling_policy == NO_SCALING:
             return []
-        states = [record.state for record in self._cluster.live()]
+        states = [record.state for record in self._cluster.live() if not _put_aside(record)]
         if not states or InstanceState.SILENT in states:
             return []
         serving, coming = self._count(states, now)
@@ -65,3 +67,8 @@ class Scaler:
         if serving >= self._ordered or now - self._acted_at > ORDER_MEMORY_S:
             self._ordered = 0
         return serving, max(self._ordered - serving, states.count(InstanceState.STARTING))
+
+
+def _put_aside(record: InstanceRecord) -> bool:
+    """Whether it is drained and empty: one that was to be stopped would be gone."""
+    return record.state is InstanceState.DRAINING and record.drained

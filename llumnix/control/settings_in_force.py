@@ -6,7 +6,7 @@ with it. Called by the global scheduler only.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from llumnix.control.policy_guard import (
     Faults,
@@ -22,7 +22,7 @@ from llumnix.core.config_source import as_texts, with_settings
 from llumnix.core.effects import Send
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import HelloWanted, SchedulerSettings
-from llumnix.policies.registry import KINDS, known_names, selection_policy
+from llumnix.policies.registry import KINDS, known_names, preemption_policy, selection_policy
 
 REVISION_MAX = 1 << 53
 POLICY_SUFFIX = "_policy"
@@ -32,10 +32,17 @@ class SettingsInForce:
     """See the module. ``dispatch``, ``pairing`` and so on are the policies that ``config`` names.
     Raises ConfigurationError if one cannot be had."""
 
+    config: SchedulerConfig
+    dispatch: GuardedDispatch
+    pairing: GuardedPairing
+    roles: GuardedRoles
+    scaling: GuardedScaling
+    relief: GuardedRelief
+
     def __init__(self, config: SchedulerConfig, faults: Faults) -> None:
         self.revision = 0
         self._faults = faults
-        self._use(config)
+        self._use(config, frozenset())
 
     def change(self, kind: str, name: str, settings: Mapping[str, str]) -> None:
         """Another policy of that kind, and these settings. Raises ConfigurationError; then nothing has
@@ -45,15 +52,20 @@ class SettingsInForce:
         for setting in settings:
             if setting.endswith(POLICY_SUFFIX):
                 raise ConfigurationError(f"{setting} is no setting of a policy but names one")
-        self._use(with_settings(self.config, {**settings, kind + POLICY_SUFFIX: name}))
+        config = with_settings(self.config, {**settings, kind + POLICY_SUFFIX: name})
+        self._use(config, self._unconcerned(config))
         self.revision += 1
 
     def hear(self, message: SchedulerSettings) -> bool:
         """An instance says what an earlier manager told it. True: that is newer than what held here. Raises
-        ConfigurationError if it cannot hold here."""
+        ConfigurationError if it cannot hold here; what does is newer then, so that instances take it."""
         if not self.revision < message.revision < REVISION_MAX:
             return False
-        self._use(with_settings(self.config, dict(message.values)))
+        try:
+            self._use(with_settings(self.config, dict(message.values)), frozenset())
+        except ConfigurationError:
+            self.revision = message.revision + 1
+            raise
         self.revision = message.revision
         return True
 
@@ -77,10 +89,21 @@ class SettingsInForce:
             known={kind: known_names(kind) for kind in KINDS},
         )
 
-    def _use(self, config: SchedulerConfig) -> None:
-        dispatch, pairing = GuardedDispatch(config, self._faults), GuardedPairing(config, self._faults)
-        relief = GuardedRelief(config, self._faults)
-        roles, scaling = GuardedRoles(config, self._faults), GuardedScaling(config, self._faults)
-        selection_policy(config)  # the instances need it: refused here, before it reaches them
+    def _unconcerned(self, config: SchedulerConfig) -> frozenset[str]:
+        """Kinds whose policies go on with what they have learnt: no setting changes, and not their name."""
+        names = {kind: getattr(config, kind + POLICY_SUFFIX) for kind in KINDS}
+        if replace(self.config, **{kind + POLICY_SUFFIX: name for kind, name in names.items()}) != config:
+            return frozenset()
+        return frozenset(kind for kind in KINDS if getattr(self.config, kind + POLICY_SUFFIX) == names[kind])
+
+    def _use(self, config: SchedulerConfig, unconcerned: frozenset[str]) -> None:
+        faults = self._faults
+        dispatch = self.dispatch if "dispatch" in unconcerned else GuardedDispatch(config, faults)
+        pairing = self.pairing if "pairing" in unconcerned else GuardedPairing(config, faults)
+        roles = self.roles if "roles" in unconcerned else GuardedRoles(config, faults)
+        scaling = self.scaling if "scaling" in unconcerned else GuardedScaling(config, faults)
+        relief = GuardedRelief(config, faults)  # goes by the name of the pairing policy as well
+        for needed_by_instances in (selection_policy, preemption_policy):
+            needed_by_instances(config)  # refused here, before it reaches them
         self.config, self.dispatch, self.pairing = config, dispatch, pairing
         self.roles, self.scaling, self.relief = roles, scaling, relief

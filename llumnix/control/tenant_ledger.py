@@ -40,10 +40,12 @@ class Tenant:
 
 
 class TenantLedger:
-    """Tenants by name, the longest unheard first. ``now`` is when the manager started."""
+    """Tenants by name, the longest unheard first; those with requests also apart, as one that comes back is
+    compared with them and the others may be many. ``now`` is when the manager started."""
 
     def __init__(self, now: float) -> None:
         self._tenants: dict[str, Tenant] = {}
+        self._active: dict[str, Tenant] = {}
         self._rebuilt_at = now + REBUILD_S
         self._rebuilding = True
         self._told: dict[str, tuple[float, tuple[tuple[str, float], ...]]] = {}
@@ -81,9 +83,9 @@ class TenantLedger:
     def instance_ended(self, instance_id: str) -> None:
         """What it served was served; it holds nothing any more."""
         self._told.pop(instance_id, None)
-        for tenant in self._tenants.values():
+        for name, tenant in self._tenants.items():
             tenant.totals.pop(instance_id, None)
-            tenant.held.pop(instance_id, None)
+            self._holds_none(name, tenant, instance_id)
 
     def _take(self, instance_id: str, entry: TenantService) -> None:
         tenant = self._tenants.pop(entry.tenant, None) or Tenant()
@@ -94,14 +96,22 @@ class TenantLedger:
         tenant.totals[instance_id] = entry.served_total
         tenant.highest = max(tenant.highest, entry.counter)
         if not entry.held:
-            tenant.held.pop(instance_id, None)
+            self._holds_none(entry.tenant, tenant, instance_id)
             return
         if not tenant.held and not self._rebuilding:
-            active = [one.counter for one in self._tenants.values() if one.held]
-            tenant.lift += max(0.0, min(active, default=0.0) - tenant.counter)
+            lowest = min([one.counter for one in self._active.values()], default=0.0)
+            tenant.lift += max(0.0, lowest - tenant.counter)
         tenant.held[instance_id] = None
+        self._active[entry.tenant] = tenant
+
+    def _holds_none(self, name: str, tenant: Tenant, instance_id: str) -> None:
+        tenant.held.pop(instance_id, None)
+        if not tenant.held:
+            self._active.pop(name, None)
 
     def _forget_old(self) -> None:
-        if len(self._tenants) > TENANTS_MAX:
+        while len(self._tenants) > TENANTS_MAX:
             idle = (name for name, tenant in self._tenants.items() if not tenant.held)
-            del self._tenants[next(idle, next(iter(self._tenants)))]
+            name = next(idle, next(iter(self._tenants)))
+            del self._tenants[name]
+            self._active.pop(name, None)

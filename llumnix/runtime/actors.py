@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
@@ -35,6 +36,14 @@ def actor_name(instance_id: str) -> str:
 def find_instance(instance_id: str) -> ActorHandle:
     """The handle of a living or restarting instance. Raises ValueError if there is none of that name."""
     return ray.get_actor(actor_name(instance_id), namespace=NAMESPACE)
+
+
+def tell_starting(instance_id: str) -> None:
+    """Let the manager know of a process that begins. Not waited for: it may be away."""
+    try:
+        ray.get_actor(MANAGER_NAME, namespace=NAMESPACE).starting.remote(instance_id)
+    except (ValueError, RayError):
+        pass  # an actor whose constructor raises is not started again
 
 
 def on_this_host(config: Config) -> Config:
@@ -71,6 +80,7 @@ class InstanceActor:
     """One instance. A failing engine thread ends the process, so that Ray starts a clean one."""
 
     def __init__(self, config: Config, instance_id: str, manager_address: str) -> None:
+        tell_starting(instance_id)
         self._process = ProcessName(incarnation=uuid.uuid4().hex[:12], pid=os.getpid())
         self._loop = LoopThread("instance-io")
         identity = InstanceIdentity(instance_id, self._process.incarnation, manager_address)

@@ -9,7 +9,9 @@ process is noticed within milliseconds. Bytes that are no message, and messages 
 """
 
 import asyncio
+import errno
 import logging
+import resource
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 QUEUED_MESSAGES_MAX = 50_000  # per peer and direction
 PEERS_MAX = 4096
+PEER_SOCKETS = 3  # ZeroMQ's count: the one that sends, and both ends of its monitor
+PEER_FILES = 5  # a signal for each of those, and a connection each way
 RECEIVE_BURST = 256
 HEARTBEAT_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 4000
@@ -47,6 +51,8 @@ class Bus:
         self._on_message = on_message
         self._on_lost = on_lost
         self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, PEER_SOCKETS * (PEERS_MAX + 1))
+        _allow_files(PEER_FILES * PEERS_MAX)
         self._inbox = self._socket(zmq.PULL)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, MESSAGE_BYTES_MAX)
         bound = self._inbox.bind_to_random_port(f"tcp://{bind_host}") if port == 0 else port
@@ -60,13 +66,19 @@ class Bus:
         self._loop.call_soon(self._receive)
 
     def send(self, address: str, message: object) -> bool:
-        """Queue a message. False: the peer's queue is full and the message was dropped."""
+        """Queue a message. False: the peer's queue is full, or this process may open no more connections, and
+        the message was dropped."""
         if self._closed:
             return False
         try:
             self._peer(address).send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            self._out_of_files(address)
             return False
         return True
 
@@ -105,6 +117,13 @@ class Bus:
         self._loop.call_soon(self._watch, address, monitor)
         return socket
 
+    def _out_of_files(self, address: str) -> None:
+        """Give up whoever was not spoken to for longest, so that the next message finds room."""
+        self.dropped += 1
+        log.warning("no room for a connection to %s beside %d others", address, len(self._peers))
+        if self._peers:
+            self._drop_peer(next(iter(self._peers)), linger_ms=200)
+
     def _drop_peer(self, address: str, linger_ms: int = 0) -> None:
         socket, monitor = self._peers.pop(address)
         self._loop.remove_reader(monitor.fileno())
@@ -127,14 +146,24 @@ class Bus:
     def _receive(self) -> None:
         if self._closed:
             return
+        # Also if a message breaks its reader: ZeroMQ tells of what is still there only once.
+        again = self._loop.call_soon(self._receive)
         for _ in range(RECEIVE_BURST):
             try:
                 data = self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
+                again.cancel()
                 return
             try:
                 self._on_message(decode(data))
             except ProtocolError as error:
                 self.dropped += 1
                 log.warning("dropped a message of %d bytes: %s", len(data), error)
-        self._loop.call_soon(self._receive)
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise this process's soft limit of open files, often 1024, towards that, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -9,11 +9,13 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from types import TracebackType
 from typing import Any
 
 from llumnix.api.backend import ModelInfo, StreamCall
 from llumnix.api.detokenizer import TextStream
+from llumnix.api.stream_state import Stream
 from llumnix.api.tokenizer import TextTokenizer, load_tokenizer
 from llumnix.core.admin import (
     ClusterSummary,
@@ -24,10 +26,11 @@ from llumnix.core.admin import (
     PolicyState,
     Refusal,
 )
+from llumnix.core.codec import decode, encode
 from llumnix.core.config import ClusterConfig, Config
-from llumnix.core.errors import ConfigurationError
+from llumnix.core.errors import ConfigurationError, ProtocolError
 from llumnix.core.messages.control import InstanceRole, RequestRow
-from llumnix.core.messages.serving import FinishReason
+from llumnix.core.messages.serving import FinishReason, Submit
 from llumnix.core.sampling import GREEDY_ONLY, SEED_MAX, SamplingParams
 from llumnix.runtime.actors import on_this_host
 from llumnix.runtime.frontend import Frontend
@@ -81,6 +84,7 @@ class Cluster:
             on_this_host(description.config),
             frontend_id=f"connect-{uuid.uuid4().hex[:8]}",
             manager_address=description.manager_address,
+            on_failure=lambda error: self._frontend.stop(),
         )
 
     async def __aenter__(self) -> "Cluster":
@@ -110,7 +114,7 @@ class Cluster:
         SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. Leaving the loop
         early stops the request. Raises ConfigurationError for settings out of range, StreamFailed if the
         cluster cannot take the request."""
-        tokens = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        tokens = self._tokens(prompt)
         if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
             limit = self.model.max_model_len
             raise ConfigurationError(
@@ -124,17 +128,19 @@ class Cluster:
         if self.model.greedy_only and not params.greedy:
             raise ConfigurationError(GREEDY_ONLY)
         name = request_id or f"gen-{uuid.uuid4().hex}"
-        stream = self._frontend.open(
-            StreamCall(
-                request_id=name,
-                prompt_tokens=tokens,
-                sampling=params,
-                scheduling_priority=priority,
-                execution_priority=priority,
-                tenant=tenant,
-                adapter=adapter,
-            )
+        if name in self._frontend.table:
+            raise ConfigurationError(f"request {name!r} is being generated already")
+        call = StreamCall(
+            request_id=name,
+            prompt_tokens=tokens,
+            sampling=params,
+            scheduling_priority=priority,
+            execution_priority=priority,
+            tenant=tenant,
+            adapter=adapter,
         )
+        check_sendable(call)
+        stream = self._frontend.open(call)
         text = TextStream(self._tokenizer.table)
         try:
             async for chunk in stream:
@@ -142,6 +148,16 @@ class Cluster:
                 yield Generated(name, text.push(chunk.tokens, ended).text, chunk.tokens, chunk.finish_reason)
         finally:
             await stream.cancel()
+
+    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """The prompt's tokens. Raises ConfigurationError for ids that the model does not have."""
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer.encode(prompt))
+        tokens = tuple(index(token) for token in prompt)  # numpy's whole numbers are no ints
+        most = max(self.model.vocab_size, self._tokenizer.vocab_size)
+        if tokens and not 0 <= min(tokens) <= max(tokens) < most:
+            raise ConfigurationError(f"prompt token ids must be within 0 and {most - 1}")
+        return tokens
 
     async def status(self) -> ClusterSummary:
         """The cluster in one record."""
@@ -183,7 +199,7 @@ class Cluster:
         return await self._admin.policies()
 
     async def set_policy(self, kind: str, name: str, **settings: str | int | float) -> PolicyState | Refusal:
-        """Go by another policy of a kind (dispatch, pairing, selection) or by other settings, at once."""
+        """Go by another policy of a kind (dispatch, pairing …: see ``policies``) or by other settings."""
         return await self._admin.set_policy(
             kind, name, {setting: str(value) for setting, value in settings.items()}
         )
@@ -195,3 +211,12 @@ class Cluster:
     async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
         """What happened since the event numbered ``after``, oldest first."""
         return await self._admin.events(after, limit)
+
+
+def check_sendable(call: StreamCall) -> None:
+    """Raise ConfigurationError unless an instance would take these values from the wire. It drops a message
+    with a wrong type, and whoever sent it would wait."""
+    try:
+        decode(encode(Submit(Stream(call, opened_at=0.0).spec("", 0.0))))
+    except (ProtocolError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigurationError(f"this request cannot be sent: {error}") from error

@@ -16,10 +16,11 @@ Everything happens in one event loop. Called by the manager's actor only.
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayActorError
 
 from llumnix.core.admin import ClusterSummary, InstanceRow, Refusal
@@ -43,13 +44,15 @@ from llumnix.runtime.reservations import actor_options, give_back, reserved_ids
 FENCE_POLL_S = 0.1
 EMPTY_POLL_S = 0.1
 EMPTY_TIMEOUT_S = 600.0
+STARTS_MAX = 3  # processes of one instance that may begin before one of them serves
 RECOVERY_S = 3.0  # within it a manager that came back hears from every instance that is well
 
 
 class Fleet:
-    """Made in the loop that it lives in. ``server`` is the scheduler behind its bus."""
+    """Made in the loop that it lives in. ``server`` is the scheduler behind its bus; ``on_failure`` is
+    called when that cannot go on."""
 
-    def __init__(self, config: Config, port: int) -> None:
+    def __init__(self, config: Config, port: int, on_failure: Callable[[BaseException], None]) -> None:
         self._config = config
         self._host = host_identity()
         self._hellos: dict[str, InstanceHello] = {}
@@ -57,6 +60,7 @@ class Fleet:
         self._scaling = asyncio.Lock()
         self._leaving: dict[str, asyncio.Task[str]] = {}
         self._asked: set[str] = set()  # who has said whether it leaves
+        self._starts: dict[str, int] = {}  # processes that have begun, of instances that do not serve yet
         self._recovered_at = time.monotonic() + RECOVERY_S
         self.server = ManagerServer(
             on_this_host(config),
@@ -65,6 +69,7 @@ class Fleet:
             on_hello=self._hello,
             on_lost=self._lost,
             on_scale=lambda instances: self._go(self._scale_by_itself(instances), "scale"),
+            on_failure=on_failure,
         )
         self._go(self._give_back_unused(), "give-back")
 
@@ -79,10 +84,16 @@ class Fleet:
             self._leaving.pop(instance_id, None)
         return outcome
 
+    def starting(self, instance_id: str) -> None:
+        """A process of an instance has begun. Ray begins another when it dies, without end and without a
+        word."""
+        if instance_id in self._starts:
+            self._starts[instance_id] += 1
+
     async def stop(self) -> None:
-        """Stop every instance in order, and the server."""
-        for instance_id in await asyncio.to_thread(instance_ids):
-            await asyncio.to_thread(stop_instance, instance_id)
+        """Stop all instances, each in order, and the server. At once: one that hangs takes STOP_TIMEOUT_S."""
+        present = await asyncio.to_thread(instance_ids)
+        await asyncio.gather(*(asyncio.to_thread(stop_instance, instance_id) for instance_id in present))
         await self.server.close()
 
     # How many there are to be.
@@ -137,7 +148,9 @@ class Fleet:
         return next((row for row in self.server.instances() if row.instance_id == instance_id), None)
 
     async def _start_instance(self, instance_id: str) -> str:
-        """Start one and wait until it serves. Returns the reason in one line if it cannot."""
+        """Start one and wait until it serves. Returns the reason in one line if it cannot; then nothing of it
+        is left."""
+        self._starts[instance_id] = 0
         try:
             options = await asyncio.to_thread(actor_options, self._config.engine, instance_id)
             actor = RemoteInstance.options(
@@ -148,15 +161,30 @@ class Fleet:
                 max_concurrency=8,
                 **options,
             ).remote(self._config, instance_id, self.server.address)
-            await actor.process.remote()
+            await self._constructed(instance_id, actor)
         except (RayActorError, ConfigurationError) as error:
             reason = last_line(error) if isinstance(error, RayActorError) else str(error)
-            await asyncio.to_thread(give_back, instance_id)
+            await asyncio.to_thread(stop_instance, instance_id, orderly=False)
             self.server.note("start_failed", f"{instance_id} did not start: {reason}", instance=instance_id)
             return f"instance {instance_id} did not start: {reason}"
+        finally:
+            del self._starts[instance_id]
         while self._row(instance_id) is None:
             await asyncio.sleep(EMPTY_POLL_S)
         return ""
+
+    async def _constructed(self, instance_id: str, actor: ActorHandle) -> None:
+        """Wait until the constructor is through. Raises RayActorError if it failed, ConfigurationError if its
+        process died again and again."""
+        through = asyncio.wrap_future(actor.process.remote().future())
+        while not through.done():
+            if self._starts[instance_id] > STARTS_MAX:
+                through.cancel()
+                raise ConfigurationError(
+                    f"its process died {STARTS_MAX} times before it served; Ray's logs on its host say more"
+                )
+            await asyncio.wait((through,), timeout=EMPTY_POLL_S)
+        await through
 
     # On the way out.
 

@@ -5,8 +5,9 @@ process with its own bus address, so tokens go straight from the instances to wh
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from llumnix.api.backend import FailKind, StreamCall, StreamFailed, TokenChunk
 from llumnix.api.stream_state import Deliver, Fail
@@ -17,20 +18,33 @@ from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import FrontendHello
 from llumnix.runtime.bus import Bus
 
+log = logging.getLogger(__name__)
+
 HELLO_INTERVAL_S = 1.0
 TICK_MAX_S = 0.25
 
 
 class Frontend:
-    """Opens streams until `close`. Must be made and used in one event loop."""
+    """Opens streams until `close`. Must be made and used in one event loop. ``on_failure`` is called when it
+    cannot go on, since nothing would look at deadlines any more; ``failure`` is why."""
 
-    def __init__(self, config: Config, *, frontend_id: str, manager_address: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        frontend_id: str,
+        manager_address: str,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
         self.bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=self._lost)
         self._manager_address = manager_address
         self._hello = FrontendHello(frontend_id, self.bus.address)
         self.table = StreamTable(frontend_id, self.bus.address, manager_address, config.frontend)
         self._streams: dict[str, BusStream] = {}
+        self.failure: BaseException | None = None
+        self._on_failure = on_failure
         self._ticker = asyncio.create_task(self._tick(), name="frontend-tick")
+        self._ticker.add_done_callback(self._ticker_ended)
 
     @property
     def address(self) -> str:
@@ -43,9 +57,11 @@ class Frontend:
         return self.table.ready
 
     def open(self, call: StreamCall) -> "BusStream":
-        """Begin a sequence; see Backend.open."""
+        """Begin a sequence; see Backend.open. Raises InvariantError, and harms nothing, if one of this id is
+        open."""
+        effects = self.table.open(call, time.monotonic())
         stream = self._streams[call.request_id] = BusStream(self, call.request_id)
-        self._perform(self.table.open(call, time.monotonic()))
+        self._perform(effects)
         return stream
 
     def cancel(self, request_id: str) -> None:
@@ -83,6 +99,13 @@ class Frontend:
             self._perform(self.table.tick(now))
             wait_s = min(TICK_MAX_S, self.table.next_deadline() - now)
             await asyncio.sleep(max(0.005, wait_s))
+
+    def _ticker_ended(self, ticker: "asyncio.Task[None]") -> None:
+        error = None if ticker.cancelled() else ticker.exception()
+        if error is not None:
+            self.failure = error
+            log.error("the frontend failed", exc_info=error)
+            self._on_failure(error)
 
     def _perform(self, effects: Sequence[object]) -> None:
         for effect in effects:

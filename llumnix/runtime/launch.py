@@ -24,7 +24,7 @@ from llumnix.core.admin import MoveSeen, Refusal
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.runtime.actors import MANAGER_NAME, NAMESPACE, STOP_TIMEOUT_S, free_port, on_this_host
-from llumnix.runtime.fleet import last_line
+from llumnix.runtime.fleet import instance_ids, last_line, stop_instance
 from llumnix.runtime.frontend import BusStream, Frontend
 from llumnix.runtime.manager_actor import ClusterDescription, RemoteManager
 from llumnix.runtime.model_info import model_info
@@ -113,12 +113,15 @@ def find_manager() -> ActorHandle | None:
 
 
 def stop_cluster(manager: ActorHandle) -> None:
-    """Stop all instances, then the manager. Does not wait for requests: drain first to keep them."""
+    """Stop all instances, then the manager, then what it left behind: instances outlive both it and this
+    process. Does not wait for requests: drain first to keep them."""
     try:
         ray.wait([manager.stop.remote()], timeout=2 * STOP_TIMEOUT_S)
         ray.kill(manager)
     except RayError as error:
         log.warning("the manager was gone before it could be stopped: %s", last_line(error))
+    for instance_id in instance_ids():
+        stop_instance(instance_id, orderly=False)
 
 
 class ClusterBackend:
@@ -159,13 +162,14 @@ def serve(config: Config) -> int:
 
 
 async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer) -> None:
-    """Answer HTTP until a signal says to stop."""
+    """Answer HTTP until a signal says to stop. Raises what the frontend failed with, if that ended it."""
     description: ClusterDescription = await cluster.manager.describe.remote()
     model = model_info(config.engine, config.frontend.served_model_name, description.max_model_len)
     frontend = Frontend(
         on_this_host(config),
         frontend_id=f"http-{uuid.uuid4().hex[:8]}",
         manager_address=description.manager_address,
+        on_failure=lambda error: stop_serving(server, frontend),
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop_serving, server, frontend)
@@ -178,6 +182,8 @@ async def serve_http(config: Config, cluster: RunningCluster, server: ApiServer)
                 print(f"{row.instance_id} keeps KV of up to {tokens} tokens in host memory")
         print(f"{model.name} on {config.cluster.instances} instances: {where}", flush=True)
         await server.serve(ClusterBackend(frontend, admin, model))
+        if frontend.failure is not None:
+            raise frontend.failure
     finally:
         await frontend.close()
 

@@ -5,6 +5,7 @@ No method may be a coroutine: Ray would then run all methods on one thread, and 
 would hold up every question and the very order that calls it off. What lasts is Fleet's, in the loop.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,12 +41,12 @@ class ClusterDescription:
 
 class ManagerActor:
     """One per cluster, named MANAGER_NAME. After a crash it comes back on the same port and finds its
-    instances."""
+    instances. A failing scheduler ends the process, so that Ray starts a clean one."""
 
     def __init__(self, config: Config, port: int) -> None:
         self._config = config
         self._loop = LoopThread("manager")
-        self._fleet = self._on_loop(lambda: Fleet(config, port))
+        self._fleet = self._on_loop(lambda: Fleet(config, port, on_failure=lambda error: os._exit(1)))
         self._server = self._fleet.server
 
     # Orders and questions.
@@ -86,6 +87,10 @@ class ManagerActor:
 
     def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
         return self._on_loop(lambda: self._server.explain(request_id))
+
+    def starting(self, instance_id: str) -> None:
+        """Told by every process of an instance before it does anything else."""
+        self._on_loop(lambda: self._fleet.starting(instance_id))
 
     def scale(self, instances: int) -> ClusterSummary | Refusal:
         """See Fleet. Returns when so many are there, or a later order wants otherwise."""

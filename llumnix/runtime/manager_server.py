@@ -7,6 +7,7 @@ messages.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,8 @@ from llumnix.observe.event_log import EventLog
 from llumnix.runtime.bus import Bus
 from llumnix.runtime.garbage import Garbage
 
+log = logging.getLogger(__name__)
+
 TICK_MAX_S = 0.25
 EVENTS_PER_S_MAX = 100  # over a manager's whole life; bursts do not matter
 QUERY_TIMEOUT_S = 60.0  # a bound above the scheduler's own
@@ -37,7 +40,7 @@ QUERY_TIMEOUT_S = 60.0  # a bound above the scheduler's own
 class ManagerServer:
     """Runs the global scheduler until `close`. ``on_hello`` hears of every instance that introduces itself,
     ``on_lost`` of every bus address whose connection broke, ``on_scale`` of how many instances the scaling
-    policy wants."""
+    policy wants. ``on_failure`` is called when it cannot go on: there would be no rounds any more."""
 
     def __init__(
         self,
@@ -48,17 +51,20 @@ class ManagerServer:
         on_hello: Callable[[InstanceHello], None],
         on_lost: Callable[[str], None],
         on_scale: Callable[[int], None] | None = None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.events = EventLog(first=int(time.time()) * EVENTS_PER_S_MAX)
         self._queries: dict[str, asyncio.Future[object]] = {}
         self._garbage = Garbage(time.monotonic())
         self._on_hello = on_hello
         self._on_scale = on_scale
+        self._on_failure = on_failure
         self._bus = Bus(config.cluster.bind_host, on_message=self._handle, on_lost=on_lost, port=port)
         self.address = self._bus.address
         self.core = GlobalScheduler(config.scheduler, incarnation, self.address, time.monotonic())
         self.note("manager_up", f"manager {incarnation} listens at {self.address}", incarnation=incarnation)
         self._ticker = asyncio.create_task(self._tick(), name="manager-tick")
+        self._ticker.add_done_callback(self._ticker_ended)
 
     async def close(self) -> None:
         """Stop at once. Instances and frontends go on without a manager."""
@@ -145,6 +151,12 @@ class ManagerServer:
             self._garbage.sweep(now)
             wait_s = min(TICK_MAX_S, self.core.next_deadline() - now)
             await asyncio.sleep(max(0.005, wait_s))
+
+    def _ticker_ended(self, ticker: "asyncio.Task[None]") -> None:
+        error = None if ticker.cancelled() else ticker.exception()
+        if error is not None:
+            log.error("the manager failed", exc_info=error)
+            self._on_failure(error)
 
     async def _answer(self, query_id: str, effects: Sequence[object]) -> object:
         future = self._queries[query_id] = asyncio.get_running_loop().create_future()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from local_backend import Served, served
 
+from llumnix.cli import admin
 from llumnix.cli.main import main
 from llumnix.core.config import EngineConfig, FrontendConfig
 
@@ -39,6 +40,14 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "requests") == (0, "no requests\n", "")
     status, out, _ = run(capsys, "events")
     assert status == 0 and len(out.splitlines()) == 3 and "event 2" in out
+
+
+def test_all_events_are_shown_though_they_come_in_pages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "EVENTS_PAGE", 2)
+    assert len(run(capsys, "events")[1].splitlines()) == 3
+    assert [one["sequence"] for one in json.loads(run(capsys, "events", "--json")[1])] == [1, 2, 3]
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,17 @@ def test_no_number_is_negative(leaf: type[Leaf], name: str) -> None:
         leaf(**{name: -1})
 
 
+FLOATS = [(leaf, name) for leaf, name in NUMBERS if type(getattr(leaf, name)) is float]
+
+
+@pytest.mark.parametrize(("leaf", "name"), FLOATS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_every_number_is_finite(leaf: type[Leaf], name: str, value: float) -> None:
+    """A file may say nan or inf; instances would then refuse all settings that a manager tells them."""
+    with pytest.raises(ConfigurationError, match=f"{name} must be finite"):
+        leaf(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("leaf", "wrong"),
     [

@@ -145,3 +145,18 @@ def test_an_instance_that_drains_needs_no_headroom() -> None:
     cluster.step()
     blocks = {record.instance_id: record.headroom_blocks for record in cluster.core._cluster.records()}
     assert blocks == {"b": 475, "a": 0}, "half of the 950 blocks that are free on b"
+
+
+def test_headroom_is_not_kept_with_the_dead_nor_taken_from_those_who_live() -> None:
+    config = SchedulerConfig(headroom_share=0.8, headroom_spare_share=0.5, pairing_policy="none")
+    cluster = ToyCluster(config, a=1000, b=1000, c=1000)
+    for name in "ac":
+        cluster.instances[name].running = {f"{name}{number}": 10 for number in range(5)}
+        cluster.instances[name].priorities = {f"{name}{number}": 1 for number in range(5)}
+    cluster.report()
+    cluster.step()
+    cluster.do(cluster.core.instance_ended("a", "a", cluster.now))
+    del cluster.instances["a"]
+    cluster.step()
+    blocks = {record.instance_id: record.headroom_blocks for record in cluster.core._cluster.live()}
+    assert blocks == {"c": 800, "b": 175}, "half of the 1,950 blocks that are free, first where it is of use"

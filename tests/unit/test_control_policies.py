@@ -1,16 +1,28 @@
 """Policies while they run: faults that end at the guard, changes that take effect at once, decisions
 explained."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 from control_driving import ToyCluster
+from policy_views import request, view
 
 from llumnix.control.decision_log import DECISIONS_MAX, REQUESTS_MAX, Decision, DecisionLog
 from llumnix.control.effects import Effect
+from llumnix.control.policy_guard import Faults, GuardedDispatch
 from llumnix.core.admin import DecisionRow, Refusal
 from llumnix.core.config import SchedulerConfig
 from llumnix.core.config_source import as_texts
 from llumnix.core.messages.control import HelloWanted, NotPlaced, Placed, SchedulerSettings
-from llumnix.core.views import ClusterSnapshot, DispatchDecision, InstanceView, Move, RequestView
+from llumnix.core.views import (
+    ClusterSnapshot,
+    DispatchDecision,
+    InstanceView,
+    Move,
+    RequestView,
+    ScalingDecision,
+)
 
 
 class OwnFault(Exception):
@@ -43,6 +55,22 @@ class Nonsense(Raises):
         return float("nan")
 
 
+class Overflows(Nonsense):
+    """Its scores are numbers, but larger than any float."""
+
+    def score(self, view: InstanceView) -> float:
+        return 10**400
+
+
+class OddScores(Raises):
+    """Decides well, and puts anything where scores belong."""
+
+    ODD: object = None
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        return DispatchDecision("b", self.ODD, "as I like")  # type: ignore[arg-type]
+
+
 def order(cluster: ToyCluster, kind: str, name: str, **settings: str) -> list[Effect] | Refusal:
     effects = cluster.core.set_policy(kind, name, settings, cluster.now)
     if not isinstance(effects, Refusal):
@@ -61,13 +89,14 @@ def rows(cluster: ToyCluster, request_id: str) -> tuple[DecisionRow, ...]:
     return answer
 
 
-@pytest.mark.parametrize("name", ["Raises", "Nonsense"])
+@pytest.mark.parametrize("name", ["Raises", "Nonsense", "Overflows"])
 def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str) -> None:
     cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:{name}"), a=100, b=900)
     for number in range(5):
         assert cluster.place(f"r{number}") == Placed(f"r{number}", "b", "tcp://b:a"), "the default decides"
     (event,) = cluster.events("policy_error")
     assert f"{__name__}:{name}" in event.text and event.fields["kind"] == "dispatch"
+    assert f"the default's, as {__name__}:{name} failed" in rows(cluster, "r0")[0].reason
     if name == "Raises":
         assert "OwnFault: out of luck" in event.text
     cluster.tick(61.0)
@@ -77,14 +106,25 @@ def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str)
     assert "more times" in cluster.events("policy_error")[1].text
 
 
-@pytest.mark.parametrize("name", ["Raises", "Nonsense"])
+class ListOfMoves(Raises):
+    """A likely mistake."""
+
+    def pair(self, cluster: ClusterSnapshot) -> tuple[Move, ...]:
+        return [Move("r0", "a", "b", "as I like")]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["Raises", "Nonsense", "ListOfMoves"])
 def test_a_faulty_pairing_policy_is_overruled_and_told(name: str) -> None:
     cluster = ToyCluster(SchedulerConfig(pairing_policy=f"{__name__}:{name}"), a=100, b=100)
     cluster.instances["a"].running = {f"r{number}": 24 for number in range(4)}
     assert [move.target_id for move in cluster.step()] == ["b"]
     for _ in range(10):
         cluster.step()
-    assert [event.fields["kind"] for event in cluster.events("policy_error")] == ["pairing"]
+    (event,) = cluster.events("policy_error")
+    assert event.fields["kind"] == "pairing"
+    said = {"Raises": "OwnFault: out of luck", "Nonsense": "returned (('r'", "ListOfMoves": "returned [Move("}
+    assert said[name] in event.text
+    assert all("the default's, as" in order.reason for order in cluster.orders)
 
 
 def test_a_policy_set_takes_effect_at_once_and_reaches_the_instances() -> None:
@@ -107,6 +147,33 @@ def test_a_policy_set_takes_effect_at_once_and_reaches_the_instances() -> None:
     assert len(cluster.events("policy_changed")) == 2
 
 
+class Remembers(Raises):
+    """Counts how often it is constructed."""
+
+    MADE = 0
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        type(self).MADE += 1
+
+    def scale(self, cluster: ClusterSnapshot) -> ScalingDecision:
+        return ScalingDecision(0, "")
+
+
+def test_a_change_of_another_policy_costs_a_policy_nothing_of_what_it_has_learnt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Remembers, "MADE", 0)
+    cluster = ToyCluster(SchedulerConfig(scaling_policy=f"{__name__}:Remembers"), a=100)
+    order(cluster, "dispatch", "load")
+    order(cluster, "pairing", "none")
+    assert Remembers.MADE == 1
+    order(cluster, "dispatch", "freeness", rest_s="3")
+    assert Remembers.MADE == 2, "any policy may go by any setting"
+    order(cluster, "scaling", "none")
+    order(cluster, "scaling", f"{__name__}:Remembers")
+    assert Remembers.MADE == 3
+
+
 def test_pairing_settings_change_the_next_round() -> None:
     cluster = ToyCluster(SchedulerConfig(pairing_policy="none"), a=100, b=100)
     cluster.instances["a"].running = {f"r{number}": 24 for number in range(4)}
@@ -122,6 +189,7 @@ def test_pairing_settings_change_the_next_round() -> None:
     [
         ("dispatch", "best", {}, "unknown"),
         ("selection", "best", {}, "unknown"),
+        ("preemption", "best", {}, "unknown"),
         ("pairing", f"{__name__}:OwnFault", {}, "has no method pair"),
         ("paring", "none", {}, "no kind of policy 'paring'"),
         ("pairing", "freeness", {"low_freenes": "1"}, "did you mean low_freeness"),
@@ -161,11 +229,16 @@ def test_settings_outlive_the_manager_with_the_instances() -> None:
     cluster.do(cluster.core.handle(older, cluster.now))
     assert cluster.core.policies() == state
     broken = SchedulerSettings(9, (("dispatch_policy", "no_such:Thing"),))
-    cluster.do(cluster.core.handle(broken, cluster.now))
-    assert cluster.core.policies() == state
-    assert "cannot hold here" in cluster.events("policy_error")[0].text
+    for _ in range(3):  # one from each instance that keeps them
+        cluster.do(cluster.core.handle(broken, cluster.now))
+    assert cluster.core.policies() == replace(state, revision=10)
+    (event,) = cluster.events("policy_error")
+    assert "cannot hold here" in event.text
+    told = cluster.messages(SchedulerSettings)[-1]
+    assert isinstance(told, SchedulerSettings) and told.revision == 10, "newer than what instances keep"
+    assert dict(told.values)["dispatch_policy"] == state.policies["dispatch"]
     order(cluster, "dispatch", "freeness")
-    assert cluster.core.policies().revision == 4
+    assert cluster.core.policies().revision == 11
 
 
 def test_an_instance_that_missed_a_change_is_told_again_and_one_that_knows_more_is_asked() -> None:
@@ -198,11 +271,69 @@ def test_a_newcomer_is_told_what_was_changed() -> None:
 def test_a_selection_policy_that_breaks_on_an_instance_is_told_once_a_minute() -> None:
     cluster = ToyCluster(SchedulerConfig(), a=100)
     for _ in range(5):
-        report = cluster.instances["a"].report()._replace(policy_fault="Mine raised KeyError: 'x'")
+        report = cluster.instances["a"].report()._replace(policy_fault="selection: Mine raised KeyError: 'x'")
         cluster.do(cluster.core.handle(report, cluster.now))
         cluster.tick()
     (event,) = cluster.events("policy_error")
-    assert "Mine raised KeyError" in event.text and "a" in event.text
+    assert "Mine raised KeyError" in event.text and "on a" in event.text
+
+
+class Unread(tuple[InstanceView, ...]):
+    """Candidates of which nobody is to read more than the first."""
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        raise AssertionError("read them all")
+
+
+def test_to_overrule_a_policy_costs_no_look_at_every_instance() -> None:
+    guard = GuardedDispatch(SchedulerConfig(dispatch_policy=f"{__name__}:Raises"), Faults())
+    candidates = Unread([view(f"i{number:03}") for number in range(500)])
+    assert guard.place(request(), candidates, 0.0).instance_id == "i000"
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "policy", "text"),
+    [
+        (
+            "selection: Mine raised X",
+            "selection",
+            "cheapest",
+            "selection policy 'cheapest' on a: Mine raised X",
+        ),
+        ("preemption: Mine raised X", "preemption", "swap", "preemption policy 'swap' on a: Mine raised X"),
+        (
+            "selection policy 'm:C': gone",
+            "settings",
+            "",
+            "settings cannot hold on a: selection policy 'm:C': gone",
+        ),
+    ],
+)
+def test_what_an_instance_reports_is_told_as_what_it_is(
+    fault: str, kind: str, policy: str, text: str
+) -> None:
+    cluster = ToyCluster(SchedulerConfig(preemption_policy="swap"), a=100)
+    report = cluster.instances["a"].report()._replace(policy_fault=fault)
+    cluster.do(cluster.core.handle(report, cluster.now))
+    cluster.tick()
+    (event,) = cluster.events("policy_error")
+    assert event.text.startswith(text) and event.fields == {"kind": kind, "policy": policy}
+    assert event.text.endswith(
+        "it goes by those it had" if kind == "settings" else "the default decided instead"
+    )
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 7, (1, "a"), (("a",),), (("a", "high"), (3, 1.0), ("b", 2.0)), (("a", 10**400),)]
+)
+def test_scores_of_a_plug_in_that_are_none_are_not_shown(
+    odd: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OddScores, "ODD", odd)
+    cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:OddScores"), a=100, b=100)
+    assert cluster.place("r") == Placed("r", "b", "tcp://b:a")
+    (row,) = rows(cluster, "r")
+    assert row.reason == "as I like" and set(row.scores) <= {("b", 2.0)}
 
 
 def test_a_request_is_explained_from_its_placement_to_its_moves() -> None:

@@ -127,7 +127,11 @@ class NoReason(Anywhere):
     ANSWER = ReliefDecision("b", (), None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["Anywhere", "Nonsense", "NoReason"])
+class NoName(Anywhere):
+    ANSWER = ReliefDecision(["b"], (), "no id")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["Anywhere", "Nonsense", "NoReason", "NoName"])
 def test_a_faulty_relief_policy_is_overruled_and_told(name: str) -> None:
     cluster = short(replace(NO_ROUNDS, relief_policy=f"{__name__}:{name}"))
     assert [(order.request_id, order.target_id) for order in cluster.orders] == [("v", "b")]

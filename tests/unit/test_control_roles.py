@@ -106,6 +106,27 @@ def test_a_refused_hand_over_is_tried_again_and_given_up_in_the_end() -> None:
     assert len(cluster.orders) == wanted_moves.TRIES_MAX
 
 
+def test_wishes_of_requests_that_have_ended_do_not_keep_the_next_from_going_over() -> None:
+    """Their sources do not begin what is ordered (agent_outgoing.py): no fault of the decode instance."""
+    cluster = apart()
+    cluster.obey = False
+    cluster.instances["d"].running["full"] = 95
+    cluster.instances["p"].running = {f"r{number}": 5 for number in range(6)}
+    cluster.report()
+    for request_id in cluster.instances["p"].running:
+        assert cluster.wants("p", request_id) == []
+    cluster.instances["p"].running, cluster.instances["d"].running = {}, {}
+    ended = 0
+    for _ in range(8):
+        cluster.step()
+        while ended < len(cluster.orders):
+            cluster.end_migration(cluster.orders[ended], MigrationOutcome.ABORTED, "p")
+            ended += 1
+    cluster.instances["p"].running["next"] = 5
+    cluster.report()
+    assert routes(cluster.wants("p", "next")) == [("next", "d")]
+
+
 def test_wishes_are_bounded_and_die_with_their_instance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wanted_moves, "WANTED_MAX", 3)
     cluster = apart(p=PREFILL)

@@ -160,6 +160,29 @@ def test_draining_empties_an_instance_by_migration_and_says_so(pairing: str) -> 
     assert cluster.place("y").instance_id == "b"  # type: ignore[union-attr]
 
 
+def test_an_instance_that_was_empty_when_its_drain_was_ordered_says_that_it_is() -> None:
+    cluster = ToyCluster(MARKS, a=100, b=100)
+    cluster.report()
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    assert cluster.events("drained") == [], "it has not heard yet"
+    for _ in range(3):
+        cluster.step()
+    (event,) = cluster.events("drained")
+    assert event.fields == {"instance": "a"}
+
+
+def test_an_instance_is_not_called_empty_while_a_request_still_arrives() -> None:
+    cluster = ToyCluster(MARKS, a=100, b=100)
+    cluster.instances["a"].running = {"r": 2}
+    cluster.report()
+    cluster.do(cluster.core.set_draining("a", True, cluster.now))  # type: ignore[arg-type]
+    cluster.instances["a"].running = {}
+    cluster.do(cluster.core.handle(cluster.instances["a"].report()._replace(migrating_in=1), cluster.now))
+    assert cluster.events("drained") == []
+    cluster.report()
+    assert len(cluster.events("drained")) == 1
+
+
 def test_where_nothing_moves_a_draining_instance_serves_what_it_has_to_the_end() -> None:
     cluster = ToyCluster(replace(MARKS, pairing_policy="none"), a=100, b=1000)
     cluster.instances["a"].running = {"r": 2}

@@ -13,7 +13,7 @@ from llumnix.control.tenant_ledger import REBUILD_S, TELL_GAP_S, TENANTS_MAX, Te
 from llumnix.core.config import MigrationConfig, SchedulerConfig
 from llumnix.core.effects import Send
 from llumnix.core.messages.control import TenantTotals
-from llumnix.core.messages.load import LoadReport, TenantService
+from llumnix.core.messages.load import TENANTS_REPORTED_MAX, LoadReport, TenantService
 from llumnix.core.messages.serving import Submit
 from llumnix.instance.agent import Agent
 
@@ -150,9 +150,30 @@ def test_the_ledger_is_bounded_and_quiet() -> None:
     for number in range(TENANTS_MAX + 100):
         ledger.report(report("i0", TenantService(f"t{number}", 1.0, 1.0, 0)), 1, REBUILD_S)
     assert len(ledger) == TENANTS_MAX
+    for number in range(100):  # as many new ones in each as a report has room for
+        new = [TenantService(f"n{number}-{part}", 1.0, 1.0, 0) for part in range(TENANTS_REPORTED_MAX)]
+        ledger.report(report("i0", *new), 1, REBUILD_S)
+    assert len(ledger) == TENANTS_MAX
     one = report("i1", TenantService("x", 1.0, 1.0, 1))
     assert ledger.report(one, 1, 10.0) != [] and ledger.report(one, 1, 20.0) == []
     assert ledger.report(report("i2"), 1, 20.0) == []
+
+
+def test_a_tenant_that_comes_back_is_compared_with_those_that_have_requests_only() -> None:
+    ledger, now = TenantLedger(0.0), REBUILD_S
+    ledger.report(
+        report("i0", TenantService("idle", 1.0, 1.0, 0), TenantService("busy", 90.0, 90.0, 1)), 2, now
+    )
+    ledger.report(report("i1", TenantService("gone", 20.0, 20.0, 1)), 2, now)
+    ledger.instance_ended("i1")
+    ledger.report(report("i0", TenantService("idle", 1.0, 1.0, 1)), 2, now)
+    assert ledger.counters() == {"busy": 90.0, "gone": 90.0, "idle": 90.0}
+    ledger.report(
+        report("i0", TenantService("busy", 95.0, 95.0, 0), TenantService("idle", 1.0, 1.0, 1)), 2, now
+    )
+    ledger.report(report("i2", TenantService("gone", 0.0, 0.0, 1)), 2, now)
+    assert ledger.counters()["gone"] == 90.0, "the lowest of those that have requests is idle's"
+    assert set(ledger._active) == {"idle", "gone"}
 
 
 def test_totals_are_told_once_a_gap_and_to_a_successor_at_once() -> None:

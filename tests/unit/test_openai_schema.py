@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -186,3 +187,26 @@ class TestTaken:
         assert chat().logprobs_wanted == LOGPROBS_OFF
         assert completion(logprobs=0).logprobs_wanted == chat(logprobs=True).logprobs_wanted == 0
         assert chat(logprobs=True, top_logprobs=4).logprobs_wanted == 4
+
+
+class Watched(ByteTokenizer):
+    """Notes which threads tokenize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: set[str] = set()
+
+    def encode(self, text: str) -> list[int]:
+        self.threads.add(threading.current_thread().name)
+        return super().encode(text)
+
+
+@pytest.mark.parametrize(("prompts", "on_loop"), [(2, True), (400, False)])
+def test_much_text_is_tokenized_off_the_event_loop_though_each_part_is_short(
+    prompts: int, on_loop: bool
+) -> None:
+    tokenizer = Watched()
+    intake = Intake(ModelInfo("m", 100, "", (256,), 257), tokenizer, FrontendConfig())
+    body = completion(prompt=["a text of some thirty characters"] * prompts)
+    assert len(asyncio.run(intake.completion("id", body))) == prompts
+    assert (threading.main_thread().name in tokenizer.threads) == on_loop

@@ -68,6 +68,7 @@ def test_an_entry_point_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (f"{__name__}:Absent", "Absent"),
         ("json:JSONDecoder", "has no method pair"),
         (f"{__name__}:WithoutConfig", "cannot be constructed"),
+        (f"{__name__}:NotReady", "cannot be constructed: raised OwnFault: no licence"),
         (":", "cannot be loaded"),
         ("", "unknown"),
     ],
@@ -81,7 +82,22 @@ def test_a_policy_that_does_not_work_is_refused_with_name_reason_and_choices(nam
     assert "drain, freeness, none" in text
 
 
-@pytest.mark.parametrize("fault", ["raise RuntimeError('no licence')", "x =", "undefined_name"])
+class OwnFault(Exception):
+    """No relation to any error of ours, nor to Python's usual ones."""
+
+
+class NotReady:
+    def __init__(self, config: SchedulerConfig) -> None:
+        raise OwnFault("no licence")
+
+    def pair(self, cluster: object) -> tuple[()]:
+        return ()
+
+
+OWN_FAULT = "class Own(Exception): pass\nraise Own('no licence')"
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError('no licence')", OWN_FAULT, "x =", "undefined_name"])
 def test_a_module_that_fails_to_import_is_named_with_its_fault(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

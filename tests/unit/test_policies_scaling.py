@@ -74,6 +74,16 @@ def test_it_shrinks_but_never_below_one_and_waits_for_a_drain_to_end() -> None:
     assert cluster.wanted(30.0) == []
 
 
+def test_an_instance_that_an_operator_keeps_empty_holds_up_no_scaling() -> None:
+    cluster = Cluster(CONFIG, a=100, b=100, c=100)
+    for name in "abc":
+        cluster.instances[name].running = {f"{name}{n}": 9 for n in range(10)}
+    cluster.do(cluster.core.set_draining("c", True, cluster.now))  # type: ignore[arg-type]
+    assert cluster.wanted(30.0) == [], "it is being emptied"
+    cluster.instances["c"].running = {}
+    assert cluster.wanted(1.0) == [3], "two serve, and one more"
+
+
 def test_off_unless_asked_for_and_switched_on_at_run_time() -> None:
     cluster = Cluster(SchedulerConfig(), a=100, b=100)
     assert cluster.wanted(60.0) == []

@@ -167,10 +167,9 @@ class MigrateOrder:
 
 
 class MigrationOutcome(StrEnum):
-    """COMMITTED: the target owns the request. REFUSED: the target or the source said no, with a reason.
-    ABORTED: begun, then given up because the request ended, was preempted, or a side failed; the request
-    stayed where it was unless its source died. RESUMED: commit unanswered, target fenced, source took it
-    back."""
+    """COMMITTED: the target owns the request. REFUSED: the target said no, with a reason. ABORTED: not begun
+    by the source, or given up, because the request ended, was preempted, or a side failed; the request stayed
+    where it was unless its source died. RESUMED: commit unanswered, target fenced, source took it back."""
 
     COMMITTED = "committed"
     REFUSED = "refused"

@@ -90,7 +90,8 @@ class LoadReport(NamedTuple):
     requests of it), ascending, ``waiting_urgent`` (requests, blocks) of those that wait with a scheduling
     priority above 0. ``accepted`` are requests taken since the previous report, so that the manager can drop
     them from its in-flight ledger. ``address`` is where a manager that has restarted can ask for the
-    instance's hello. ``policy_fault``, if not empty, says what its selection policy did wrong lately.
+    instance's hello. ``policy_fault``, if not empty, says what one of its policies did wrong lately, as
+    "kind: what", or why the settings it was told cannot hold there.
     ``tenants`` are those it holds requests of or served lately, at most TENANTS_REPORTED_MAX.
     ``settings_revision`` is that of the SchedulerSettings it goes by, ``role`` the role it works in, ``swap``
     None without host memory, ``shortage`` there when blocks are about to run out, ``adapters`` are the LoRA
