@@ -159,18 +159,25 @@ class _Round:
 
     def gather(self) -> None:
         """Plan moves of requests with an execution priority above 0 from instances where no headroom is kept
-        for them to those where it is and they run better."""
+        for them to those where it is and they run better. Instances that gave or took already are left to
+        the next round: what was planned for them is not known here."""
 
         def allowed(source: _Side, after_source: Load, target: _Side, after: Load) -> bool:
             return after.queue_freeness(0) > max(0.0, source.load.queue_freeness(0))
 
-        clear = [self._side(view, view.migrating_in) for view in self._open if _headroom(view)]
+        clear = [
+            self._side(view, view.migrating_in)
+            for view in self._open
+            if _headroom(view) and view.instance_id not in self._took
+        ]
         if not clear:
             return
         strays = [
             self._side(view._replace(candidates=urgent), view.migrating_out)
             for view in self._serving
-            if not _headroom(view) and (urgent := _urgent_running(view))
+            if not _headroom(view)
+            and view.instance_id not in self._gave
+            and (urgent := _urgent_running(view))
         ]
         self._plan(strays, clear, allowed)
 

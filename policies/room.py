@@ -42,7 +42,8 @@ def make_room(
     cluster: ClusterSnapshot, config: SchedulerConfig, busy: Collection[str], most: int
 ) -> list[Move]:
     """At most ``most`` moves; ``busy`` instances take part in others of this round. No instance gives and
-    takes, and running requests leave only if all that the head lacks can be found now."""
+    takes. Running requests leave only if there are gaps now for all that the head lacks; those that are over
+    the bounds of a round follow in the next, if the gaps are still there."""
     plan = _Plan(cluster, config, busy, most)
     for helped in (plan.send_on, plan.make_way):
         for source in plan.lacking:

@@ -241,3 +241,11 @@ def test_who_gave_takes_nothing_in_the_same_round() -> None:
     assert routes(pair(stray, crowded)) == [("ahigh", "a", "b")]
     moves = routes(pair(stray, crowded, view("c")))
     assert ("b0", "b", "c") in moves and all(target != "b" for _, _, target in moves)
+
+
+def test_an_urgent_request_that_leaves_for_balance_is_not_gathered_as_well() -> None:
+    urgent = (MoveCandidate("a0", 48, 1, False), MoveCandidate("a1", 48, 1, False))
+    stray = view("a", used_blocks=96, running=2, candidates=urgent, execution_priorities=((1, 2),))
+    clear = view("c", capacity_blocks=1000, used_blocks=10, running=1, execution_priorities=((1, 1),))
+    moves = routes(pair(stray._replace(headroom_blocks=0), clear))
+    assert ("a0", "a", "c") in moves and len({request_id for request_id, _, _ in moves}) == len(moves)
