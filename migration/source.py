@@ -9,7 +9,7 @@ READY             source            source                 no step came to hand 
 COMMITTING        source            target, once it adopts not a no: ask (COMMIT_UNKNOWN)
 COMMIT_UNKNOWN    source or target  target, if it adopted  ask again, ASKS_MAX times; then let it go
 COMMITTED         target            target                 (ended)
-RESUMED           source            source, two hops on    (ended)
+RESUMED           source            source, RESUME_HOPS on (ended)
 ABORTED, REFUSED  source            source, as before      (ended)
 ================  ================  =====================  ========================================
 
@@ -62,7 +62,7 @@ class SourceMigration(SentCommit):
     _announced = False
 
     def begin(self, now: float) -> list[Send]:
-        """Ask the target for room. The request must be movable and have two more hops in its epoch."""
+        """Ask the target for room. The request must be movable, its epoch have RESUME_HOPS hops left."""
         movable = self._engine.movable(self.order.request_id)
         if movable is None:
             raise InvariantError(f"not movable: {self.story()}")

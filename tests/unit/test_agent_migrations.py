@@ -9,7 +9,7 @@ from migration_driving import CONFIG, MANAGER, READ, SOURCE, agent, order, reser
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, RESUME_HOPS
 from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import Fenced, InstanceHello, MigrationOutcome
 from llumnix.core.messages.migration import (
@@ -183,7 +183,35 @@ def test_an_undecided_request_counts_as_held_until_its_target_has_been_silent_to
     assert reply == ProbeReply("source", ("r",)), "its frontend is free to continue it elsewhere"
     source.handle(Fenced("target", "target-1"), 9.0)
     source.check()
-    assert cluster.engines["source"].spec_of("r", 9.0).epoch == FIRST_EPOCH + 2
+    assert cluster.engines["source"].spec_of("r", 9.0).epoch == FIRST_EPOCH + RESUME_HOPS
+
+
+def test_a_source_that_resumes_shares_no_epoch_with_whom_the_dead_target_moved_the_request_to() -> None:
+    cluster = Cluster(names=("source", "target", "third"))
+    cluster.tell("source", Submit(spec("r", prompt_len=12, max_tokens=30)))
+    cluster.steps("source", 5)
+    cluster.lost = {Committed}
+    cluster.tell("source", order())
+    cluster.steps("source", 3)
+    cluster.lost, cluster.deaf = set(), {"source"}
+    onward = replace(order("r", "m2"), target_id="third", target_incarnation="third-1")
+    cluster.tell("target", replace(onward, target_address="tcp://third:1"))
+    cluster.steps("target", 4)
+    cluster.tell("source", Fenced("target", "target-1"))
+    third, source = (cluster.engines[name].spec_of("r", 9.0).epoch for name in ("third", "source"))
+    assert third == FIRST_EPOCH + 2
+    assert source == FIRST_EPOCH + RESUME_HOPS
+
+
+def test_a_request_without_hops_enough_left_to_resume_does_not_leave() -> None:
+    for hop, moves in ((HOP_MAX - RESUME_HOPS, True), (HOP_MAX - RESUME_HOPS + 1, False)):
+        cluster = Cluster()
+        cluster.deaf = {"target"}
+        cluster.tell("source", Submit(spec("r", max_tokens=20, epoch=FIRST_EPOCH + hop)))
+        cluster.tell("source", order())
+        assert cluster.agents["source"].migrating is moves
+        assert moves or "too often" in cluster.ended()[0].reason
+        cluster.tell("source", Fenced("target", "target-1"))
 
 
 def test_a_submit_of_the_next_generation_replaces_what_is_being_moved() -> None:
