@@ -59,7 +59,7 @@ class IncomingMigrations:
 
     def reserve(self, message: Reserve, draining: bool, now: float) -> list[Effect]:
         """Hold room for a request, take it if it has no KV, or refuse with the reason. Late words of a
-        decided migration are ignored."""
+        decided migration are ignored. Raises ProtocolError for what cannot be meant; nothing is kept then."""
         migration_id = message.migration_id
         if migration_id in self._decided:
             return []
@@ -71,8 +71,8 @@ class IncomingMigrations:
             self._decide(migration_id, message.source_address, Denied(migration_id, refusal.reason))
             return [Send(message.source_address, refusal)]
         migration = TargetMigration(message, engine=self._engine, config=self._config, pace=self._pace)
-        self._running[migration_id] = migration
         effects = migration.begin(now)
+        self._running[migration_id] = migration
         self._settle(migration, now)
         return effects
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import run_out, small_engine, spec, undisturbed
-from migration_driving import CONFIG, READ, commit, messages, pace, reserve, stage
+from migration_driving import CONFIG, READ, agent, commit, messages, pace, reserve, stage
 
-from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX
 from llumnix.core.errors import ProtocolError, TransportError
 from llumnix.core.messages.migration import (
     AbortMigration,
@@ -17,6 +17,7 @@ from llumnix.core.messages.migration import (
     QueryCommit,
     RefusalCode,
     Refused,
+    Reserve,
     Reserved,
     StageCopied,
 )
@@ -221,6 +222,7 @@ def test_repeats_and_late_messages_change_nothing() -> None:
         commit((7,), 12, OUTPUT[:2]),
         commit((), 9, OUTPUT[:2]),
         replace(commit((7,), 9, OUTPUT[:2]), epoch=FIRST_EPOCH),
+        replace(commit((7,), 9, OUTPUT[:2]), epoch=FIRST_EPOCH + 2),
     ],
 )
 def test_what_cannot_be_meant_raises_and_changes_nothing(wrong: object) -> None:
@@ -232,6 +234,29 @@ def test_what_cannot_be_meant_raises_and_changes_nothing(wrong: object) -> None:
     migration.handle(commit((7,), 9, OUTPUT[:2]), 1.3)  # the right one is still welcome
     migration.handle(ReadEnded(2, READ), 1.4)
     assert isinstance(migration.answer, Committed)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        reserve(REQUEST, -1),
+        replace(reserve(REQUEST, 3), full_blocks=-1),
+        reserve(replace(REQUEST, epoch=FIRST_EPOCH | HOP_MAX), 0),
+        reserve(replace(REQUEST, epoch=FIRST_EPOCH | HOP_MAX), 3),
+        replace(reserve(REQUEST, 3), commit=commit((5, 6, 7), 9, OUTPUT[:2], first_index=1)),
+        replace(reserve(REQUEST, 3), full_blocks=1, commit=commit((5, 6, 7), 9, OUTPUT[:2])),
+    ],
+)
+def test_a_reserve_that_cannot_be_meant_is_a_fault_and_leaves_nothing_behind(wrong: Reserve) -> None:
+    engine = small_engine()
+    one = agent("target", engine)
+    assert one.handle(wrong, 1.0) == []
+    assert one.fault_count == 1
+    assert "migration m of r from source" in one.faults[0]
+    assert not one.migrating
+    assert reserved_blocks(engine) == 0
+    assert not engine.holds("r")
+    assert messages(one.handle(reserve(REQUEST, 3), 1.1), Reserved)
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
