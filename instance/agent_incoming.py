@@ -7,7 +7,7 @@ older epoch and is stopped by the frontend: two owners, never in one epoch. Used
 alone, between engine steps.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
@@ -40,6 +40,15 @@ LAST_READ_HOLD_S = 0.02
 Decision = Committed | Denied
 
 
+@dataclass(slots=True)
+class OpenPool:
+    """A pool that may be open for reading. ``gone``: the process it belonged to has ended."""
+
+    incarnation: str
+    used_at: float
+    gone: bool = False
+
+
 class IncomingMigrations:
     """See the module. Methods return what is to be done."""
 
@@ -50,7 +59,7 @@ class IncomingMigrations:
         self._pace = pace
         self._running: dict[str, TargetMigration] = {}
         self._decided: Latest[str, tuple[str, Decision]] = Latest(DECISIONS_MAX)
-        self._readers: dict[str, float] = {}
+        self._readers: dict[str, OpenPool] = {}
         self._holds: dict[str, float] = {}
         self._adopted: list[str] = []
 
@@ -107,7 +116,10 @@ class IncomingMigrations:
         return [effect for migration in running for effect in self._feed(migration, StepEnded(), now)]
 
     def fenced(self, incarnation: str, now: float) -> list[Effect]:
-        """A process has ended for certain: give back what it had reserved, and close its pool."""
+        """A process has ended for certain: give back what it had reserved, and close its pools, once nothing
+        is read from them any more."""
+        for pool in self._readers.values():
+            pool.gone = pool.gone or pool.incarnation == incarnation
         hit = [m for m in self._running.values() if m.reserve.source_incarnation == incarnation]
         return [effect for migration in hit for effect in self._feed(migration, PeerFenced(), now)]
 
@@ -118,10 +130,10 @@ class IncomingMigrations:
         due = [m for m in self._running.values() if m.deadline is not None and m.deadline <= now]
         effects = [effect for migration in due for effect in self._feed(migration, Timeout(), now)]
         in_use = [m.reserve.kv_endpoint.pool_name for m in self._running.values()]
-        for pool_name, used_at in list(self._readers.items()):
+        for pool_name, pool in list(self._readers.items()):
             if pool_name in in_use:
-                self._readers[pool_name] = now
-            elif now - used_at >= READER_IDLE_S:
+                pool.used_at = now
+            elif pool.gone or now - pool.used_at >= READER_IDLE_S:
                 del self._readers[pool_name]
                 effects.append(CloseReader(pool_name))
         return effects
@@ -130,7 +142,7 @@ class IncomingMigrations:
         if not self._readers:
             return None
         deadlines = [m.deadline for m in self._running.values() if m.deadline is not None]
-        deadlines += [used_at + READER_IDLE_S for used_at in self._readers.values()]
+        deadlines += [pool.used_at + READER_IDLE_S for pool in self._readers.values()]
         return min(deadlines, default=None)
 
     def hold_until(self, now: float) -> float | None:
@@ -209,8 +221,10 @@ class IncomingMigrations:
         return effects
 
     def _settle(self, migration: TargetMigration, now: float) -> None:
-        if migration.reserve.blocks > 0:
-            self._readers[migration.reserve.kv_endpoint.pool_name] = now
+        reserve = migration.reserve
+        if reserve.blocks > 0:
+            pool = OpenPool(reserve.source_incarnation, now)
+            self._readers.setdefault(reserve.kv_endpoint.pool_name, pool).used_at = now
         if not migration.ended:
             return
         del self._running[migration.migration_id]

@@ -1,5 +1,6 @@
 """Agents that move requests between them: what they do, refuse, remember, and when a target waits."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -243,10 +244,35 @@ def test_a_pool_nobody_reads_from_is_closed_after_a_while() -> None:
     one = agent("target", small_engine())
     one.handle(reserve(spec("r"), 3), 1.0)
     one.handle(AbortMigration("m", ""), 2.0)
-    assert not [e for e in one.tick(2.0 + READER_IDLE_S / 2) if isinstance(e, CloseReader)]
-    closed = [e for e in one.tick(3.0 + READER_IDLE_S) if isinstance(e, CloseReader)]
-    assert closed == [CloseReader("pool-of-source")]
-    assert not [e for e in one.tick(4.0 + 2 * READER_IDLE_S) if isinstance(e, CloseReader)]
+    assert closed(one.tick(2.0 + READER_IDLE_S / 2)) == []
+    assert closed(one.tick(3.0 + READER_IDLE_S)) == ["pool-of-source"]
+    assert closed(one.tick(4.0 + 2 * READER_IDLE_S)) == []
+
+
+def closed(effects: Sequence[object]) -> list[str]:
+    return [effect.pool_name for effect in effects if isinstance(effect, CloseReader)]
+
+
+def test_the_pool_of_a_process_that_has_ended_is_closed_at_once() -> None:
+    one = agent("target", small_engine())
+    one.handle(reserve(spec("r"), 3), 1.0)
+    one.handle(AbortMigration("m", ""), 1.1)
+    one.handle(Fenced("source", "source-0"), 1.2)
+    assert closed(one.tick(1.2)) == []
+    one.handle(Fenced("source", "source-1"), 1.3)
+    assert closed(one.tick(1.3)) == ["pool-of-source"]
+    assert closed(one.tick(1.4)) == []
+
+
+def test_the_last_blocks_are_read_to_their_end_before_the_pool_of_a_dead_process_is_closed() -> None:
+    held = HeldTarget()
+    one = held.agent
+    one.handle(Commit("m", FIRST_EPOCH + 1, (5,), 3, 0, (7,), 0.0), 1.0)
+    one.handle(Fenced("source", "source-1"), 1.1)
+    assert closed(one.tick(1.1)) == []
+    one.read_ended("m", 1, READ, 1.2)
+    assert closed(one.tick(1.2)) == ["pool-of-source"]
+    assert held.engine.holds("r")
 
 
 def test_a_failed_read_leaves_the_request_where_it_was() -> None:
