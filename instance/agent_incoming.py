@@ -35,7 +35,8 @@ from llumnix.migration.transports.base import ReadStats
 DECISIONS_MAX = 4096
 READER_IDLE_S = 60.0
 LAST_READ_HOLD_S = 0.02
-"""A target waits this long, or its hold if that is longer, for the last blocks of a request about to join."""
+"""A step waits this long, or ``hold_share`` of one if that is longer, for the last blocks of a request that
+is about to join."""
 
 Decision = Committed | Denied
 
@@ -60,7 +61,7 @@ class IncomingMigrations:
         self._running: dict[str, TargetMigration] = {}
         self._decided: Latest[str, tuple[str, Decision]] = Latest(DECISIONS_MAX)
         self._readers: dict[str, OpenPool] = {}
-        self._holds: dict[str, float] = {}
+        self._holds: dict[tuple[str, bool], float] = {}
         self._adopted: list[str] = []
 
     def __len__(self) -> int:
@@ -146,9 +147,10 @@ class IncomingMigrations:
         return min(deadlines, default=None)
 
     def hold_until(self, now: float) -> float | None:
-        """How long the next step should wait for a request that is about to join, if at all. A hold is
-        granted once per migration and lasts at most ``hold_share`` of a step (last blocks:
-        LAST_READ_HOLD_S, if longer).
+        """How long the next step should wait for a request that is about to join, if at all. Once per
+        migration for its commit, at most ``hold_share`` of a step, and once from then on while its last
+        blocks are read, LAST_READ_HOLD_S if that is longer: whoever is here already does not wait for a
+        read that gets nowhere.
         """
         if not self._running:
             return None
@@ -157,9 +159,8 @@ class IncomingMigrations:
             reading = migration.state is TargetState.COMMITTING
             if not reading and (migration.expected_at is None or migration.expected_at > now + hold_s):
                 continue
-            until = self._holds.setdefault(migration.migration_id, now + hold_s)
-            if reading:
-                until += LAST_READ_HOLD_S
+            most_s = max(hold_s, LAST_READ_HOLD_S) if reading else hold_s
+            until = self._holds.setdefault((migration.migration_id, reading), now + most_s)
             if until > now:
                 return until
         return None
@@ -228,7 +229,8 @@ class IncomingMigrations:
         if not migration.ended:
             return
         del self._running[migration.migration_id]
-        self._holds.pop(migration.migration_id, None)
+        for reading in (False, True):
+            self._holds.pop((migration.migration_id, reading), None)
         if migration.answer is None:
             raise InvariantError(f"ended without a decision: {migration.story()}")
         self._decide(migration.migration_id, migration.reserve.source_address, migration.answer)

@@ -28,7 +28,7 @@ from llumnix.core.messages.migration import (
 )
 from llumnix.core.messages.serving import Moved, Probe, ProbeReply, Submit
 from llumnix.instance.agent import Agent, CloseReader
-from llumnix.instance.agent_incoming import READER_IDLE_S
+from llumnix.instance.agent_incoming import LAST_READ_HOLD_S, READER_IDLE_S
 from llumnix.instance.in_process_engine import InProcessEngine
 
 
@@ -341,6 +341,19 @@ def test_a_hold_ends_with_the_migration() -> None:
     held.agent.read_ended("m", 1, READ, 1.003)
     assert held.agent.hold_until(1.003) is None
     assert held.engine.holds("r")
+
+
+def test_a_step_waits_for_the_last_blocks_but_not_for_a_read_that_gets_nowhere() -> None:
+    target = HeldTarget().agent
+    target.handle(CommitSoon("m", 0.001), 1.0)
+    assert target.hold_until(1.0) is not None
+    assert target.hold_until(1.011) is None  # the commit is late: a step goes first
+    target.handle(Commit("m", FIRST_EPOCH + 1, (5,), 3, 0, (7,), 0.0), 1.05)
+    until = target.hold_until(1.05)
+    assert until == pytest.approx(1.05 + LAST_READ_HOLD_S)
+    assert target.hold_until(1.06) == until
+    assert target.hold_until(1.071) is None
+    assert target.hold_until(1.09) is None  # nor do the steps after
 
 
 def test_holding_can_be_turned_off() -> None:
