@@ -111,7 +111,6 @@ class SourceMigration(SentCommit):
         if self._config.hold_share == 0 or copying.swapped:
             return self._hand_over(movable, now)
         self.state = SourceState.READY
-        self._wait(now)
         return self._leave_in_time(movable, now)
 
     def _target_has(self, present_blocks: int) -> str:
@@ -141,6 +140,7 @@ class SourceMigration(SentCommit):
         steps = steps_to_wait(now, self._pace.step_s, self.rhythm, hold_share=share, steps_max=most)
         if steps == 0:
             return self._hand_over(movable, now)
+        self._wait(now)
         self._steps_left -= 1
         self._announced = steps == 1
         return [self._send(CommitSoon(self.migration_id, self._pace.step_s))] if self._announced else []
