@@ -48,6 +48,13 @@ def test_no_number_is_negative(leaf: type[Leaf], name: str) -> None:
         leaf(**{name: -1})
 
 
+@pytest.mark.parametrize(("leaf", "name"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_every_number_is_finite(leaf: type[Leaf], name: str, value: float) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        leaf(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("leaf", "wrong"),
     [
