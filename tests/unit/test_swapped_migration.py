@@ -289,6 +289,17 @@ def test_what_the_target_cannot_read_is_left_behind(failing: str) -> None:
     assert two.finish()[0] == known, "computed again"
 
 
+def test_a_request_on_its_way_in_is_not_said_to_be_elsewhere() -> None:
+    two = Two()
+    two.swap_out()
+    two.source.submit(spec("first", scheduling_priority=1), 2.0)
+    two.source.abort(STAYS, EPOCH_MAX)
+    two.source.step(lambda: two.now)
+    assert two.source.holds(OUT) and two.source.movable(OUT) is None
+    two.order()
+    assert two.ended is not None and two.ended.reason == "its KV is on its way in"
+
+
 def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:
     two = Two()
     two.swap_out()
