@@ -48,6 +48,25 @@ def test_a_whole_migration_between_two_agents() -> None:
     assert cluster.tokens("r") == undisturbed(request)
 
 
+def test_a_copy_beside_computing_says_nothing_of_how_fast_the_target_reads() -> None:
+    cluster = Cluster()
+    cluster.tell("source", Submit(spec("r", prompt_len=20, max_tokens=20)))
+    cluster.steps("source", 5)
+    cluster.tell("source", order())
+    cluster.steps("source", 3)
+    assert cluster.ended()[0].stages == 2
+    assert cluster.agents["source"]._outgoing._speeds.copy_s("target-1", 64, cluster.now) == 0.0
+
+
+def test_no_more_is_reserved_than_a_request_can_come_to_need() -> None:
+    one = agent("source", small_engine())
+    one.handle(Submit(spec("r", prompt_len=6, max_tokens=4)), 1.0)
+    one.after_step(step(one._engine), 1.0)  # type: ignore[arg-type]
+    (asked,) = sent_to(one.handle(order(), 1.0), "tcp://target:1")
+    assert isinstance(asked, Reserve)
+    assert asked.blocks == 3  # of 4 tokens; with one to grow by it would be 11 tokens
+
+
 def test_an_order_is_carried_out_once_and_a_bad_one_refused_with_its_reason() -> None:
     cluster = Cluster()
     cluster.deaf = {"target"}
