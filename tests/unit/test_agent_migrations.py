@@ -60,11 +60,11 @@ def test_a_copy_beside_computing_says_nothing_of_how_fast_the_target_reads() -> 
 
 def test_no_more_is_reserved_than_a_request_can_come_to_need() -> None:
     one = agent("source", small_engine())
-    one.handle(Submit(spec("r", prompt_len=6, max_tokens=4)), 1.0)
+    one.handle(Submit(spec("r", prompt_len=6, max_tokens=2)), 1.0)
     one.after_step(step(one._engine), 1.0)  # type: ignore[arg-type]
     (asked,) = sent_to(one.handle(order(), 1.0), "tcp://target:1")
     assert isinstance(asked, Reserve)
-    assert asked.blocks == 3  # of 4 tokens; with one to grow by it would be 11 tokens
+    assert asked.blocks == 2  # of 4 tokens each; 7 tokens are known, and 8 is all there will be
 
 
 def test_an_order_is_carried_out_once_and_a_bad_one_refused_with_its_reason() -> None:
