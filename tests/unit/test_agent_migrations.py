@@ -83,7 +83,7 @@ def test_an_order_is_carried_out_once_and_a_bad_one_refused_with_its_reason() ->
     cluster.tell("source", order("r2", "m5"))
     cluster.tell("source", order("r3", "m6"))  # one too many
     reasons = {told.migration_id: told.reason for told in cluster.ended()}
-    assert list(reasons) == ["m1", "m2", "m3", "m4", "m6"]
+    assert [told.migration_id for told in cluster.ended()] == ["m1", "m2", "m3", "m4", "m6"]
     for migration_id, word in (("m1", "ended"), ("m2", "same"), ("m3", "already"), ("m4", "not here")):
         assert word in reasons[migration_id]
     assert all(told.outcome is MigrationOutcome.REFUSED for told in cluster.ended())
@@ -166,6 +166,8 @@ def test_who_left_is_said_to_have_moved_until_its_new_owner_dies() -> None:
     moved, reply = sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 2.0), FRONTEND)
     assert moved == Moved("r", FIRST_EPOCH + 1, "target")
     assert reply == ProbeReply("source", ("r",))
+    source.handle(Fenced("target", "target-0"), 2.5)  # its predecessor
+    assert moved in sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 2.5), FRONTEND)
     source.handle(Fenced("target", "target-1"), 3.0)
     assert sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 4.0), FRONTEND) == [
         ProbeReply("source", ("r",))
