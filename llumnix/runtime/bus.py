@@ -60,13 +60,18 @@ class Bus:
         self._loop.call_soon(self._receive)
 
     def send(self, address: str, message: object) -> bool:
-        """Queue a message. False: the peer's queue is full and the message was dropped."""
+        """Queue a message. False: the peer's queue is full, or there is no such address, and the message was
+        dropped."""
         if self._closed:
             return False
         try:
             self._peer(address).send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
+            return False
+        except zmq.ZMQError as error:
+            self.dropped += 1
+            log.warning("dropped a %s for %r: %s", type(message).__name__, address, error)
             return False
         return True
 
@@ -101,7 +106,11 @@ class Bus:
         monitor = socket.get_monitor_socket(_LOST_EVENTS)
         self._peers[address] = (socket, monitor)
         self._loop.add_reader(monitor.fileno(), self._watch, address, monitor)
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            self._drop_peer(address)
+            raise
         self._loop.call_soon(self._watch, address, monitor)
         return socket
 

@@ -14,9 +14,10 @@ from local_cluster import LocalCluster, expected, local_cluster, simulated_confi
 
 from llumnix.api.backend import FailKind, StreamCall, StreamFailed
 from llumnix.core.admin import MigrationResult, Refusal
-from llumnix.core.messages.control import KvEndpoint
+from llumnix.core.messages.control import Fenced, KvEndpoint
 from llumnix.core.sampling import SamplingParams
 from llumnix.migration.transports.base import BlockReader, ReadStats
+from llumnix.runtime.bus import Bus
 from llumnix.runtime.frontend import Frontend
 from llumnix.runtime.instance_server import InstanceServer
 from llumnix.runtime.manager_server import ManagerServer
@@ -255,6 +256,21 @@ async def test_nonsense_on_the_bus_changes_nothing() -> None:
                 raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         context.term()
         assert await running == expected(tokens=200)
+
+
+@pytest.mark.asyncio
+async def test_a_message_for_an_address_that_is_none_is_lost_alone() -> None:
+    heard: asyncio.Queue[object] = asyncio.Queue()
+    bus = Bus("127.0.0.1", on_message=heard.put_nowait, on_lost=lambda address: None)
+    try:
+        for address in ("nowhere", "", "tcp://127.0.0.1"):
+            assert not bus.send(address, Fenced("i", "p"))
+        assert bus.send(bus.address, Fenced("i", "q"))
+        async with asyncio.timeout(10):
+            assert await heard.get() == Fenced("i", "q")
+        assert bus.dropped == 3
+    finally:
+        bus.close()
 
 
 @pytest.mark.asyncio
