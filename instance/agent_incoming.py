@@ -7,7 +7,7 @@ older epoch and is stopped by the frontend: two owners, never in one epoch. Used
 alone, between engine steps.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
@@ -35,9 +35,19 @@ from llumnix.migration.transports.base import ReadStats
 DECISIONS_MAX = 4096
 READER_IDLE_S = 60.0
 LAST_READ_HOLD_S = 0.02
-"""A target waits this long, or its hold if that is longer, for the last blocks of a request about to join."""
+"""A step waits this long, or ``hold_share`` of one if that is longer, for the last blocks of a request that
+is about to join."""
 
 Decision = Committed | Denied
+
+
+@dataclass(slots=True)
+class OpenPool:
+    """A pool that may be open for reading. ``gone``: the process it belonged to has ended."""
+
+    incarnation: str
+    used_at: float
+    gone: bool = False
 
 
 class IncomingMigrations:
@@ -50,8 +60,8 @@ class IncomingMigrations:
         self._pace = pace
         self._running: dict[str, TargetMigration] = {}
         self._decided: Latest[str, tuple[str, Decision]] = Latest(DECISIONS_MAX)
-        self._readers: dict[str, float] = {}
-        self._holds: dict[str, float] = {}
+        self._readers: dict[str, OpenPool] = {}
+        self._holds: dict[tuple[str, bool], float] = {}
         self._adopted: list[str] = []
 
     def __len__(self) -> int:
@@ -59,7 +69,7 @@ class IncomingMigrations:
 
     def reserve(self, message: Reserve, draining: bool, now: float) -> list[Effect]:
         """Hold room for a request, take it if it has no KV, or refuse with the reason. Late words of a
-        decided migration are ignored."""
+        decided migration are ignored. Raises ProtocolError for what cannot be meant; nothing is kept then."""
         migration_id = message.migration_id
         if migration_id in self._decided:
             return []
@@ -71,8 +81,8 @@ class IncomingMigrations:
             self._decide(migration_id, message.source_address, Denied(migration_id, refusal.reason))
             return [Send(message.source_address, refusal)]
         migration = TargetMigration(message, engine=self._engine, config=self._config, pace=self._pace)
-        self._running[migration_id] = migration
         effects = migration.begin(now)
+        self._running[migration_id] = migration
         self._settle(migration, now)
         return effects
 
@@ -107,7 +117,10 @@ class IncomingMigrations:
         return [effect for migration in running for effect in self._feed(migration, StepEnded(), now)]
 
     def fenced(self, incarnation: str, now: float) -> list[Effect]:
-        """A process has ended for certain: give back what it had reserved, and close its pool."""
+        """A process has ended for certain: give back what it had reserved, and close its pools, once nothing
+        is read from them any more."""
+        for pool in self._readers.values():
+            pool.gone = pool.gone or pool.incarnation == incarnation
         hit = [m for m in self._running.values() if m.reserve.source_incarnation == incarnation]
         return [effect for migration in hit for effect in self._feed(migration, PeerFenced(), now)]
 
@@ -118,10 +131,10 @@ class IncomingMigrations:
         due = [m for m in self._running.values() if m.deadline is not None and m.deadline <= now]
         effects = [effect for migration in due for effect in self._feed(migration, Timeout(), now)]
         in_use = [m.reserve.kv_endpoint.pool_name for m in self._running.values()]
-        for pool_name, used_at in list(self._readers.items()):
+        for pool_name, pool in list(self._readers.items()):
             if pool_name in in_use:
-                self._readers[pool_name] = now
-            elif now - used_at >= READER_IDLE_S:
+                pool.used_at = now
+            elif pool.gone or now - pool.used_at >= READER_IDLE_S:
                 del self._readers[pool_name]
                 effects.append(CloseReader(pool_name))
         return effects
@@ -130,13 +143,14 @@ class IncomingMigrations:
         if not self._readers:
             return None
         deadlines = [m.deadline for m in self._running.values() if m.deadline is not None]
-        deadlines += [used_at + READER_IDLE_S for used_at in self._readers.values()]
+        deadlines += [pool.used_at + READER_IDLE_S for pool in self._readers.values()]
         return min(deadlines, default=None)
 
     def hold_until(self, now: float) -> float | None:
-        """How long the next step should wait for a request that is about to join, if at all. A hold is
-        granted once per migration and lasts at most ``hold_share`` of a step (last blocks:
-        LAST_READ_HOLD_S, if longer).
+        """How long the next step should wait for a request that is about to join, if at all. Once per
+        migration for its commit, at most ``hold_share`` of a step, and once from then on while its last
+        blocks are read, LAST_READ_HOLD_S if that is longer: whoever is here already does not wait for a
+        read that gets nowhere.
         """
         if not self._running:
             return None
@@ -145,9 +159,8 @@ class IncomingMigrations:
             reading = migration.state is TargetState.COMMITTING
             if not reading and (migration.expected_at is None or migration.expected_at > now + hold_s):
                 continue
-            until = self._holds.setdefault(migration.migration_id, now + hold_s)
-            if reading:
-                until += LAST_READ_HOLD_S
+            most_s = max(hold_s, LAST_READ_HOLD_S) if reading else hold_s
+            until = self._holds.setdefault((migration.migration_id, reading), now + most_s)
             if until > now:
                 return until
         return None
@@ -209,12 +222,15 @@ class IncomingMigrations:
         return effects
 
     def _settle(self, migration: TargetMigration, now: float) -> None:
-        if migration.reserve.blocks > 0:
-            self._readers[migration.reserve.kv_endpoint.pool_name] = now
+        reserve = migration.reserve
+        if reserve.blocks > 0:
+            pool = OpenPool(reserve.source_incarnation, now)
+            self._readers.setdefault(reserve.kv_endpoint.pool_name, pool).used_at = now
         if not migration.ended:
             return
         del self._running[migration.migration_id]
-        self._holds.pop(migration.migration_id, None)
+        for reading in (False, True):
+            self._holds.pop((migration.migration_id, reading), None)
         if migration.answer is None:
             raise InvariantError(f"ended without a decision: {migration.story()}")
         self._decide(migration.migration_id, migration.reserve.source_address, migration.answer)

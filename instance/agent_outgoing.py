@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import HOP_MAX
+from llumnix.core.epochs import HOP_MAX, RESUME_HOPS
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import InstanceHello, MigrateOrder, MigrationOutcome
 from llumnix.core.messages.migration import Committed, Denied, Refused, Reserved, StageCopied
@@ -24,7 +24,6 @@ from llumnix.migration.source_state import SourceState
 from llumnix.migration.tally import Tally
 
 REMEMBERED_MAX = 4096
-HOPS_OF_A_MIGRATION = 2
 
 Answer = Reserved | Refused | StageCopied | Committed | Denied
 
@@ -163,9 +162,10 @@ class OutgoingMigrations:
         if len(self._running) >= self._config.outgoing_max:
             return f"{len(self._running)} migrations are leaving here already"
         if self._engine.movable(request_id) is None:
-            return "the request is not here"
+            coming = self._engine.holds(request_id)
+            return "its KV is on its way in" if coming else "the request is not here"
         delta = self._engine.output_since(request_id, 0)
-        if delta is None or (delta.epoch & HOP_MAX) > HOP_MAX - HOPS_OF_A_MIGRATION:
+        if delta is None or (delta.epoch & HOP_MAX) > HOP_MAX - RESUME_HOPS:
             return "the request has moved too often"
         return ""
 

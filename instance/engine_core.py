@@ -298,6 +298,7 @@ class EngineCore(RequestTable, KvInPlace):
             return None
         request = self._take(spec, now)
         request.computed_tokens = computed_tokens
+        request.charged = True  # by whoever admitted it
         self._blocks.adopt(migration_id, request.request_id)
         self._blocks.trim(request.request_id, self._scheduler.waiting.blocks_of(request))
         request.blocks = self._blocks.table(request.request_id)

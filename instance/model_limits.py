@@ -1,6 +1,7 @@
 """What an engine core must know of its model and KV pool, and which requests those rule out for good."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 from llumnix.core.config import EngineConfig
 from llumnix.core.messages.serving import RequestSpec
@@ -55,6 +56,8 @@ class ModelLimits:
             )
         if len(spec.output_tokens) >= max_tokens:
             return f"all of its max_tokens of {max_tokens} are generated already"
+        if not isfinite(spec.waited_s):  # queues are sorted by arrival
+            return f"waited_s must be a finite number, got {spec.waited_s}"
         if self.greedy_only and not spec.sampling.greedy:
             return GREEDY_ONLY
         return None

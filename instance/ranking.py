@@ -41,10 +41,11 @@ class Ranking:
         """Where a lane stands; lower goes first."""
         if self._trace is None:
             return self._tenants.counter(lane)
+        if not self._interval:  # no update would ever forget the ranks of requests that are gone
+            return self._trace.rank(lane, 0)
         rank = self._ranks.get(lane)
         if rank is None:
-            draw = self._steps // self._interval if self._interval else 0
-            rank = self._ranks[lane] = self._trace.rank(lane, draw)
+            rank = self._ranks[lane] = self._trace.rank(lane, self._steps // self._interval)
         return rank
 
     def steps_done(self, steps: int) -> None:

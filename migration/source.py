@@ -9,7 +9,7 @@ READY             source            source                 no step came to hand 
 COMMITTING        source            target, once it adopts not a no: ask (COMMIT_UNKNOWN)
 COMMIT_UNKNOWN    source or target  target, if it adopted  ask again, ASKS_MAX times; then let it go
 COMMITTED         target            target                 (ended)
-RESUMED           source            source, two hops on    (ended)
+RESUMED           source            source, RESUME_HOPS on (ended)
 ABORTED, REFUSED  source            source, as before      (ended)
 ================  ================  =====================  ========================================
 
@@ -62,7 +62,7 @@ class SourceMigration(SentCommit):
     _announced = False
 
     def begin(self, now: float) -> list[Send]:
-        """Ask the target for room. The request must be movable and have two more hops in its epoch."""
+        """Ask the target for room. The request must be movable, its epoch have RESUME_HOPS hops left."""
         movable = self._engine.movable(self.order.request_id)
         if movable is None:
             raise InvariantError(f"not movable: {self.story()}")
@@ -111,7 +111,6 @@ class SourceMigration(SentCommit):
         if self._config.hold_share == 0 or copying.swapped:
             return self._hand_over(movable, now)
         self.state = SourceState.READY
-        self._wait(now)
         return self._leave_in_time(movable, now)
 
     def _target_has(self, present_blocks: int) -> str:
@@ -141,6 +140,7 @@ class SourceMigration(SentCommit):
         steps = steps_to_wait(now, self._pace.step_s, self.rhythm, hold_share=share, steps_max=most)
         if steps == 0:
             return self._hand_over(movable, now)
+        self._wait(now)
         self._steps_left -= 1
         self._announced = steps == 1
         return [self._send(CommitSoon(self.migration_id, self._pace.step_s))] if self._announced else []

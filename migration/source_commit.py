@@ -1,16 +1,17 @@
 """A source's migration once its commit is sent: the request is in no batch here, and the target decides.
 
 The source resumes the request in two cases only. Denied or refused: the target never had it, so the
-source's own epoch still stands. Fenced: the target may have decoded at the next hop before it died, so the
-source takes the one after. It lets go of the request unanswered if its client is gone (an abort of all hops
-of its generation), if a newer generation has come, or if ASKS_MAX questions brought no answer: a target may
-die unheard of. Nothing is lost: the frontend, told that nobody holds it, goes on elsewhere.
+source's own epoch still stands. Fenced: the target may have decoded at the next hop before it died, or moved
+the request on, so the source takes a hop beyond all that (RESUME_HOPS). It lets go of the request unanswered
+if its client is gone (an abort of all hops of its generation), if a newer generation has come, or if ASKS_MAX
+questions brought no answer: a target may die unheard of. Nothing is lost: the frontend, told that nobody
+holds it, goes on elsewhere.
 
 The states are those of source.py, whose table names these actions.
 """
 
 from llumnix.core.effects import Send
-from llumnix.core.epochs import HOP_MAX, next_hop
+from llumnix.core.epochs import HOP_MAX, RESUME_HOPS, next_hop
 from llumnix.core.errors import ProtocolError
 from llumnix.core.messages.migration import Committed, Denied, QueryCommit, Refused
 from llumnix.core.messages.serving import Abort
@@ -48,7 +49,7 @@ class SentCommit(OpenMigration):
         self._engine.put_back(self.order.request_id, self.spec.epoch)
 
     def _resume(self, event: object, now: float) -> list[Send]:
-        self._engine.put_back(self.order.request_id, next_hop(self.spec.epoch, 2))
+        self._engine.put_back(self.order.request_id, next_hop(self.spec.epoch, RESUME_HOPS))
         return self._end(S.RESUMED, "the target ended before it answered the commit", now)
 
     def _ask(self, event: object, now: float) -> list[Send]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import next_hop
+from llumnix.core.epochs import HOP_MAX, next_hop
 from llumnix.core.errors import InvariantError, ProtocolError, TransportError
 from llumnix.core.messages.migration import (
     AbortMigration,
@@ -101,7 +101,9 @@ class TargetMigration:
 
     def begin(self, now: float) -> list[Effect]:
         """Hold the blocks asked for. Ends at once, with a refusal, if there is no room; and if there is
-        nothing to copy, with the decision."""
+        nothing to copy, with the decision. Raises ProtocolError for what cannot be meant; nothing is held
+        then."""
+        self._check_reserve()
         if self.reserve.blocks == 0:
             spec = replace(self.reserve.spec, epoch=next_hop(self.reserve.spec.epoch))
             return self._adopt(spec, 0, 0.0, now)
@@ -194,11 +196,20 @@ class TargetMigration:
         self._stage += 1
         return [self._start_read(event.source_blocks, final=True)]
 
+    def _check_reserve(self) -> None:
+        reserve = self.reserve
+        if reserve.blocks < 0 or reserve.full_blocks < 0 or reserve.spec.epoch & HOP_MAX == HOP_MAX:
+            raise ProtocolError(f"{reserve.blocks} blocks, {reserve.full_blocks} full: {self.story()}")
+        if reserve.commit is not None:
+            if reserve.full_blocks:
+                raise ProtocolError(f"a commit before it is known what is present: {self.story()}")
+            self._check_commit(reserve.commit, len(reserve.commit.source_blocks))
+
     def _check_commit(self, event: Commit, total: int) -> None:
         spec = self.reserve.spec
         tokens = len(spec.prompt_tokens) + event.first_index + len(event.output_tokens)
         needed = -(-event.computed_tokens // self.reserve.kv_layout.block_size)
-        if event.first_index != len(spec.output_tokens) or event.epoch <= spec.epoch:
+        if event.first_index != len(spec.output_tokens) or event.epoch != next_hop(spec.epoch):
             raise ProtocolError(f"commit does not continue the reserved request: {self.story()}")
         if needed != total or not 0 <= event.computed_tokens < tokens:
             raise ProtocolError(f"commit of {event.computed_tokens} tokens in {total} blocks: {self.story()}")

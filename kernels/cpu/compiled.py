@@ -2,8 +2,9 @@
 
 The library lives in the user's cache folder under a name derived from the sources, the compiler and the
 processor, so a changed source, another compiler or a home folder shared between machines never loads a wrong
-one. It is compiled beside its final place and renamed, so that several processes may build at once. Without a
-compiler, or if it fails, there is no library and the caller uses the torch reference.
+one. It is compiled beside its final place, in a folder of its own, and renamed, so that several threads and
+processes may build at once. Without a compiler, or if it fails, there is no library and the caller uses the
+torch reference.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 SOURCES = (
     "vector.h",
@@ -109,19 +111,21 @@ def _fingerprint(compiler: str) -> str:
 
 def _build(compiler: str, path: Path) -> bool:
     sources = [str(Path(__file__).parent / name) for name in SOURCES if name.endswith(".c")]
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     message = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for flags in TARGET_FLAGS:
-            command = [compiler, *BASE_FLAGS, *flags, *sources, "-o", str(partial)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
-            )
-            if done.returncode == 0:
-                partial.replace(path)
-                return True
-            message = done.stderr.strip()
+        # A folder of its own: threads share a process id, and so do containers that share a home folder.
+        with TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            for flags in TARGET_FLAGS:
+                command = [compiler, *BASE_FLAGS, *flags, *sources, "-o", str(partial)]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+                )
+                if done.returncode == 0:
+                    partial.replace(path)
+                    return True
+                message = done.stderr.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         message = str(error)
     log.warning(

@@ -148,7 +148,9 @@ class SwapConfig(Leaf):
         "what ranks requests of equal priority: their tenants' service, or a random or Markov trace (tests)",
         ("tenants", "random", "markov"),
     )
-    swap_step_mib: float = setting(0.0, "most MiB begun to be swapped per step and direction; 0 is no limit")
+    swap_step_mib: float = setting(
+        0.0, "most MiB begun to be swapped in per step, one request at least; 0 is no limit"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,8 +5,8 @@ An epoch is one int, compared as a whole: ``generation << HOP_BITS | hop``.
 - The frontend alone makes generations. It starts a request at generation 1 and takes the next one whenever it
   continues the request elsewhere because its owner died or forgot it.
 - Instances alone make hops. A migration's target decodes at hop + 1. A source that resumes after its target
-  was
-  fenced with the commit unanswered takes hop + 2, since the dead target may have decoded at hop + 1.
+  was fenced with the commit unanswered takes hop + RESUME_HOPS: the dead target may have decoded at hop + 1,
+  and may have passed the request on, to one that decodes at hop + 2, and so on.
 
 So no two instances ever decode one request in one epoch, and the frontend needs only one rule: the highest
 epoch seen wins, anything lower is told to stop.
@@ -16,6 +16,8 @@ HOP_BITS = 20
 HOP_MAX = (1 << HOP_BITS) - 1
 FIRST_EPOCH = 1 << HOP_BITS
 EPOCH_MAX = (1 << 63) - 1
+RESUME_HOPS = 1 << 10
+"""More moves than a request can make while one commit is unanswered."""
 
 
 def next_generation(epoch: int) -> int:

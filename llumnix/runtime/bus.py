@@ -66,8 +66,8 @@ class Bus:
         self._loop.call_soon(self._receive)
 
     def send(self, address: str, message: object) -> bool:
-        """Queue a message. False: the peer's queue is full, or this process may open no more connections, and
-        the message was dropped."""
+        """Queue a message. False: it was dropped, as the peer's queue is full, there is no such address, or
+        this process may open no more connections."""
         if self._closed:
             return False
         try:
@@ -76,9 +76,10 @@ class Bus:
             self.dropped += 1
             return False
         except zmq.ZMQError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            self._out_of_files(address)
+            self.dropped += 1
+            log.warning("dropped a %s for %r: %s", type(message).__name__, address, error)
+            if error.errno == errno.EMFILE:
+                self._make_room()
             return False
         return True
 
@@ -113,14 +114,16 @@ class Bus:
         monitor = socket.get_monitor_socket(_LOST_EVENTS)
         self._peers[address] = (socket, monitor)
         self._loop.add_reader(monitor.fileno(), self._watch, address, monitor)
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            self._drop_peer(address)
+            raise
         self._loop.call_soon(self._watch, address, monitor)
         return socket
 
-    def _out_of_files(self, address: str) -> None:
-        """Give up whoever was not spoken to for longest, so that the next message finds room."""
-        self.dropped += 1
-        log.warning("no room for a connection to %s beside %d others", address, len(self._peers))
+    def _make_room(self) -> None:
+        """Give up whoever was not spoken to for longest, so that the next message finds an open file."""
         if self._peers:
             self._drop_peer(next(iter(self._peers)), linger_ms=200)
 

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 INBOX_MAX = 100_000
 IDLE_WAIT_S = 0.5  # a bound only: messages and deadlines end the wait
 READ_TIMEOUT_S = 30.0
-FINAL_READ_WAIT_S = 1.0  # a bound only: the read itself ends the wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,6 @@ class InstanceServer:
         self._agent = make_agent(self.address)
         self._readers = OpenReaders(readers)
         self._copiers = ThreadPoolExecutor(config.migration.incoming_max, thread_name_prefix="kv-copy")
-        self._final_reads: set[tuple[str, int]] = set()
         self._inbox: queue.Queue[tuple[object, float]] = queue.Queue(INBOX_MAX)
         self._stopping = threading.Event()
         self._on_failure = on_failure
@@ -121,11 +119,10 @@ class InstanceServer:
             self._on_failure(error)
 
     def _hold_for_arrivals(self) -> None:
-        """Do not begin a step while the last blocks of a request that is to join it are being read, nor while
-        the agent expects one at any moment."""
+        """Do not begin a step while the agent expects a request to join it at any moment."""
         while not self._stopping.is_set():
             now = time.monotonic()
-            until = now + FINAL_READ_WAIT_S if self._final_reads else self._agent.hold_until(now)
+            until = self._agent.hold_until(now)
             if until is None or not self._take_inbox(until - now):
                 return
 
@@ -141,7 +138,6 @@ class InstanceServer:
             came, wait_s = True, 0.0
             now = time.monotonic()
             if isinstance(item, ReadEnded):
-                self._final_reads.discard((item.migration_id, item.stage))
                 self._perform(self._agent.read_ended(item.migration_id, item.stage, item.outcome, now))
             elif isinstance(item, PeerLost):
                 self._perform(self._agent.frontend_lost(item.address, now))
@@ -161,8 +157,6 @@ class InstanceServer:
             self._loop.call_soon_threadsafe(self._send_all, sends)
         for effect in effects:
             if isinstance(effect, StartRead):
-                if effect.final:
-                    self._final_reads.add((effect.migration_id, effect.stage))
                 self._copiers.submit(self._read, effect).add_done_callback(self._copied)
             elif isinstance(effect, CloseReader):
                 self._readers.close(effect.pool_name)

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from llumnix.core.effects import Send
-from llumnix.core.errors import InvariantError, TransportError
+from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import (
     InstanceHello,
     InstanceRole,
@@ -33,7 +33,6 @@ from llumnix.sim.tokens import sample, sample_chunks
 
 FLUSH_S = 30.0  # well below QUIET_PROBE_S of simulation.py
 STRETCH_MAX = 4096
-FINAL_READ_WAIT_S = 1.0  # as in the runtime
 SLEEP_MIN_S = 1e-6
 
 
@@ -69,7 +68,6 @@ class Instance:
         self._machine = machine
         self._clock = machine.clock
         self._inbox: list[tuple[object, float]] = []
-        self._final_reads: set[tuple[str, int]] = set()
         self._stepping = False
         self._event = 0  # the only wake-up or end of a step that still counts
         self._wake_at = 0.0
@@ -132,7 +130,6 @@ class Instance:
             inbox, self._inbox = self._inbox, []
             for item, arrived_at in inbox:
                 if isinstance(item, ReadDone):
-                    self._final_reads.discard((item.migration_id, item.stage))
                     outcome = item.outcome
                     self._perform(self.agent.read_ended(item.migration_id, item.stage, outcome, now))
                 else:
@@ -143,7 +140,7 @@ class Instance:
         if not self.engine.has_work():
             self._sleep_until(self.agent.next_deadline() or now + 1.0)
             return
-        hold = now + FINAL_READ_WAIT_S if self._final_reads else self.agent.hold_until(now)
+        hold = self.agent.hold_until(now)
         if hold is not None:
             self._sleep_until(hold)
         elif not (self._machine.quiet and self._begin_stretch(now)):
@@ -334,8 +331,6 @@ class Instance:
                     self._machine.committed += 1
                 send(effect.address, message)
             elif isinstance(effect, StartRead):
-                if effect.final:
-                    self._final_reads.add((effect.migration_id, effect.stage))
                 self._machine.links.read(self, effect)
 
     def read_done(self, order: StartRead, outcome: ReadStats | TransportError) -> None:
@@ -346,5 +341,3 @@ class Instance:
         """Raise InvariantError unless engine and agent agree with themselves and each other."""
         self.engine.check()
         self.agent.check()
-        if self._final_reads and not self.agent.migrating:
-            raise InvariantError(f"{self.address} waits for reads of no migration")

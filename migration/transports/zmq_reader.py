@@ -107,6 +107,10 @@ class ZmqReader:
         try:
             use(connection)
             usable = True
+        except zmq.ZMQError as error:
+            raise TransportError(
+                f"{self._endpoint.pool_name} at {self._endpoint.address}: {error}"
+            ) from error
         finally:
             self._leave(connection, usable)
 
@@ -123,19 +127,28 @@ class ZmqReader:
 
 
 class _Connection:
-    """One socket and the numbering of its requests. Used by one thread at a time."""
+    """One socket and the numbering of its requests. Used by one thread at a time. Raises TransportError if
+    there is no socket to be had, or no such address."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: KvEndpoint) -> None:
         self._endpoint = endpoint
         self._asked = 0
         self._answered = 0
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._monitor = self._socket.get_monitor_socket(LOST_EVENTS)
+        sockets: list[zmq.Socket[bytes]] = []
+        try:
+            self._socket = context.socket(zmq.DEALER)
+            sockets.append(self._socket)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._monitor = self._socket.get_monitor_socket(LOST_EVENTS)
+            sockets.append(self._monitor)
+            self._socket.connect(endpoint.address)
+        except zmq.ZMQError as error:
+            for socket in sockets:  # one left open would keep its context from ever ending
+                socket.close(linger=0)
+            raise TransportError(f"no connection to {endpoint.address!r}: {error}") from error
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._socket.connect(endpoint.address)
 
     def ping(self, timeout_s: float) -> None:
         """Ask for nothing, to see whether the pool is served there."""

@@ -213,6 +213,14 @@ def test_opening_a_source_that_is_gone_fails_at_once() -> None:
     target.close()
 
 
+@pytest.mark.parametrize("address", ["", "nonsense", "tcp://127.0.0.1"])
+def test_an_address_that_is_none_is_an_error_of_the_transport(address: str) -> None:
+    target = KvPool(layout(TARGET_BLOCKS), "contract-target", CPU)
+    with pytest.raises(TransportError, match="no connection"):
+        Readers(target, MigrationConfig(transport="zmq")).open(KvEndpoint("far", 1, -1, "far", address))
+    target.close()
+
+
 @pytest.mark.parametrize("transport", ["shm", "zmq"])
 def test_a_source_killed_between_reads_never_hangs_a_reader(transport: str) -> None:
     other = OtherProcess(f"contract-killed-{transport}")

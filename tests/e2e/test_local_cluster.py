@@ -4,6 +4,9 @@ checked."""
 import asyncio
 import socket
 import time
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import zmq
@@ -11,9 +14,14 @@ from local_cluster import LocalCluster, expected, local_cluster, simulated_confi
 
 from llumnix.api.backend import FailKind, StreamCall, StreamFailed
 from llumnix.core.admin import MigrationResult, Refusal
+from llumnix.core.messages.control import Fenced, KvEndpoint
 from llumnix.core.sampling import SamplingParams
+from llumnix.migration.transports.base import BlockReader, ReadStats
+from llumnix.runtime.bus import Bus
 from llumnix.runtime.frontend import Frontend
+from llumnix.runtime.instance_server import InstanceServer
 from llumnix.runtime.manager_server import ManagerServer
+from llumnix.runtime.open_readers import OpenReaders
 
 pytestmark = pytest.mark.e2e
 
@@ -51,6 +59,53 @@ async def test_requests_move_back_and_forth_without_losing_or_doubling_a_token(t
         assert committed >= 4
         assert len(cluster.frontend.table.moves) == committed
         await cluster.idle()
+
+
+class SlowAtTheEnd:
+    """Readers of an instance, whose last blocks take a second each time."""
+
+    def __init__(self, server: InstanceServer) -> None:
+        self._readers = server._readers
+        self.reading = False
+
+    def get(self, endpoint: KvEndpoint) -> BlockReader:
+        reader = self._readers.get(endpoint)
+        return cast(BlockReader, SimpleNamespace(read=partial(self._read, reader), close=reader.close))
+
+    def _read(self, reader: BlockReader, *blocks: Any, urgent: bool = False, rests: bool = True) -> ReadStats:
+        self.reading = urgent
+        time.sleep(1.0 if urgent else 0.0)
+        self.reading = False
+        return reader.read(*blocks, urgent=urgent, rests=rests)
+
+    def close(self, pool_name: str) -> None:
+        self._readers.close(pool_name)
+
+    def close_all(self) -> None:
+        self._readers.close_all()
+
+
+@pytest.mark.asyncio
+async def test_who_runs_at_a_target_does_not_wait_for_last_blocks_that_do_not_come() -> None:
+    async with local_cluster(simulated_config(step_ms=10.0)) as cluster:
+        streams = [asyncio.create_task(stream(cluster.frontend, f"r{n}", tokens=400)) for n in range(2)]
+        await asyncio.sleep(0.3)
+        rows = {row.instance_id: row for row in await cluster.manager.requests()}
+        server = cluster.instances["i1"].server
+        slow = SlowAtTheEnd(server)
+        server._readers = cast(OpenReaders, slow)
+        moving = asyncio.create_task(cluster.manager.migrate(rows["i0"].request_id, "i1"))
+        async with asyncio.timeout(10):
+            while not slow.reading:
+                await asyncio.sleep(0.01)
+        known = []
+        for wait_s in (0.05, 0.4):
+            await asyncio.sleep(wait_s)
+            held = await cluster.manager.requests()
+            known += [row.output_tokens for row in held if row.request_id == rows["i1"].request_id]
+        assert known[1] - known[0] >= 5, "of some forty steps"
+        assert isinstance(await moving, MigrationResult)
+        assert await asyncio.gather(*streams) == 2 * [expected(tokens=400)]
 
 
 @pytest.mark.asyncio
@@ -201,6 +256,21 @@ async def test_nonsense_on_the_bus_changes_nothing() -> None:
                 raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         context.term()
         assert await running == expected(tokens=200)
+
+
+@pytest.mark.asyncio
+async def test_a_message_for_an_address_that_is_none_is_lost_alone() -> None:
+    heard: asyncio.Queue[object] = asyncio.Queue()
+    bus = Bus("127.0.0.1", on_message=heard.put_nowait, on_lost=lambda address: None)
+    try:
+        for address in ("nowhere", "", "tcp://127.0.0.1"):
+            assert not bus.send(address, Fenced("i", "p"))
+        assert bus.send(bus.address, Fenced("i", "q"))
+        async with asyncio.timeout(10):
+            assert await heard.get() == Fenced("i", "q")
+        assert bus.dropped == 3
+    finally:
+        bus.close()
 
 
 @pytest.mark.asyncio

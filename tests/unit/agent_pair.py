@@ -13,11 +13,12 @@ from llumnix.instance.agent import StartRead
 
 
 class Cluster:
-    """Two agents, source and target, and a network that is perfect unless ``deaf``. Reads end at once."""
+    """Two agents, source and target, or more, and a network that is perfect unless ``deaf``. Reads end at
+    once."""
 
-    def __init__(self, config: MigrationConfig = CONFIG) -> None:
+    def __init__(self, config: MigrationConfig = CONFIG, names: Sequence[str] = ("source", "target")) -> None:
         self.now = 1.0
-        self.engines = {name: small_engine() for name in ("source", "target")}
+        self.engines = {name: small_engine() for name in names}
         self.agents = {name: agent(name, engine, config) for name, engine in self.engines.items()}
         self.heard: dict[str, list[object]] = {FRONTEND: [], MANAGER: []}
         self.deaf: set[str] = set()

@@ -14,6 +14,7 @@ from llumnix.core.messages.control import (
     Placed,
     RequestList,
     RequestStatus,
+    SchedulerSettings,
     SetDraining,
 )
 from llumnix.core.messages.load import LoadReport
@@ -73,6 +74,30 @@ def test_a_submit_said_twice_is_taken_once_and_not_rejected() -> None:
     one.handle(Abort("r", FIRST_EPOCH), 1.1)
     one.handle(Submit(spec("r")), 1.2)
     assert engine.load().waiting == 0
+
+
+def test_only_newer_settings_hold() -> None:
+    engine = small_engine()
+    one = agent("source", engine)
+    for revision, weight in ((2, "9.0"), (2, "5.0"), (1, "7.0")):
+        one.handle(SchedulerSettings(revision, (("tenant_output_weight", weight),)), 1.0)
+    told = sent_to(one.handle(HelloWanted(), 2.0), MANAGER)
+    assert told[1] == SchedulerSettings(2, (("tenant_output_weight", "9.0"),))
+    one.handle(Submit(replace(spec("r", prompt_len=3), tenant="t")), 3.0)
+    step(engine)
+    (account,) = engine.load().tenants
+    assert account.served_total == 3 * 1.0 + 9.0
+
+
+def test_what_lies_before_the_first_token_is_not_told() -> None:
+    engine = small_engine()
+    one = agent("source", engine)
+    request = spec("r", max_tokens=4)
+    one.handle(Submit(request), 1.0)
+    step(engine)
+    _, batch = sent_to(one.handle(Probe(FRONTEND, (("r", -2),)), 2.0), FRONTEND)
+    assert isinstance(batch, TokenBatch)
+    assert batch.deltas == (TokenDelta("r", FIRST_EPOCH, 0, undisturbed(request)[:1]),)
 
 
 def test_draining_refuses_new_requests_and_migrations_until_told_otherwise() -> None:

@@ -1,5 +1,6 @@
 """Agents that move requests between them: what they do, refuse, remember, and when a target waits."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from migration_driving import CONFIG, MANAGER, READ, SOURCE, agent, order, reser
 
 from llumnix.core.config import MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, RESUME_HOPS
 from llumnix.core.errors import TransportError
 from llumnix.core.messages.control import Fenced, InstanceHello, MigrationOutcome
 from llumnix.core.messages.migration import (
@@ -27,7 +28,7 @@ from llumnix.core.messages.migration import (
 )
 from llumnix.core.messages.serving import Moved, Probe, ProbeReply, Submit
 from llumnix.instance.agent import Agent, CloseReader
-from llumnix.instance.agent_incoming import READER_IDLE_S
+from llumnix.instance.agent_incoming import LAST_READ_HOLD_S, READER_IDLE_S
 from llumnix.instance.in_process_engine import InProcessEngine
 
 
@@ -47,6 +48,25 @@ def test_a_whole_migration_between_two_agents() -> None:
     assert cluster.tokens("r") == undisturbed(request)
 
 
+def test_a_copy_beside_computing_says_nothing_of_how_fast_the_target_reads() -> None:
+    cluster = Cluster()
+    cluster.tell("source", Submit(spec("r", prompt_len=20, max_tokens=20)))
+    cluster.steps("source", 5)
+    cluster.tell("source", order())
+    cluster.steps("source", 3)
+    assert cluster.ended()[0].stages == 2
+    assert cluster.agents["source"]._outgoing._speeds.copy_s("target-1", 64, cluster.now) == 0.0
+
+
+def test_no_more_is_reserved_than_a_request_can_come_to_need() -> None:
+    one = agent("source", small_engine())
+    one.handle(Submit(spec("r", prompt_len=6, max_tokens=2)), 1.0)
+    one.after_step(step(one._engine), 1.0)  # type: ignore[arg-type]
+    (asked,) = sent_to(one.handle(order(), 1.0), "tcp://target:1")
+    assert isinstance(asked, Reserve)
+    assert asked.blocks == 2  # of 4 tokens each; 7 tokens are known, and 8 is all there will be
+
+
 def test_an_order_is_carried_out_once_and_a_bad_one_not_begun_with_its_reason() -> None:
     cluster = Cluster()
     cluster.deaf = {"target"}
@@ -63,7 +83,7 @@ def test_an_order_is_carried_out_once_and_a_bad_one_not_begun_with_its_reason() 
     cluster.tell("source", order("r2", "m5"))
     cluster.tell("source", order("r3", "m6"))  # one too many
     reasons = {told.migration_id: told.reason for told in cluster.ended()}
-    assert list(reasons) == ["m1", "m2", "m3", "m4", "m6"]
+    assert [told.migration_id for told in cluster.ended()] == ["m1", "m2", "m3", "m4", "m6"]
     for migration_id, word in (("m1", "ended"), ("m2", "same"), ("m3", "already"), ("m4", "not here")):
         assert word in reasons[migration_id]
     assert all(told.outcome is MigrationOutcome.ABORTED for told in cluster.ended()), "no target refused"
@@ -146,6 +166,8 @@ def test_who_left_is_said_to_have_moved_until_its_new_owner_dies() -> None:
     moved, reply = sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 2.0), FRONTEND)
     assert moved == Moved("r", FIRST_EPOCH + 1, "target")
     assert reply == ProbeReply("source", ("r",))
+    source.handle(Fenced("target", "target-0"), 2.5)  # its predecessor
+    assert moved in sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 2.5), FRONTEND)
     source.handle(Fenced("target", "target-1"), 3.0)
     assert sent_to(source.handle(Probe(FRONTEND, (("r", 0),)), 4.0), FRONTEND) == [
         ProbeReply("source", ("r",))
@@ -183,7 +205,35 @@ def test_an_undecided_request_counts_as_held_until_its_target_has_been_silent_to
     assert reply == ProbeReply("source", ("r",)), "its frontend is free to continue it elsewhere"
     source.handle(Fenced("target", "target-1"), 9.0)
     source.check()
-    assert cluster.engines["source"].spec_of("r", 9.0).epoch == FIRST_EPOCH + 2
+    assert cluster.engines["source"].spec_of("r", 9.0).epoch == FIRST_EPOCH + RESUME_HOPS
+
+
+def test_a_source_that_resumes_shares_no_epoch_with_whom_the_dead_target_moved_the_request_to() -> None:
+    cluster = Cluster(names=("source", "target", "third"))
+    cluster.tell("source", Submit(spec("r", prompt_len=12, max_tokens=30)))
+    cluster.steps("source", 5)
+    cluster.lost = {Committed}
+    cluster.tell("source", order())
+    cluster.steps("source", 3)
+    cluster.lost, cluster.deaf = set(), {"source"}
+    onward = replace(order("r", "m2"), target_id="third", target_incarnation="third-1")
+    cluster.tell("target", replace(onward, target_address="tcp://third:1"))
+    cluster.steps("target", 4)
+    cluster.tell("source", Fenced("target", "target-1"))
+    third, source = (cluster.engines[name].spec_of("r", 9.0).epoch for name in ("third", "source"))
+    assert third == FIRST_EPOCH + 2
+    assert source == FIRST_EPOCH + RESUME_HOPS
+
+
+def test_a_request_without_hops_enough_left_to_resume_does_not_leave() -> None:
+    for hop, moves in ((HOP_MAX - RESUME_HOPS, True), (HOP_MAX - RESUME_HOPS + 1, False)):
+        cluster = Cluster()
+        cluster.deaf = {"target"}
+        cluster.tell("source", Submit(spec("r", max_tokens=20, epoch=FIRST_EPOCH + hop)))
+        cluster.tell("source", order())
+        assert cluster.agents["source"].migrating is moves
+        assert moves or "too often" in cluster.ended()[0].reason
+        cluster.tell("source", Fenced("target", "target-1"))
 
 
 def test_a_submit_of_the_next_generation_replaces_what_is_being_moved() -> None:
@@ -215,10 +265,35 @@ def test_a_pool_nobody_reads_from_is_closed_after_a_while() -> None:
     one = agent("target", small_engine())
     one.handle(reserve(spec("r"), 3), 1.0)
     one.handle(AbortMigration("m", ""), 2.0)
-    assert not [e for e in one.tick(2.0 + READER_IDLE_S / 2) if isinstance(e, CloseReader)]
-    closed = [e for e in one.tick(3.0 + READER_IDLE_S) if isinstance(e, CloseReader)]
-    assert closed == [CloseReader("pool-of-source")]
-    assert not [e for e in one.tick(4.0 + 2 * READER_IDLE_S) if isinstance(e, CloseReader)]
+    assert closed(one.tick(2.0 + READER_IDLE_S / 2)) == []
+    assert closed(one.tick(3.0 + READER_IDLE_S)) == ["pool-of-source"]
+    assert closed(one.tick(4.0 + 2 * READER_IDLE_S)) == []
+
+
+def closed(effects: Sequence[object]) -> list[str]:
+    return [effect.pool_name for effect in effects if isinstance(effect, CloseReader)]
+
+
+def test_the_pool_of_a_process_that_has_ended_is_closed_at_once() -> None:
+    one = agent("target", small_engine())
+    one.handle(reserve(spec("r"), 3), 1.0)
+    one.handle(AbortMigration("m", ""), 1.1)
+    one.handle(Fenced("source", "source-0"), 1.2)
+    assert closed(one.tick(1.2)) == []
+    one.handle(Fenced("source", "source-1"), 1.3)
+    assert closed(one.tick(1.3)) == ["pool-of-source"]
+    assert closed(one.tick(1.4)) == []
+
+
+def test_the_last_blocks_are_read_to_their_end_before_the_pool_of_a_dead_process_is_closed() -> None:
+    held = HeldTarget()
+    one = held.agent
+    one.handle(Commit("m", FIRST_EPOCH + 1, (5,), 3, 0, (7,), 0.0), 1.0)
+    one.handle(Fenced("source", "source-1"), 1.1)
+    assert closed(one.tick(1.1)) == []
+    one.read_ended("m", 1, READ, 1.2)
+    assert closed(one.tick(1.2)) == ["pool-of-source"]
+    assert held.engine.holds("r")
 
 
 def test_a_failed_read_leaves_the_request_where_it_was() -> None:
@@ -287,6 +362,19 @@ def test_a_hold_ends_with_the_migration() -> None:
     held.agent.read_ended("m", 1, READ, 1.003)
     assert held.agent.hold_until(1.003) is None
     assert held.engine.holds("r")
+
+
+def test_a_step_waits_for_the_last_blocks_but_not_for_a_read_that_gets_nowhere() -> None:
+    target = HeldTarget().agent
+    target.handle(CommitSoon("m", 0.001), 1.0)
+    assert target.hold_until(1.0) is not None
+    assert target.hold_until(1.011) is None  # the commit is late: a step goes first
+    target.handle(Commit("m", FIRST_EPOCH + 1, (5,), 3, 0, (7,), 0.0), 1.05)
+    until = target.hold_until(1.05)
+    assert until == pytest.approx(1.05 + LAST_READ_HOLD_S)
+    assert target.hold_until(1.06) == until
+    assert target.hold_until(1.071) is None
+    assert target.hold_until(1.09) is None  # nor do the steps after
 
 
 def test_holding_can_be_turned_off() -> None:

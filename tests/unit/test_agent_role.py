@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from engine_driving import small_engine, spec, step
-from migration_driving import MANAGER, agent, hello, sent_to
+from engine_driving import small_engine, spec, step, undisturbed
+from migration_driving import MANAGER, READ, agent, commit, hello, reserve, sent_to
 
 from llumnix.core.messages.control import HelloWanted, InstanceHello, InstanceRole, SetRole
 from llumnix.core.messages.load import LoadReport
@@ -56,6 +56,19 @@ def test_a_request_that_left_untouched_and_comes_back_decoding_wants_nothing() -
             role.joined("r")
         deltas = step(engine).deltas.values()
         assert wanted(role.step_ended(deltas, 1.0)) == ([] if decodes else ["r"])
+
+
+def test_who_comes_waiting_is_told_after_its_prefill_and_who_comes_decoding_is_not() -> None:
+    for blocks, told in ((0, ["r"]), (1, [])):
+        engine = small_engine()
+        one = agent("target", engine)
+        one.handle(SetRole(PREFILL), 0.5)
+        one.handle(reserve(spec("r"), blocks), 1.0)
+        if blocks:
+            one.handle(commit((5,), 3, undisturbed(spec("r"))[:1]), 1.1)
+            one.read_ended("m", 1, READ, 1.1)
+        assert engine.holds("r")
+        assert wanted(list(one.after_step(step(engine), 1.2))) == told
 
 
 def test_other_roles_say_nothing_and_taking_the_role_says_it_for_all_that_decode() -> None:

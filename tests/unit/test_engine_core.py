@@ -28,6 +28,8 @@ from llumnix.instance.simulated_executor import EOS_TOKEN, VOCAB_SIZE
         (replace(spec("r"), prompt_tokens=(1, VOCAB_SIZE)), "vocabulary"),
         (replace(spec("r"), prompt_tokens=(-1,)), "vocabulary"),
         (spec("r", output=(1, 2, 3, 4), max_tokens=4), "generated already"),
+        (spec("r", waited_s=float("nan")), "waited_s"),
+        (spec("r", waited_s=float("-inf")), "waited_s"),
     ],
 )
 def test_a_request_that_can_never_run_is_invalid(bad: object, words: str) -> None:

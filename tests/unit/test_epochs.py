@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumnix.core.epochs import FIRST_EPOCH, HOP_BITS, HOP_MAX, next_generation, next_hop
+from llumnix.core.epochs import FIRST_EPOCH, HOP_BITS, HOP_MAX, RESUME_HOPS, next_generation, next_hop
 
 epochs = st.builds(
     lambda generation, hop: generation << HOP_BITS | hop, st.integers(1, 1000), st.integers(0, HOP_MAX - 2)
@@ -25,9 +25,11 @@ def test_owners_after_owners_never_share_an_epoch(history: list[int]) -> None:
     assert seen == sorted(set(seen))
 
 
-def test_a_source_that_resumes_is_above_the_target_that_may_have_decoded() -> None:
-    target = next_hop(FIRST_EPOCH)
-    assert next_hop(FIRST_EPOCH, 2) > target
+def test_a_source_that_resumes_is_above_the_target_and_whoever_has_it_after_that() -> None:
+    owner, unanswered_s, move_s = FIRST_EPOCH, 120, 0.2
+    for _ in range(int(unanswered_s / move_s)):
+        owner = next_hop(owner)
+    assert next_hop(FIRST_EPOCH, RESUME_HOPS) > owner
 
 
 def test_a_generation_starts_at_hop_nought() -> None:

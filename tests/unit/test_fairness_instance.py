@@ -131,6 +131,18 @@ def test_what_is_computed_again_is_no_service() -> None:
     assert served(engine)["a"] == 2 * (8 * W_IN + 16 * W_OUT)
 
 
+def test_a_prompt_half_computed_elsewhere_is_no_service_here() -> None:
+    engine = small_engine(kv_blocks=6, batch_max=4)
+    engine.submit(of("b", spec("own", prompt_len=4, max_tokens=16, execution_priority=1)), 0.0)
+    engine.reserve("m", 2)
+    assert engine.adopt("m", of("a", spec("moved", prompt_len=8, max_tokens=8)), 4, 1.0) is None
+    preempted = []
+    while engine.has_work():
+        preempted += step(engine).preempted
+    assert preempted == ["moved"]
+    assert served(engine)["a"] == 8 * W_OUT
+
+
 def test_accounts_are_bounded_and_the_unnamed_tenant_alone_is_not_reported() -> None:
     counters = TenantCounters(SchedulerConfig())
     counters.came("")

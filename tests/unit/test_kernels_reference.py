@@ -1,6 +1,9 @@
 """The torch reference against textbook results that need no kernel, and the dispatch that picks
 implementations."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -54,3 +57,25 @@ def test_without_a_compiler_the_reference_serves(
     with caplog.at_level("WARNING"):
         assert isinstance(ops.best_kernels("cpu"), ReferenceKernels)
     assert "no C compiler" in caplog.text
+
+
+def test_two_that_build_at_once_do_not_spoil_one_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "kernels.so"
+    built: list[bool] = []
+
+    def compile_slowly(command: list[str], **_: object) -> SimpleNamespace:
+        output = Path(command[-1])
+        output.write_text("half")
+        if not built:
+            built.append(False)
+            built.append(compiled._build("cc", library))  # another thread, or another machine's process 7
+        assert output.read_text() == "half"
+        output.write_text("whole")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(compiled.subprocess, "run", compile_slowly)
+    assert compiled._build("cc", library) and built == [False, True]
+    assert library.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [library]

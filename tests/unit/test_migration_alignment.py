@@ -3,9 +3,15 @@
 import random
 
 import pytest
+from engine_driving import small_engine, step
+from migration_driving import CONFIG, MANAGER, STEP_S, hello, order, pace, running
 
+from llumnix.core.messages.migration import Reserved, StageCopied
 from llumnix.migration.alignment import STEP_COST, STEPS_MAX, Rhythm, steps_to_wait
-from llumnix.migration.pace import Pace
+from llumnix.migration.events import StepEnded
+from llumnix.migration.pace import CopySpeeds, Pace
+from llumnix.migration.source import SourceMigration
+from llumnix.migration.source_state import SourceState
 
 HOLD = 0.5
 
@@ -32,6 +38,30 @@ def test_a_rhythm_knows_what_it_did_not_foresee(began_at: float, drifted: bool) 
 
 def test_a_source_without_a_pace_waits_for_nothing_special() -> None:
     assert wait(1.0, 0.0, Rhythm(0.0, 0.02)) == 1
+
+
+def test_slow_steps_of_the_source_are_no_silence_of_the_target() -> None:
+    engine = small_engine()
+    running(engine, prompt_len=16, steps=4)
+    migration = SourceMigration(
+        order(),
+        hello("source", engine),
+        engine=engine,
+        config=CONFIG,
+        pace=pace(),
+        speeds=CopySpeeds(),
+        manager_address=MANAGER,
+    )
+    migration.begin(1.0)
+    migration.handle(Reserved("m", 15.0), 1.0)
+    migration.rhythm = Rhythm(1.0 + 0.6 * STEP_S, 1.2 * STEP_S)  # three more steps are best, as below
+    migration.handle(StageCopied("m", 1, 0.1), 1.0)
+    for now in (4.0, 7.0):
+        assert migration.state is SourceState.READY
+        assert migration.deadline == now - 3.0 + CONFIG.answer_timeout_s
+        step(engine)
+        migration.rhythm = Rhythm(now + 0.6 * STEP_S, 1.2 * STEP_S)
+        assert migration.handle(StepEnded(), now) == []
 
 
 def test_steps_that_end_together_are_used_at_once() -> None:

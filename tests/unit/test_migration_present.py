@@ -8,6 +8,7 @@ from migration_driving import (
     CONFIG,
     MANAGER,
     READ,
+    agent,
     commit,
     hello,
     messages,
@@ -18,10 +19,25 @@ from migration_driving import (
     stage,
 )
 
-from llumnix.core.messages.control import MigrationEnded
-from llumnix.core.messages.migration import AbortMigration, Commit, CopyStage, Reserve, Reserved, StageCopied
+from llumnix.core.config import EngineConfig
+from llumnix.core.epochs import EPOCH_MAX, FIRST_EPOCH
+from llumnix.core.messages.control import Fenced, MigrationEnded
+from llumnix.core.messages.migration import (
+    AbortMigration,
+    Commit,
+    Committed,
+    CopyStage,
+    Denied,
+    RefusalCode,
+    Refused,
+    Reserve,
+    Reserved,
+    StageCopied,
+)
+from llumnix.core.messages.serving import Abort, Submit
 from llumnix.instance.engine import MovableState
 from llumnix.instance.in_process_engine import InProcessEngine
+from llumnix.instance.simulated_executor import SimulatedExecutor
 from llumnix.migration.events import ReadEnded, StartRead
 from llumnix.migration.pace import CopySpeeds
 from llumnix.migration.source import SourceMigration
@@ -48,6 +64,41 @@ def begun(engine: InProcessEngine) -> SourceMigration:
     assert isinstance(ask, Reserve)
     assert ask.full_blocks == 4
     return migration
+
+
+class ToldEngine(InProcessEngine):
+    """Remembers which moves it was told have ended; what is kept for a move elsewhere goes then."""
+
+    def __init__(self) -> None:
+        config = EngineConfig(kind="simulated", block_size=4, kv_blocks=16)
+        super().__init__(SimulatedExecutor(config), config)
+        self.ended: list[str] = []
+
+    def end_move(self, request_id: str) -> None:
+        self.ended.append(request_id)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        Denied("m", "no"),
+        Refused("m", RefusalCode.DRAINING, "no"),
+        Fenced("target", "target-1"),
+        Abort("r", EPOCH_MAX),
+        Committed("m", FIRST_EPOCH + 1),
+    ],
+    ids=lambda end: type(end).__name__,
+)
+def test_the_engine_hears_of_a_move_s_end_however_it_ends(end: object) -> None:
+    engine = ToldEngine()
+    one = agent("source", engine)
+    one.handle(Submit(spec("r", max_tokens=20)), 1.0)
+    if not isinstance(end, Committed):  # a waiting request is committed by its only message
+        one.after_step(step(engine), 1.0)
+    one.handle(order(), 1.0)
+    assert one.migrating and not engine.ended
+    one.handle(end, 1.1)
+    assert not one.migrating and engine.ended == ["r"]
 
 
 def test_stages_begin_behind_what_the_target_has() -> None:

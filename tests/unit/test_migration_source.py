@@ -8,7 +8,7 @@ from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, 
 
 from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, RESUME_HOPS
 from llumnix.core.errors import ProtocolError
 from llumnix.core.messages.control import MigrationEnded, MigrationOutcome
 from llumnix.core.messages.migration import (
@@ -164,7 +164,7 @@ def test_a_waiting_request_leaves_with_its_only_message() -> None:
     [
         (Refused("m", RefusalCode.DRAINING, "no"), MigrationOutcome.REFUSED, FIRST_EPOCH),
         (Denied("m", "its queue is full"), MigrationOutcome.ABORTED, FIRST_EPOCH),
-        (PeerFenced(), MigrationOutcome.RESUMED, FIRST_EPOCH + 2),
+        (PeerFenced(), MigrationOutcome.RESUMED, FIRST_EPOCH + RESUME_HOPS),
     ],
 )
 def test_a_waiting_request_that_is_not_taken_goes_on_waiting(
@@ -281,7 +281,7 @@ def test_after_the_target_was_fenced_it_goes_on_past_the_epoch_the_target_may_ha
 ) -> None:
     migration, engine = at(state)
     assert ended(migration.handle(PeerFenced(), 9.0)).outcome is MigrationOutcome.RESUMED
-    assert engine.spec_of("r", 9.0).epoch == FIRST_EPOCH + 2
+    assert engine.spec_of("r", 9.0).epoch == FIRST_EPOCH + RESUME_HOPS
     assert step(engine).tokens == 1
 
 

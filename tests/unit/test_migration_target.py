@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import run_out, small_engine, spec, undisturbed
-from migration_driving import CONFIG, READ, commit, messages, pace, reserve, stage
+from migration_driving import CONFIG, READ, STEP_S, agent, commit, messages, pace, reserve, stage
 
-from llumnix.core.epochs import FIRST_EPOCH
+from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX
 from llumnix.core.errors import ProtocolError, TransportError
 from llumnix.core.messages.migration import (
     AbortMigration,
@@ -17,12 +17,13 @@ from llumnix.core.messages.migration import (
     QueryCommit,
     RefusalCode,
     Refused,
+    Reserve,
     Reserved,
     StageCopied,
 )
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.in_process_engine import InProcessEngine
-from llumnix.migration.events import PeerFenced, ReadEnded, StartRead, Timeout
+from llumnix.migration.events import PeerFenced, ReadEnded, StartRead, StepEnded, Timeout
 from llumnix.migration.target import ENDED, TRANSITIONS, TargetMigration, TargetState
 
 REQUEST = spec("r", prompt_len=8, max_tokens=20)
@@ -200,6 +201,23 @@ def test_a_long_copy_tells_its_source_that_it_is_alive() -> None:
         assert migration.state is TargetState.COPYING
 
 
+def test_a_source_hears_of_steps_that_have_left_their_rhythm_and_of_no_others() -> None:
+    migration, engine = at(TargetState.RESERVED)
+    assert engine.submit(spec("own"), 1.0) is None
+    migration.handle(reserve(REQUEST, 3), 2.0)  # tells of a step at 2.0
+    for late_s, told in ((0.0, 0), (0.001, 0), (0.01, 1), (0.01, 0)):
+        effects = migration.handle(StepEnded(), 2.0 + 5 * STEP_S + late_s)
+        assert len(messages(effects, Reserved)) == told
+
+
+def test_a_stage_finds_room_for_all_of_its_blocks_whatever_it_says() -> None:
+    migration, engine = at(TargetState.RESERVED)
+    (read,) = migration.handle(stage(2, (6, 7, 8), 0), 1.2)
+    assert isinstance(read, StartRead)
+    assert len(read.target_blocks) == 3
+    assert reserved_blocks(engine) == 5
+
+
 def test_repeats_and_late_messages_change_nothing() -> None:
     migration, engine = at(TargetState.RESERVED)
     assert [type(m) for m in messages(migration.handle(reserve(REQUEST, 3), 1.2))] == [Reserved]
@@ -221,6 +239,7 @@ def test_repeats_and_late_messages_change_nothing() -> None:
         commit((7,), 12, OUTPUT[:2]),
         commit((), 9, OUTPUT[:2]),
         replace(commit((7,), 9, OUTPUT[:2]), epoch=FIRST_EPOCH),
+        replace(commit((7,), 9, OUTPUT[:2]), epoch=FIRST_EPOCH + 2),
     ],
 )
 def test_what_cannot_be_meant_raises_and_changes_nothing(wrong: object) -> None:
@@ -232,6 +251,29 @@ def test_what_cannot_be_meant_raises_and_changes_nothing(wrong: object) -> None:
     migration.handle(commit((7,), 9, OUTPUT[:2]), 1.3)  # the right one is still welcome
     migration.handle(ReadEnded(2, READ), 1.4)
     assert isinstance(migration.answer, Committed)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        reserve(REQUEST, -1),
+        replace(reserve(REQUEST, 3), full_blocks=-1),
+        reserve(replace(REQUEST, epoch=FIRST_EPOCH | HOP_MAX), 0),
+        reserve(replace(REQUEST, epoch=FIRST_EPOCH | HOP_MAX), 3),
+        replace(reserve(REQUEST, 3), commit=commit((5, 6, 7), 9, OUTPUT[:2], first_index=1)),
+        replace(reserve(REQUEST, 3), full_blocks=1, commit=commit((5, 6, 7), 9, OUTPUT[:2])),
+    ],
+)
+def test_a_reserve_that_cannot_be_meant_is_a_fault_and_leaves_nothing_behind(wrong: Reserve) -> None:
+    engine = small_engine()
+    one = agent("target", engine)
+    assert one.handle(wrong, 1.0) == []
+    assert one.fault_count == 1
+    assert "migration m of r from source" in one.faults[0]
+    assert not one.migrating
+    assert reserved_blocks(engine) == 0
+    assert not engine.holds("r")
+    assert messages(one.handle(reserve(REQUEST, 3), 1.1), Reserved)
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
@@ -260,3 +302,4 @@ def test_the_request_adopted_is_the_one_reserved_and_what_was_generated_since() 
     migration.handle(commit((1, 2, 3), 12, OUTPUT[3:5], first_index=3), 1.0)
     migration.handle(ReadEnded(1, READ), 1.0)
     assert engine.spec_of("r", 1.0).output_tokens == OUTPUT[:5]
+    assert engine.spec_of("r", 1.0).waited_s == 0.5

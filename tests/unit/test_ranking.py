@@ -6,10 +6,12 @@ from itertools import pairwise
 from engine_driving import run_out, spec, step
 from swap_driving import swapping_engine
 
-from llumnix.core.config import SwapConfig
+from llumnix.core.config import SchedulerConfig, SwapConfig
 from llumnix.core.messages.control import RequestStatus
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.priority_trace import MARKOV_STAY, PriorityTrace
+from llumnix.instance.ranking import Ranking
+from llumnix.instance.tenant_counters import TenantCounters
 
 
 def running(engine: InProcessEngine) -> set[str]:
@@ -42,6 +44,16 @@ def test_a_trace_lets_everybody_run_before_anybody_has_ended() -> None:
         seen |= running(engine)
     assert seen == set("abcd")
     run_out(engine)
+
+
+def test_ranks_of_requests_that_are_gone_are_not_kept() -> None:
+    for frequency in (0.0, 0.5):
+        config = SwapConfig(rerank_frequency=frequency, rerank_by="random")
+        ranking = Ranking(TenantCounters(SchedulerConfig()), config)
+        for index in range(100):
+            assert ranking.standing(f"r{index}") == ranking.standing(f"r{index}")
+            ranking.steps_done(1)
+        assert len(ranking._ranks) <= 2
 
 
 def test_the_tenant_served_less_displaces_the_one_served_more() -> None:

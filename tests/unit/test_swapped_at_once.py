@@ -9,12 +9,14 @@ from llumnix.core.messages.control import (
     Fenced,
     MigrationOutcome,
 )
-from llumnix.core.messages.migration import Committed, Reserve
+from llumnix.core.messages.migration import Commit, Committed, Reserve, StageCopied
 from llumnix.instance.agent import StartRead
 
 
 def test_where_reading_is_known_to_be_quick_one_exchange_does() -> None:
     two = fast()
+    speeds = two.agents["source"]._outgoing._speeds
+    believed = speeds.copy_s("target-1", 64, two.now)
     two.order()
     two.carry_all()
     assert two.ended is not None and two.ended.outcome is MigrationOutcome.COMMITTED
@@ -22,7 +24,7 @@ def test_where_reading_is_known_to_be_quick_one_exchange_does() -> None:
     read = two.log[1]
     assert isinstance(read, StartRead) and read.final and len(read.source_blocks) == 8
     assert two.ended.kv_bytes == 8 * hello("source", two.source).kv_layout.block_bytes
-    assert two.agents["source"]._outgoing._speeds.copy_s("target-1", 64, two.now) > 0, "measured anew"
+    assert speeds.copy_s("target-1", 64, two.now) > 10 * believed, "measured anew"
     assert set(two.finish()) == {1} and leased(two.source) == 0
 
 
@@ -33,6 +35,21 @@ def fast(**settings: int) -> Two:
     two.step()
     two.agents["source"]._outgoing._speeds.note("target-1", 1 << 30, 0.1, two.now)
     return two
+
+
+def test_it_goes_as_soon_as_its_kv_is_over_whatever_the_rhythm_of_the_target() -> None:
+    two = Two()
+    two.swap_out()
+    two.step()
+    two.requests["own"] = own = spec("own", prompt_len=4, max_tokens=6)
+    two.target.submit(own, 0.5)
+    two.agents["target"]._pace.note([0.024])
+    two.order()
+    two.carry_until(StageCopied)
+    assert two.log[-1].step_s > 0  # type: ignore[attr-defined]
+    assert isinstance(two.mail[-1][1], Commit), "no step of the source is waited for"
+    two.carry_all()
+    two.finish()
 
 
 def test_what_goes_at_once_is_leased_and_comes_back_if_it_is_not_taken() -> None:

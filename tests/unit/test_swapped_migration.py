@@ -19,7 +19,7 @@ from llumnix.core.messages.control import (
 from llumnix.core.messages.migration import Commit, Committed, CopyStage, Refused, Reserve
 from llumnix.core.messages.serving import Abort
 from llumnix.instance.agent import StartRead
-from llumnix.migration.pace import SPEED_S, CopySpeeds
+from llumnix.migration.pace import SPEED_S, TARGETS_MAX, CopySpeeds
 
 
 def test_it_goes_on_where_it_was_and_nothing_that_travelled_is_computed_again() -> None:
@@ -39,8 +39,11 @@ def test_it_goes_on_where_it_was_and_nothing_that_travelled_is_computed_again() 
     assert leased(two.source) == 0
 
 
-def test_a_copy_that_is_on_its_way_to_the_host_is_waited_for() -> None:
+@pytest.mark.parametrize("quickly_read", [False, True])
+def test_a_copy_that_is_on_its_way_to_the_host_is_waited_for(quickly_read: bool) -> None:
     two = Two(kv_blocks=64, batch_max=2)
+    if quickly_read:  # it could go at once if it were there
+        two.agents["source"]._outgoing._speeds.note("target-1", 1 << 30, 0.1, two.now)
     for _ in range(3):
         two.step()
     first = two.requests["first"] = spec("first", prompt_len=5, max_tokens=30, scheduling_priority=5)
@@ -52,7 +55,7 @@ def test_a_copy_that_is_on_its_way_to_the_host_is_waited_for() -> None:
     two.carry_all()
     two.step()
     assert two.copier.queued and two.ended is None
-    assert not any(isinstance(message, CopyStage) for message in two.log)
+    assert not any(isinstance(message, CopyStage | StartRead) for message in two.log)
     two.copier.jobs_per_look = 9
     two.step()
     two.carry_all()
@@ -257,6 +260,15 @@ def test_a_speed_is_forgotten_after_a_while() -> None:
     assert speeds.copy_s("t", 50, 5.1 + SPEED_S) == speeds.copy_s("other", 50, 5.0) == 0.0
 
 
+def test_speeds_of_the_latest_targets_are_kept() -> None:
+    speeds = CopySpeeds()
+    for number in range(TARGETS_MAX + 1):
+        speeds.note(f"t{number}", 100, 2.0, 5.0)
+        speeds.note("t0", 100, 2.0, 5.0)
+    known = [speeds.copy_s(f"t{number}", 50, 5.0) > 0 for number in range(TARGETS_MAX + 1)]
+    assert known == [True, False, *[True] * (TARGETS_MAX - 1)]
+
+
 def test_only_a_request_that_was_taken_out_is_leased() -> None:
     two = Two()
     two.swap_out()
@@ -287,6 +299,17 @@ def test_what_the_target_cannot_read_is_left_behind(failing: str) -> None:
     assert ended.reason == "test, without its KV (kv_not_readable: connection refused)"
     assert not two.source.holds(OUT) and leased(two.source) == 0
     assert two.finish()[0] == known, "computed again"
+
+
+def test_a_request_on_its_way_in_is_not_said_to_be_elsewhere() -> None:
+    two = Two()
+    two.swap_out()
+    two.source.submit(spec("first", scheduling_priority=1), 2.0)
+    two.source.abort(STAYS, EPOCH_MAX)
+    two.source.step(lambda: two.now)
+    assert two.source.holds(OUT) and two.source.movable(OUT) is None
+    two.order()
+    assert two.ended is not None and two.ended.reason == "its KV is on its way in"
 
 
 def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from swap_driving import WordCopier, swapping_engine
 
 from llumnix.core.config import SwapConfig
+from llumnix.core.epochs import FIRST_EPOCH, next_generation
 from llumnix.core.messages.control import RequestStatus
 from llumnix.core.messages.load import SwapTotals
 from llumnix.core.messages.serving import RequestSpec
@@ -163,6 +164,66 @@ def test_a_prompt_that_differs_gets_nothing() -> None:
     run_out(engine)
     submit(engine, [spec("c", prompt_len=15)])
     assert step(engine).tokens == 15 and totals(engine).prefix_hits == 0
+
+
+def arriving(engine: InProcessEngine) -> list[str]:
+    return list(engine._switching.arriving)
+
+
+def test_a_copy_for_who_was_aborted_is_not_taken_for_that_of_its_next_self() -> None:
+    engine, copier = swapping_engine(swap=REUSE, kv_blocks=64)
+    first = spec("first", prompt_len=20, max_tokens=30)
+    submit(engine, [first])
+    finish(engine, [first])
+    runs, comes = spec("runs", prompt_len=3, max_tokens=30), spec("comes", max_tokens=5)
+    comes = replace(comes, prompt_tokens=(*first.prompt_tokens[:16], 1, 2, 3))  # read, not taken over
+    submit(engine, [runs])
+    client = Client()
+    step(engine, client)
+    copier.jobs_per_look = 0
+    submit(engine, [comes])
+    step(engine, client)
+    assert arriving(engine) == ["comes"]
+    assert engine.abort("comes", FIRST_EPOCH)
+    again = replace(comes, epoch=next_generation(FIRST_EPOCH))
+    submit(engine, [again])
+    step(engine, client)
+    assert arriving(engine) == ["comes"] and len(copier.queued) == 2
+    copier.jobs_per_look = 1
+    step(engine, client)
+    assert arriving(engine) == ["comes"], "only the copy for its former self has ended"
+    run_out(engine, client)
+    assert tuple(client.tokens["comes"]) == undisturbed(again)
+
+
+def test_who_has_arrived_waits_for_copies_of_the_other_blocks_it_was_given() -> None:
+    """WordExecutor fails if it does not. A copier does both directions at once, so that what was begun last
+    may end first unless it touches a block of what was begun before."""
+    engine, copier = swapping_engine(swap=REUSE, kv_blocks=18)
+    kept = spec("kept", prompt_len=16, max_tokens=2)
+    submit(engine, [kept])
+    run_out(engine)
+    copier.jobs_per_look = 0
+    going = [spec("x", prompt_len=5, max_tokens=2), spec("y", prompt_len=36, max_tokens=3)]
+    runs = spec("runs", prompt_len=3, max_tokens=30)
+    comes = spec("comes", prompt_len=32, max_tokens=5)
+    comes = replace(comes, prompt_tokens=(*kept.prompt_tokens[:4], *comes.prompt_tokens[4:]))
+    submit(engine, [runs, *going])
+    client = Client()
+    while engine.load().running > 1 or engine.load().waiting:
+        step(engine, client)
+    submit(engine, [comes])
+    step(engine, client)
+    x, y, inward = copier.queued
+    assert arriving(engine) == ["comes"] and inward.direction is SwapDirection.IN
+    assert not set(inward.device_blocks) & set(y.device_blocks)
+    assert set(engine._requests["comes"].blocks) & set(y.device_blocks)
+    copier.queued[:] = [x, inward, y]
+    copier.jobs_per_look = 2
+    step(engine, client)
+    assert not arriving(engine) and not copier.queued
+    run_out(engine, client)
+    assert tuple(client.tokens["comes"]) == undisturbed(comes)
 
 
 def test_full_blocks_of_likely_victims_go_ahead() -> None:
