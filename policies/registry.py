@@ -24,6 +24,7 @@ from llumnix.core.views import (
 )
 from llumnix.policies.affinity import AffinityDispatch
 from llumnix.policies.dispatch import FreenessDispatch, LeastLoaded, LeastRequests, PowerOfTwo, RoundRobin
+from llumnix.policies.guard import attempt
 from llumnix.policies.pairing import DefragmentPairing, DrainPairing, FreenessPairing, NoPairing
 from llumnix.policies.preemption import AlwaysRecompute, AlwaysSwap, CheapestPreemption
 from llumnix.policies.relief import CheapestRelief, NoRelief
@@ -80,22 +81,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "selection": SELECTION,
 }
 
-# What importing or constructing other people's code may raise.
-PLUGIN_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ConfigurationError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-
 
 def dispatch_policy(config: SchedulerConfig) -> DispatchPolicy:
     """The policy named by ``dispatch_policy``. Raises ConfigurationError."""
@@ -149,18 +134,19 @@ def _build(kind: str, name: str, builtin: dict[str, Any], method: str, config: S
         known = ", ".join(known_names(kind))
         return ConfigurationError(f"{kind} policy {name!r}: {reason} (known: {known}; or module:Class)")
 
-    try:
-        cls = builtin.get(name) or _plugin(name)
-    except PLUGIN_FAULTS as error:
-        raise refuse(f"cannot be loaded: {type(error).__name__}: {error}") from error
+    cls: Any = builtin.get(name)
+    if cls is None:
+        cls, fault = attempt(_plugin, name)
+        if fault:
+            raise refuse(f"cannot be loaded: {fault}")
     if cls is None:
         raise refuse("unknown")
     if not callable(getattr(cls, method, None)):
         raise refuse(f"has no method {method}")
-    try:
-        return cls(config)
-    except PLUGIN_FAULTS as error:
-        raise refuse(f"cannot be constructed: {type(error).__name__}: {error}") from error
+    policy, fault = attempt(cls, config)
+    if fault:
+        raise refuse(f"cannot be constructed: {fault}")
+    return cast(object, policy)
 
 
 def _plugin(name: str) -> Any:

@@ -30,6 +30,13 @@ class Raises:
         raise OwnFault("out of luck")
 
 
+class Exits(Raises):
+    """Would end the thread that asks, and no process would notice."""
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        raise SystemExit(3)
+
+
 class Nonsense(Raises):
     """Answers with what is no decision."""
 
@@ -61,7 +68,7 @@ def rows(cluster: ToyCluster, request_id: str) -> tuple[DecisionRow, ...]:
     return answer
 
 
-@pytest.mark.parametrize("name", ["Raises", "Nonsense"])
+@pytest.mark.parametrize("name", ["Raises", "Exits", "Nonsense"])
 def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str) -> None:
     cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:{name}"), a=100, b=900)
     for number in range(5):

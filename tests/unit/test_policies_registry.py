@@ -81,7 +81,16 @@ def test_a_policy_that_does_not_work_is_refused_with_name_reason_and_choices(nam
     assert "drain, freeness, none" in text
 
 
-@pytest.mark.parametrize("fault", ["raise RuntimeError('no licence')", "x =", "undefined_name"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise RuntimeError('no licence')",
+        "x =",
+        "undefined_name",
+        "class Own(Exception): pass\nraise Own",
+        "raise SystemExit(2)",
+    ],
+)
 def test_a_module_that_fails_to_import_is_named_with_its_fault(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
