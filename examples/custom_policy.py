@@ -3,7 +3,7 @@
 Serve with it, or try it in virtual time (`docs/policies.md` says more):
 
     PYTHONPATH=examples llumnix serve --engine simulated --dispatch-policy custom_policy:TenantAffinity
-    PYTHONPATH=examples llumnix simulate --tenant a=1 --tenant b=1 --policy custom_policy:TenantAffinity/freeness
+    PYTHONPATH=examples llumnix simulate --tenant a=1 --tenant b=2 --policy custom_policy:TenantAffinity/none
 """
 
 from collections.abc import Sequence

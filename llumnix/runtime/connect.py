@@ -6,6 +6,7 @@ straight from the instances.
 
 import asyncio
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from llumnix.core.admin import (
     Refusal,
 )
 from llumnix.core.config import ClusterConfig, Config
+from llumnix.core.epochs import epoch_at
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason
@@ -107,9 +109,9 @@ class Cluster:
         **sampling: Any,
     ) -> AsyncIterator[Generated]:
         """Continue a text or a list of token ids, piece by piece. ``sampling`` takes the other fields of
-        SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. Leaving the loop
-        early stops the request. Raises ConfigurationError for settings out of range, StreamFailed if the
-        cluster cannot take the request."""
+        SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. ``request_id``
+        may be used again once its request has ended. Leaving the loop early stops the request. Raises
+        ConfigurationError for settings out of range, StreamFailed if the cluster cannot take the request."""
         tokens = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
             limit = self.model.max_model_len
@@ -133,6 +135,7 @@ class Cluster:
                 execution_priority=priority,
                 tenant=tenant,
                 adapter=adapter,
+                first_epoch=epoch_at(time.time_ns() // 1_000_000),
             )
         )
         text = TextStream(self._tokenizer.table)
