@@ -6,6 +6,7 @@ so a configuration that exists is a valid one.
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from llumnix.core.errors import ConfigurationError
@@ -21,13 +22,15 @@ def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
 
 
 class Leaf:
-    """Shared checks of every configuration leaf: choices hold, numbers are not below zero."""
+    """Shared checks of every configuration leaf: choices hold, numbers are finite and not below zero."""
 
     def __post_init__(self) -> None:
         for name, spec in self.__dataclass_fields__.items():  # type: ignore[attr-defined]
             value, choices = getattr(self, name), spec.metadata.get("choices")
             if choices and value not in choices:
                 raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            if isinstance(value, float) and not isfinite(value):
+                raise ConfigurationError(f"{name} must be finite, got {value}")
             if isinstance(value, int | float) and value < 0:
                 raise ConfigurationError(f"{name} must not be negative, got {value}")
 

@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, replace
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -111,8 +110,6 @@ def with_settings(config: SchedulerConfig, texts: Mapping[str, str]) -> Schedule
             values[name] = kind(text)
         except ValueError:
             raise ConfigurationError(f"{name} must be {KIND_NAMES[kind]}, got {text!r}") from None
-        if kind is float and not isfinite(values[name]):
-            raise ConfigurationError(f"{name} must be finite, got {text!r}")
     return replace(config, **values)
 
 
