@@ -1,11 +1,12 @@
 """Policies as they run: other people's code, whose faults end here.
 
 A policy that raises, or returns what is no decision, is overruled by the default of its kind for that one
-decision, and that is told: at once, then at most once a minute for each kind, with the number of times.
+decision, and that is told: at once, then at most once a minute for the same policy, with the number of times.
 Nothing it returns is used unchecked. Called by the placer, the rescheduler and the scaler.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import isfinite
 
 from llumnix.control.effects import Logged
@@ -45,16 +46,18 @@ class Faults:
     """Faults of the running policies, by kind, until they are told."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, tuple[str, float, int]] = {}
         self._pending: list[Logged] = []
 
     def note(self, kind: str, name: str, what: str, now: float) -> None:
         """One more fault."""
-        told_at, untold = self._told.get(kind, (float("-inf"), 0))
-        if now - told_at < SPEAK_AGAIN_S:
-            self._told[kind] = told_at, untold + 1
+        told_of, told_at, untold = self._told.get(kind, ("", 0.0, 0))
+        if name == told_of and now - told_at < SPEAK_AGAIN_S:
+            self._told[kind] = name, told_at, untold + 1
             return
-        self._told[kind] = now, 0
+        if name != told_of:  # another policy since: what went untold was not its fault
+            untold = 0
+        self._told[kind] = name, now, 0
         again = f" ({untold} more times in the last {now - told_at:.0f} s)" if untold else ""
         text = f"{kind} policy {name!r} {what[:TEXT_MAX]}{again}; the default decided instead"
         self._pending.append(Logged("policy_error", text, {"kind": kind, "policy": name}))
@@ -97,7 +100,8 @@ class GuardedDispatch:
         """Tell what is wrong with the policy's decision, and let the default decide."""
         self._faults.note("dispatch", self.name, fault, now)
         freest = sorted(candidates, key=lambda view: (-view.queue_freeness, view.instance_id))
-        return self._default.place(request, tuple(freest))
+        decision = self._default.place(request, tuple(freest))
+        return replace(decision, reason=f"{decision.reason} (the policy was overruled)")
 
     def _checked_score(self, view: InstanceView) -> float:
         assert self._score is not None

@@ -73,6 +73,7 @@ def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str)
     cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:{name}"), a=100, b=900)
     for number in range(5):
         assert cluster.place(f"r{number}") == Placed(f"r{number}", "b", "tcp://b:a"), "the default decides"
+    assert rows(cluster, "r0")[0].reason == "freest (the policy was overruled)"
     (event,) = cluster.events("policy_error")
     assert f"{__name__}:{name}" in event.text and event.fields["kind"] == "dispatch"
     if name == "Raises":
@@ -82,6 +83,10 @@ def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str)
     cluster.place("again")
     assert len(cluster.events("policy_error")) == 2
     assert "more times" in cluster.events("policy_error")[1].text
+    other = "Nonsense" if name == "Raises" else "Raises"
+    order(cluster, "dispatch", f"{__name__}:{other}")
+    cluster.place("another policy")
+    assert other in cluster.events("policy_error")[2].text, "its fault is told at once"
 
 
 @pytest.mark.parametrize("name", ["Raises", "Nonsense"])
