@@ -1,8 +1,9 @@
 """A dispatch policy of one's own: a tenant's requests stay together on one instance while it has room.
 
-Serve with it (`docs/policies.md` says more):
+Serve with it, or try it in virtual time (`docs/policies.md` says more):
 
     PYTHONPATH=examples llumnix serve --engine simulated --dispatch-policy custom_policy:TenantAffinity
+    PYTHONPATH=examples llumnix simulate --tenant a=1 --tenant b=2 --policy custom_policy:TenantAffinity/none
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """The Ray API: watch a request move, from Python.
 
-Start a cluster first (`make serve`), then run this beside it: `.venv/bin/python examples/ray_api.py`.
+Start a cluster first (`make serve`), then run this beside it, with the token of its Ray:
+`RAY_AUTH_MODE=token .venv/bin/python examples/ray_api.py`.
 """
 
 import asyncio

@@ -134,9 +134,11 @@ def _build(kind: str, name: str, builtin: dict[str, Any], method: str, config: S
         known = ", ".join(known_names(kind))
         return ConfigurationError(f"{kind} policy {name!r}: {reason} (known: {known}; or module:Class)")
 
-    cls, fault = (builtin[name], "") if name in builtin else attempt(_plugin, name)
-    if fault:
-        raise refuse(f"cannot be loaded: {fault}")
+    cls: Any = builtin.get(name)
+    if cls is None:
+        cls, fault = attempt(_plugin, name)
+        if fault:
+            raise refuse(f"cannot be loaded: {fault}")
     if cls is None:
         raise refuse("unknown")
     if not callable(getattr(cls, method, None)):
@@ -144,7 +146,7 @@ def _build(kind: str, name: str, builtin: dict[str, Any], method: str, config: S
     policy, fault = attempt(cls, config)
     if fault:
         raise refuse(f"cannot be constructed: {fault}")
-    return policy
+    return cast(object, policy)
 
 
 def _plugin(name: str) -> Any:

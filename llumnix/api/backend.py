@@ -19,6 +19,7 @@ from llumnix.core.admin import (
     PolicyState,
     Refusal,
 )
+from llumnix.core.epochs import FIRST_EPOCH
 from llumnix.core.errors import LlumnixError
 from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason, TokenLogprob
@@ -44,7 +45,7 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True)
 class StreamCall:
     """One sequence to generate. Priorities: higher is more urgent. ``adapter`` is a LoRA adapter's name,
-    empty for the model alone."""
+    empty for the model alone. ``first_epoch`` must be higher where the id may have been used before."""
 
     request_id: str
     prompt_tokens: tuple[int, ...]
@@ -53,6 +54,7 @@ class StreamCall:
     execution_priority: int = 0
     tenant: str = ""
     adapter: str = ""
+    first_epoch: int = FIRST_EPOCH
 
 
 @dataclass(frozen=True, slots=True)

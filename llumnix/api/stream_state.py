@@ -17,7 +17,7 @@ from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.kept_prefixes import KeptPrefixes
 from llumnix.core.admin import MoveSeen
 from llumnix.core.effects import Send
-from llumnix.core.epochs import FIRST_EPOCH, HOP_BITS
+from llumnix.core.epochs import HOP_BITS
 from llumnix.core.errors import InvariantError
 from llumnix.core.messages.control import Place
 from llumnix.core.messages.serving import FinishReason, RequestSpec, TokenLogprob
@@ -69,7 +69,7 @@ class Stream:
 
     call: StreamCall
     opened_at: float
-    epoch: int = FIRST_EPOCH
+    epoch: int
     phase: Phase = Phase.PLACING
     tokens: list[int] = field(default_factory=list)
     owner_id: str = ""

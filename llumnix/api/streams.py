@@ -73,7 +73,7 @@ class StreamTable(StreamPlacing):
             reason = f"{self._config.requests_max} requests are in flight already"
             return [Fail(call.request_id, FailKind.TOO_MANY, reason, FULL_RETRY_AFTER_S)]
         self.stats.opened += 1
-        stream = self._streams[call.request_id] = Stream(call, opened_at=now)
+        stream = self._streams[call.request_id] = Stream(call, opened_at=now, epoch=call.first_epoch)
         return self._ask_place(stream, now)
 
     def handle(self, message: object, now: float) -> list[Effect]:

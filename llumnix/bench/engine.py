@@ -27,6 +27,7 @@ from rich.table import Table
 from llumnix.bench import vllm_layer
 from llumnix.bench.engine_comparison import measure_vllm, with_ratios
 from llumnix.bench.machine import describe_machine
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config import EngineConfig
 from llumnix.core.epochs import FIRST_EPOCH
 from llumnix.core.errors import LlumnixError
@@ -284,7 +285,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 @click.command(name="engine")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="write the results to this file")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="write the results to this file")
 @click.option("--engine", "kind", type=click.Choice(["torch", "vllm"]), default="torch", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=6, show_default=True, help="with --engine vllm")
 @click.option("--model", default="smollm2", show_default=True, help="a folder, a hub id, or smollm2")

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from llumnix.bench.fairness_runs import CPU, LAYER_FIRST, VARIANTS, Outcome, Scenario, pooled, run
 from llumnix.bench.machine import describe_machine
+from llumnix.cli.output_paths import OUTPUT_FILE
 
 FREQUENCIES = (0.04, 0.02)
 PATTERNS = ("random", "markov")
@@ -123,7 +124,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 @click.command(name="fairness")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="Write the results to this file.")
 @click.option(
     "--engine",
     type=click.Choice(["all", "simulated", CPU]),

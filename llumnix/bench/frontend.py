@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llumnix.bench.frontend_client import Heard, completion_request, run_clients
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.errors import LlumnixError
 from llumnix.instance.simulated_executor import simulated_token
 from llumnix.runtime.launch import terminated_as_interrupt
@@ -240,9 +241,7 @@ def _commit() -> str:
 
 
 @click.command("frontend")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here."
-)
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the result here.")
 @click.option("--clients", multiple=True, type=click.IntRange(min=1), default=(1, 1000), show_default=True)
 @click.option("--instances", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option(

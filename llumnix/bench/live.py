@@ -22,6 +22,7 @@ from llumnix.bench.live_load import LENGTHS, Load, RealCluster, Streamed, quanti
 from llumnix.bench.live_model import cut_model
 from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
 from llumnix.cli.config_flags import config_options, resolve
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, SchedulerConfig, SwapConfig
 from llumnix.core.config_source import Value
 from llumnix.sim.workload import Arrival
@@ -219,9 +220,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 @click.command("live")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
-)
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write results there.")
 @click.option("--compare", type=click.Choice(sorted(COMPARISONS)), default="migration", show_default=True)
 @click.option("--lengths", type=click.Choice(sorted(LENGTHS)), default="sharegpt", show_default=True)
 @click.option("--shrink", type=float, default=4.0, show_default=True, help="Lengths are divided by this.")

@@ -23,6 +23,7 @@ from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
 from llumnix.bench.migration_driver import BATCH, BATCH_TOKENS, Driver, Ear, Moved
 from llumnix.bench.migration_pair import PairMaker, ThreadPair
 from llumnix.bench.migration_steps import Steps
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, MigrationConfig, SwapConfig
 from llumnix.core.errors import LlumnixError
 from llumnix.migration.transports.base import ReadStats
@@ -217,7 +218,7 @@ def _parse_lengths(context: click.Context, parameter: click.Parameter, text: str
 
 
 @click.command(name="migration")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="write the results to this file")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="write the results to this file")
 @click.option("--in-process", is_flag=True, help="both engines on threads of this process, no sockets")
 @click.option("--engine", "kind", type=click.Choice(["torch", "vllm"]), default="torch", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)

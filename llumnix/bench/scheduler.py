@@ -23,6 +23,7 @@ from llumnix.bench.machine import describe_machine
 from llumnix.bench.scheduler_end_to_end import EndToEnd
 from llumnix.bench.scheduler_end_to_end import run as end_to_end
 from llumnix.bench.scheduler_loads import REQUEST_KINDS, Loads, percentile
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.control.global_scheduler import GlobalScheduler
 from llumnix.core.codec import decode, encode
 from llumnix.core.config import SchedulerConfig
@@ -153,7 +154,7 @@ def _show_end_to_end(rows: list[EndToEnd]) -> None:
 
 
 @click.command(name="scheduler")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="Write the results to this file.")
 @click.option(
     "--instances", type=click.IntRange(1, 10_000), multiple=True, help="Only this many; repeatable."
 )

@@ -14,6 +14,7 @@ from time import perf_counter, process_time
 import click
 
 from llumnix.bench.machine import describe_machine
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.presets import PAPER_CONFIG, Case, with_policy
 from llumnix.sim.runs import run_case
@@ -69,7 +70,7 @@ def measure(instances: int, requests: int, rate: float, seed: int) -> Result:
 @click.option("--requests", type=click.IntRange(min=1), default=10_000, show_default=True)
 @click.option("--rate", type=float, default=None, help="Requests per second; the paper's per instance.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="Result file.")
 def command(instances: int, requests: int, rate: float | None, seed: int, json_path: Path | None) -> None:
     """Time and memory that a simulation takes."""
     machine = describe_machine()

@@ -28,6 +28,7 @@ from llumnix.bench.swap_transfers import (
     measure_transfers,
     submission_us,
 )
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.messages.control import KvLayout
 from llumnix.instance.block_manager import BlockManager
 
@@ -121,7 +122,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 @click.command(name="swap")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="Write the results to this file.")
 @click.option("--model", type=click.Choice(list(LAYOUTS)), default="smollm2-135m", show_default=True)
 @click.option("--blocks", default=64, show_default=True, help="Blocks per swap.")
 @click.option("--pool-blocks", default=2048, show_default=True, help="Blocks of each pool, device and host.")

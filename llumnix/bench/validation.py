@@ -27,6 +27,7 @@ from llumnix.bench.live_load import LENGTHS, Load, quantiles_ms, real_cluster
 from llumnix.bench.machine import OTHERS_MAX, OthersCpu, describe_machine, warn_of_others
 from llumnix.bench.profile import parts, profile
 from llumnix.cli.config_flags import config_options, resolve
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, SwapConfig
 from llumnix.core.config_source import Value
 from llumnix.sim.cost import CostModel, read_cost_model
@@ -181,9 +182,7 @@ def _chance(row: dict[str, Any], side: str) -> str:
 
 
 @click.command("validation")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
-)
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write results there.")
 @click.option(
     "--cost-model",
     "cost_file",

@@ -24,6 +24,7 @@ from rich.table import Table
 from llumnix.bench.live import DISPATCH_ONLY, MIGRATING, Mode
 from llumnix.bench.live_load import RealCluster, real_cluster
 from llumnix.bench.machine import OthersCpu, describe_machine, warn_of_others
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, FrontendConfig
 from llumnix.core.errors import LlumnixError
 from llumnix.instance.model_loader import resolve_model
@@ -140,9 +141,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 @click.command("vllm_serving")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
-)
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write results there.")
 @click.option("--requests", type=click.IntRange(min=10), default=60, show_default=True)
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=2.5, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)

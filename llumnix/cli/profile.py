@@ -6,19 +6,18 @@ from typing import Any
 import click
 
 from llumnix.cli.config_flags import config_options, resolve
+from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config_source import Value
 
 
 @click.command("profile")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT_FILE,
     required=True,
     help="Write the cost model there, for simulate --cost-model.",
 )
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all points there."
-)
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write all points there.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the points kept for checking.")
 @config_options
 def command(

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from llumnix.cli.config_flags import config_options, resolve
+from llumnix.cli.output_paths import OUTPUT_FILE, OUTPUT_FOLDER
 from llumnix.core.config import Config
 from llumnix.core.config_source import Value
 from llumnix.core.errors import ConfigurationError
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
 PRESETS = ("osdi24-serving", "osdi24-priorities", "osdi24-autoscaling", "faults")
 REQUESTS, PRESET_REQUESTS, STORIES = 1000, 10_000, 200
+_MIXED = frozenset({"high_share", "tenants", "turns", "think_s"})
+OF_OPTIONS = _MIXED | {"trace", "cost_model"}
+"""What presets have of their own."""
+OF_SYNTHETIC = _MIXED | {"traces", "rates", "cv"}
+"""What a trace file says instead."""
+OF_FAULTS = frozenset({"preset", "seed", "seeds", "jobs"})
 
 
 @click.command("simulate")
@@ -32,7 +40,10 @@ REQUESTS, PRESET_REQUESTS, STORIES = 1000, 10_000, 200
     "--trace", type=click.Path(path_type=Path), help="Arrivals from a file: Azure CSV, Mooncake JSONL."
 )
 @click.option(
-    "--policy", "policies", multiple=True, help="Side by side: a name, or DISPATCH/PAIRING; repeatable."
+    "--policy",
+    "policies",
+    multiple=True,
+    help="Side by side: a name, or DISPATCH/PAIRING, each built in or module:Class; repeatable.",
 )
 @click.option("--high-share", type=float, default=0.0, show_default=True, help="Share of high priority.")
 @click.option(
@@ -43,7 +54,7 @@ REQUESTS, PRESET_REQUESTS, STORIES = 1000, 10_000, 200
 @click.option(
     "--cost-model", default="llama-7b-a10", show_default=True, help="Preset, FILE.json, MODEL@DEVICE."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
@@ -51,11 +62,9 @@ REQUESTS, PRESET_REQUESTS, STORIES = 1000, 10_000, 200
     help=f"So many from --seed on; the table has their means [1; faults {STORIES}].",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time.")
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write results there."
-)
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write PNG plots there.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report there.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write results there.")
+@click.option("--plots", type=OUTPUT_FOLDER, help="Write PNG plots there.")
+@click.option("--html", type=OUTPUT_FILE, help="Write a report there.")
 @config_options
 def command(
     preset: str | None,
@@ -71,9 +80,16 @@ def command(
     PRESET reruns a published experiment; faults runs --seeds small clusters in which much goes wrong, from
     --seed on, and checks every promise. Without one, options describe the workload. Settings of the
     scheduler, engines and so on are those of serve."""
-    from llumnix.cli.simulate_output import show, show_priorities, show_savings, write_json
+    from llumnix.cli.simulate_output import (
+        refuse_overruled,
+        show,
+        show_priorities,
+        show_savings,
+        write_json,
+    )
     from llumnix.sim.runs import over_seeds, run_cases
 
+    _refuse_unused(click.get_current_context(), preset, given["trace"])
     if preset == "faults":
         _tell_stories(given["seed"], given["seeds"] or STORIES, jobs)
         return
@@ -99,6 +115,24 @@ def command(
             write_plots(results, plots)
         if html is not None:
             write_html(results, html)
+    refuse_overruled(results)
+
+
+def _refuse_unused(context: click.Context, preset: str | None, trace: Path | None) -> None:
+    """An option that would be ignored is a mistake: raises UsageError with its name."""
+    given = [
+        option
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if preset == "faults":
+        unused = [option for option in given if option.name not in OF_FAULTS]
+    else:
+        ignored = OF_OPTIONS if preset else OF_SYNTHETIC if trace is not None else frozenset[str]()
+        unused = [option for option in given if option.name in ignored]
+    if unused:
+        what = preset or "--trace"
+        raise click.UsageError(f"{unused[0].opts[0]} has no meaning with {what}", context)
 
 
 def _tell_stories(first: int, count: int, jobs: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llumnix import __version__
 from llumnix.cli.tables import Row, print_rows
+from llumnix.core.errors import ConfigurationError
 from llumnix.sim.faults import Story
 from llumnix.sim.presets import IGNORED
 from llumnix.sim.runs import Result
@@ -17,7 +18,7 @@ from llumnix.sim.savings import BASELINE, over_seeds, savings
 def _latency(kind: str, which: str, *, scale: float = 1.0, digits: int = 2) -> Any:
     def shown(row: Row) -> str:
         latency = row.get("latency_s")
-        return f"{latency[kind][which] * scale:.{digits}f}" if latency else "-"
+        return f"{latency[kind][which] * scale:.{digits}f}" if latency and row["finished"] else "-"
 
     return shown
 
@@ -43,6 +44,14 @@ COLUMNS: tuple[tuple[str, Any], ...] = (
 def show(rows: Sequence[Row]) -> None:
     """The table, one line a case."""
     print_rows(COLUMNS, rows, "nothing was simulated")
+
+
+def refuse_overruled(results: Sequence[Result]) -> None:
+    """Raises ConfigurationError if a policy was overruled by its kind's default: then the numbers under its
+    name are not its own."""
+    for result in results:
+        for error in result.summary.get("policy_errors", {}).values():
+            raise ConfigurationError(f"{result.summary['policy']}: {error}, so these are not its numbers")
 
 
 def show_priorities(rows: Sequence[Row]) -> None:

@@ -107,7 +107,7 @@ def print_event(event: Row) -> None:
     from datetime import datetime
 
     at = datetime.fromtimestamp(event["at_s"]).strftime("%H:%M:%S.%f")[:-3]
-    print(f"{event['sequence']:>6}  {at}  {event['kind']:<16} {event['text']}", flush=True)
+    print(f"{event['sequence']:>6}  {at}  {event['kind']:<17} {event['text']}", flush=True)
 
 
 def print_json_line(answer: Any) -> None:

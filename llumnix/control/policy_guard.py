@@ -1,7 +1,7 @@
 """Policies as they run: other people's code, whose faults end here.
 
 A policy that raises, or returns what is no decision, is overruled by the default of its kind for that one
-decision, and that is told: at once, then at most once a minute for each kind, with the number of times.
+decision, and that is told: at once, then at most once a minute for the same policy, with the number of times.
 Nothing it returns is used unchecked. Called by the placer, the rescheduler and the scaler.
 """
 
@@ -50,7 +50,7 @@ class Faults:
     """Faults of the running policies, by kind, until they are told."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, tuple[str, float, int]] = {}
         self._pending: list[Logged] = []
 
     def note(self, kind: str, name: str, what: str, now: float) -> None:
@@ -74,11 +74,13 @@ class Faults:
         return pending
 
     def _note(self, kind: str, name: str, what: str, instead: str, now: float) -> None:
-        told_at, untold = self._told.get(kind, (float("-inf"), 0))
-        if now - told_at < SPEAK_AGAIN_S:
-            self._told[kind] = told_at, untold + 1
+        told_of, told_at, untold = self._told.get(kind, ("", 0.0, 0))
+        if name == told_of and now - told_at < SPEAK_AGAIN_S:
+            self._told[kind] = name, told_at, untold + 1
             return
-        self._told[kind] = now, 0
+        if name != told_of:  # another policy since: what went untold was not its fault
+            untold = 0
+        self._told[kind] = name, now, 0
         again = f" ({untold} more times in the last {now - told_at:.0f} s)" if untold else ""
         text = f"{what}{again}; {instead}"
         self._pending.append(Logged("policy_error", text, {"kind": kind, "policy": name}))

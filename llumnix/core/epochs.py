@@ -2,8 +2,9 @@
 
 An epoch is one int, compared as a whole: ``generation << HOP_BITS | hop``.
 
-- The frontend alone makes generations. It starts a request at generation 1 and takes the next one whenever it
-  continues the request elsewhere because its owner died or forgot it.
+- The frontend alone makes generations. It starts a request at generation 1, or at that of ``epoch_at`` if a
+  caller chose its id, and takes the next one whenever it continues the request elsewhere because its owner
+  died or forgot it.
 - Instances alone make hops. A migration's target decodes at hop + 1. A source that resumes after its target
   was fenced with the commit unanswered takes hop + RESUME_HOPS: the dead target may have decoded at hop + 1,
   and may have passed the request on, to one that decodes at hop + 2, and so on.
@@ -18,6 +19,12 @@ FIRST_EPOCH = 1 << HOP_BITS
 EPOCH_MAX = (1 << 63) - 1
 RESUME_HOPS = 1 << 10
 """More moves than a request can make while one commit is unanswered."""
+
+
+def epoch_at(milliseconds: int) -> int:
+    """The first epoch of a request whose id may have been used before: its generation is the time since 1970,
+    so that instances that remember an earlier one see a new request and not a message said twice."""
+    return milliseconds << HOP_BITS
 
 
 def next_generation(epoch: int) -> int:

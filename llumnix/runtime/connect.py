@@ -6,6 +6,7 @@ straight from the instances.
 
 import asyncio
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from llumnix.core.admin import (
 )
 from llumnix.core.codec import decode, encode
 from llumnix.core.config import ClusterConfig, Config
+from llumnix.core.epochs import epoch_at
 from llumnix.core.errors import ConfigurationError, ProtocolError
 from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason, Submit
@@ -111,9 +113,9 @@ class Cluster:
         **sampling: Any,
     ) -> AsyncIterator[Generated]:
         """Continue a text or a list of token ids, piece by piece. ``sampling`` takes the other fields of
-        SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. Leaving the loop
-        early stops the request. Raises ConfigurationError for settings out of range, StreamFailed if the
-        cluster cannot take the request."""
+        SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. ``request_id``
+        may be used again once its request has ended. Leaving the loop early stops the request. Raises
+        ConfigurationError for settings out of range, StreamFailed if the cluster cannot take the request."""
         tokens = self._tokens(prompt)
         if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
             limit = self.model.max_model_len
@@ -138,6 +140,7 @@ class Cluster:
             execution_priority=priority,
             tenant=tenant,
             adapter=adapter,
+            first_epoch=epoch_at(time.time_ns() // 1_000_000),
         )
         check_sendable(call)
         stream = self._frontend.open(call)
@@ -217,6 +220,6 @@ def check_sendable(call: StreamCall) -> None:
     """Raise ConfigurationError unless an instance would take these values from the wire. It drops a message
     with a wrong type, and whoever sent it would wait."""
     try:
-        decode(encode(Submit(Stream(call, opened_at=0.0).spec("", 0.0))))
+        decode(encode(Submit(Stream(call, opened_at=0.0, epoch=call.first_epoch).spec("", 0.0))))
     except (ProtocolError, TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(f"this request cannot be sent: {error}") from error

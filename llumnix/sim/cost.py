@@ -178,9 +178,16 @@ class CostModel:
         return ends[:steps], durations[:steps]
 
     def layout(self, block_size: int, capacity_tokens: int = 0) -> KvLayout:
-        """The KV pool of one instance; 0 takes the model's own capacity."""
+        """The KV pool of one instance; 0 takes the model's own capacity. Raises ConfigurationError if that is
+        less than a block."""
+        blocks = (capacity_tokens or self.capacity_tokens) // block_size
+        if not blocks:
+            raise ConfigurationError(
+                f"cost model {self.name}: capacity_tokens {self.capacity_tokens} is less than a block of "
+                f"{block_size} tokens"
+            )
         return KvLayout(
-            blocks=(capacity_tokens or self.capacity_tokens) // block_size,
+            blocks=blocks,
             layers=self.layers,
             kv_heads=self.kv_heads,
             block_size=block_size,

@@ -24,7 +24,8 @@ def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     """One PNG file per workload and kind of plot."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, _, figure in _figures(results):
+    for name, title, figure in _figures(results):
+        figure.suptitle(title)
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=DPI)
         paths.append(path)
@@ -144,5 +145,6 @@ def _loads(result: Result) -> Figure:
         grid, aspect="auto", vmin=0, vmax=1, extent=(0, until, len(names), 0), interpolation="none"
     )
     axes.set(xlabel="virtual time, s", ylabel="instance")
+    axes.set_yticks([place + 0.5 for place in range(len(names))], names)
     figure.colorbar(drawn, label="share of memory used")
     return figure

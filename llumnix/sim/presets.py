@@ -73,7 +73,9 @@ def with_policy(config: Config, policy: str) -> Config:
     pair = POLICIES.get(policy) or tuple(policy.split("/"))
     if len(pair) != 2:
         known = ", ".join(POLICIES)
-        raise ConfigurationError(f"unknown policy {policy!r}; there are {known}, or DISPATCH/PAIRING")
+        raise ConfigurationError(
+            f"unknown policy {policy!r}; there are {known}, or DISPATCH/PAIRING, each a name or module:Class"
+        )
     scheduler = replace(config.scheduler, dispatch_policy=pair[0], pairing_policy=pair[1])
     dispatch_policy(scheduler)  # a name that means nothing is refused before anything runs
     pairing_policy(scheduler)

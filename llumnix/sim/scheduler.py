@@ -15,11 +15,12 @@ from llumnix.sim.network import Network
 MANAGER_ADDRESS = "manager"
 TICK_MAX_S = 0.25
 TICK_MIN_S = 0.005
+POLICY_ERROR = "policy_error"
 
 
 class SchedulerHost:
     """See the module. ``on_report`` sees every load report that the scheduler takes in, ``on_scale`` hears
-    how many instances there should be."""
+    how many instances there should be. ``policy_errors``: what a policy did wrong first, by its kind."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class SchedulerHost:
         on_scale: Callable[[int], None],
     ) -> None:
         self.logged: Counter[str] = Counter()
+        self.policy_errors: dict[str, str] = {}
         self.core: GlobalScheduler | None = None
         self._clock, self._network, self._config = clock, network, config
         self._on_report, self._on_scale = on_report, on_scale
@@ -93,5 +95,7 @@ class SchedulerHost:
                 self._network.send(effect.address, effect.message)
             elif isinstance(effect, Logged):
                 self.logged[effect.kind] += 1
+                if effect.kind == POLICY_ERROR:
+                    self.policy_errors.setdefault(str(effect.fields["kind"]), effect.text)
             elif isinstance(effect, ScaleTo):
                 self._on_scale(effect.instances)

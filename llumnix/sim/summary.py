@@ -67,6 +67,8 @@ def summarize(simulation: Simulation) -> dict[str, Any]:
         "kv_moved_gib": _short(simulation.links.kv_bytes / 2**30),
         "events": dict(sorted(simulation.scheduler.logged.items())),
     }
+    if simulation.scheduler.policy_errors:
+        result["policy_errors"] = dict(sorted(simulation.scheduler.policy_errors.items()))
     if not columns:
         return result
     result["latency_s"] = {name: spread(values) for name, values in latencies(columns).items()}

@@ -18,6 +18,8 @@ from llumnix.sim.tokens import HASHED_TOKENS
 from llumnix.sim.workload import Arrival
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+DIGITS_MAX = 15
+"""No token count and no millisecond of a trace has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,14 @@ def read_trace(path: Path, tokens_max: int, count: int | None = None) -> Trace:
     if path.suffix not in (".csv", ".jsonl"):
         raise ConfigurationError(f"{path}: a trace is a .csv (Azure) or a .jsonl (Mooncake)")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(_azure(path, file) if path.suffix == ".csv" else _mooncake(path, file))
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8: {error}") from error
+    except csv.Error as error:
+        raise ConfigurationError(f"{path} is not CSV: {error}") from error
     if count is not None and count < 1:
         raise ConfigurationError(f"there must be at least one request, got {count}")
     if not rows:
@@ -83,8 +87,10 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[Row]:
 
 def _length(where: str, name: str, row: dict[str, str | None]) -> int:
     text = row[name] or ""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise ConfigurationError(f"{where}: {name} must be a positive whole number, got {row[name]!r}")
+    plain = text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX
+    if not plain or int(text) < 1:
+        got = f"{row[name]!r:.40}"
+        raise ConfigurationError(f"{where}: {name} must be a positive whole number, got {got}")
     return int(text)
 
 
@@ -114,6 +120,7 @@ def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[Row]:
 
 def _number(where: str, name: str, row: dict[str, Any], *, least: int) -> int:
     value = row.get(name)
-    if type(value) is not int or value < least:
-        raise ConfigurationError(f"{where}: {name} must be a whole number from {least} on, got {value!r}")
+    if type(value) is not int or not least <= value < 10**DIGITS_MAX:
+        got = f"{value!r:.40}"
+        raise ConfigurationError(f"{where}: {name} must be a whole number from {least} on, got {got}")
     return value

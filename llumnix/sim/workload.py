@@ -68,8 +68,10 @@ class Mix:
                 f"the share of high priority must be within 0 and 1, got {self.high_share}"
             )
         for name, weight in self.tenants:
-            if not weight > 0:
-                raise ConfigurationError(f"tenant {name}: the weight must be above 0, got {weight}")
+            if not 0 < weight < float("inf"):
+                raise ConfigurationError(
+                    f"tenant {name}: the weight must be above 0 and finite, got {weight}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,12 @@ class Conversations:
     think_s: float
 
     def __post_init__(self) -> None:
-        if not self.turns_mean >= 1:
-            raise ConfigurationError(f"turns must be at least 1 on average, got {self.turns_mean}")
-        if not self.think_s >= 0:
-            raise ConfigurationError(f"the pause between turns must not be negative, got {self.think_s}")
+        if not 1 <= self.turns_mean < float("inf"):
+            raise ConfigurationError(f"turns must be at least 1 on average and finite, got {self.turns_mean}")
+        if not 0 <= self.think_s < float("inf"):
+            raise ConfigurationError(
+                f"the pause between turns must not be negative and be finite, got {self.think_s}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

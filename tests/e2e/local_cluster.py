@@ -20,6 +20,7 @@ from llumnix.core.config import (
     MigrationConfig,
     SchedulerConfig,
 )
+from llumnix.core.epochs import FIRST_EPOCH
 from llumnix.core.messages.control import InstanceHello
 from llumnix.core.sampling import SamplingParams
 from llumnix.instance.simulated_executor import simulated_token
@@ -149,11 +150,18 @@ async def local_cluster(
 
 
 async def stream(
-    frontend: Frontend, request_id: str, *, tokens: int = 100, prompt: int = 40, seed: int = 1
+    frontend: Frontend,
+    request_id: str,
+    *,
+    tokens: int = 100,
+    prompt: int = 40,
+    seed: int = 1,
+    first_epoch: int = FIRST_EPOCH,
 ) -> tuple[int, ...]:
     """One request from start to end; its tokens as the client got them."""
     got: list[int] = []
-    call = StreamCall(request_id, tuple(range(1, prompt + 1)), SamplingParams(max_tokens=tokens, seed=seed))
+    sampling = SamplingParams(max_tokens=tokens, seed=seed)
+    call = StreamCall(request_id, tuple(range(1, prompt + 1)), sampling, first_epoch=first_epoch)
     async for chunk in frontend.open(call):
         assert chunk.first_index == len(got)
         got += chunk.tokens

@@ -14,6 +14,7 @@ from local_cluster import LocalCluster, expected, local_cluster, simulated_confi
 
 from llumnix.api.backend import FailKind, StreamCall, StreamFailed
 from llumnix.core.admin import MigrationResult, Refusal
+from llumnix.core.epochs import epoch_at
 from llumnix.core.messages.control import Fenced, KvEndpoint
 from llumnix.core.sampling import SamplingParams
 from llumnix.migration.transports.base import BlockReader, ReadStats
@@ -288,6 +289,16 @@ async def test_over_capacity_is_refused_with_a_time_to_come_back_and_harms_nobod
         assert refused
         assert set(served) == {expected(tokens=150, prompt=100)}
         assert all(error.kind is FailKind.OVERLOADED and error.retry_after_s > 0 for error in refused)
+        await cluster.idle()
+
+
+@pytest.mark.asyncio
+async def test_an_id_that_is_used_again_is_a_new_request() -> None:
+    """Instances took the second one for the first said twice, and gave its client the first one's answer."""
+    async with local_cluster(simulated_config()) as cluster:
+        for run, epoch in enumerate((epoch_at(1_700_000_000_000), epoch_at(1_700_000_000_001))):
+            got = await stream(cluster.frontend, "story", tokens=20, seed=run, first_epoch=epoch)
+            assert got == expected(tokens=20, seed=run)
         await cluster.idle()
 
 

@@ -43,9 +43,12 @@ def test_the_defaults_are_valid_and_every_setting_has_its_help() -> None:
 
 
 @pytest.mark.parametrize(("leaf", "name"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
-def test_no_number_is_negative(leaf: type[Leaf], name: str) -> None:
+def test_no_number_is_negative_or_no_number(leaf: type[Leaf], name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
         leaf(**{name: -1})
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match=f"{name} must be finite"):
+            leaf(**{name: number})
 
 
 FLOATS = [(leaf, name) for leaf, name in NUMBERS if type(getattr(leaf, name)) is float]

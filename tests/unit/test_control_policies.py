@@ -42,6 +42,13 @@ class Raises:
         raise OwnFault("out of luck")
 
 
+class Exits(Raises):
+    """Would end the thread that asks, and no process would notice."""
+
+    def place(self, request: RequestView, candidates: tuple[InstanceView, ...]) -> DispatchDecision:
+        raise SystemExit(3)
+
+
 class Nonsense(Raises):
     """Answers with what is no decision."""
 
@@ -89,7 +96,7 @@ def rows(cluster: ToyCluster, request_id: str) -> tuple[DecisionRow, ...]:
     return answer
 
 
-@pytest.mark.parametrize("name", ["Raises", "Nonsense", "Overflows"])
+@pytest.mark.parametrize("name", ["Raises", "Exits", "Nonsense", "Overflows"])
 def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str) -> None:
     cluster = ToyCluster(SchedulerConfig(dispatch_policy=f"{__name__}:{name}"), a=100, b=900)
     for number in range(5):
@@ -104,6 +111,10 @@ def test_a_faulty_dispatch_policy_is_overruled_and_told_once_a_minute(name: str)
     cluster.place("again")
     assert len(cluster.events("policy_error")) == 2
     assert "more times" in cluster.events("policy_error")[1].text
+    other = "Nonsense" if name == "Raises" else "Raises"
+    order(cluster, "dispatch", f"{__name__}:{other}")
+    cluster.place("another policy")
+    assert other in cluster.events("policy_error")[2].text, "its fault is told at once"
 
 
 class ListOfMoves(Raises):

@@ -94,10 +94,16 @@ class NotReady:
         return ()
 
 
-OWN_FAULT = "class Own(Exception): pass\nraise Own('no licence')"
-
-
-@pytest.mark.parametrize("fault", ["raise RuntimeError('no licence')", OWN_FAULT, "x =", "undefined_name"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise RuntimeError('no licence')",
+        "x =",
+        "undefined_name",
+        "class Own(Exception): pass\nraise Own('no licence')",
+        "raise SystemExit(2)",
+    ],
+)
 def test_a_module_that_fails_to_import_is_named_with_its_fault(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,65 @@ def test_stories_of_faults_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == alone
 
 
+def test_what_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--json", f"{tmp_path}/new/r.json", "--plots", f"{tmp_path}/plots"]) == 0
+    assert (tmp_path / "new" / "r.json").is_file() and list((tmp_path / "plots").iterdir())
+    capsys.readouterr()
+    assert main([*SMALL, "--html", f"{tmp_path}/new/r.json/r.html"]) == 2
+    output = capsys.readouterr()
+    assert "cannot make the folder" in output.err and not output.out
+
+
+class Broken:
+    """A policy as it is while one writes it."""
+
+    def __init__(self, config: object) -> None:
+        pass
+
+    def place(self, request: object, candidates: object) -> object:
+        raise KeyError("tenant")
+
+
+def test_a_policy_that_breaks_is_told_and_its_numbers_are_not_passed_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, name = tmp_path / "r.json", f"{__name__}:Broken"
+    assert main([*SMALL, "--policy", f"{name}/none", "--json", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert f"{name}/none: dispatch policy" in error and "raised KeyError: 'tenant'" in error
+    assert "KeyError" in json.loads(path.read_text())["results"][0]["policy_errors"]["dispatch"]
+
+
+def test_latencies_of_nothing_are_not_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--kv-blocks", "1"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "60:40" in line)
+    assert line.split()[4:10] == ["-"] * 6 and line.split()[-1] == "25"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--trace", "t.csv", "--rate", "3"], "--rate has no meaning with --trace"),
+        (["osdi24-serving", "--cost-model", "x"], "--cost-model has no meaning with osdi24-serving"),
+        (["faults", "--json", "r.json"], "--json has no meaning with faults"),
+        (["faults", "--instances", "3"], "--instances has no meaning with faults"),
+        (["--seed", "-1"], "-1 is not in the range"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: list[str],
+    option: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", *arguments]) == 2
+    assert option in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -90,6 +90,11 @@ def test_models_come_from_their_config(tmp_path: Path) -> None:
         cost_model(f"{path}@a10")
 
 
+def test_a_pool_of_less_than_a_block_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="capacity_tokens 15 is less than a block of 16"):
+        replace(LLAMA_7B_A10, capacity_tokens=15).layout(16)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -91,8 +91,10 @@ def test_conversations_keep_their_count_and_their_bound() -> None:
         (lambda: Synthetic("M-M", 1.0, 1, seed=0, cv=-1.0), "variation must be above 0"),
         (lambda: Mix(1.5), "within 0 and 1"),
         (lambda: Mix(0.5, 1, (("a", 0.0),)), "tenant a: the weight"),
+        (lambda: Mix(0.5, 1, (("a", float("inf")),)), "above 0 and finite"),
         (lambda: Conversations(0.5, 1.0), "turns must be at least 1"),
         (lambda: Conversations(2.0, -1.0), "must not be negative"),
+        (lambda: Conversations(2.0, float("inf")), "be finite"),
     ],
 )
 def test_workloads_that_make_no_sense_are_refused(make: object, complaint: str) -> None:
@@ -116,6 +118,13 @@ HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         ("t.csv", HEAD + "2023-11-16 18:15:46.6805900,-3,4\n", "line 2: ContextTokens must be a positive"),
         ("t.csv", HEAD + "2023-11-16 18:15:46.6805900,3\n", "line 2: GeneratedTokens must be a positive"),
         ("t.csv", HEAD, "no requests"),
+        ("t.csv", HEAD + f"2023-11-16 18:15:46,3,{'1' * 5000}\n", "line 2: GeneratedTokens must be"),
+        ("t.csv", HEAD + f"2023-11-16 18:15:46,3,{'1' * 200_000}\n", "is not CSV: field larger"),
+        (
+            "t.jsonl",
+            f'{{"timestamp": {10**400}, "input_length": 3, "output_length": 1}}\n',
+            "line 1: timestamp must be",
+        ),
         ("t.jsonl", '{"timestamp": 0, "input_length": 3}\n', "line 1: output_length must be"),
         ("t.jsonl", '{"timestamp": 0, "input_length": 3, "output_length": 1}\n[]\n', "line 2: a request is"),
         ("t.jsonl", '{"timestamp": true, "input_length": 3, "output_length": 1}\n', "line 1: timestamp must"),
@@ -156,6 +165,9 @@ def test_traces_are_read_by_time_and_cut_to_the_model(tmp_path: Path) -> None:
     assert trace.requests == 2 and read_trace(path, 1000, 1).requests == 1
     with pytest.raises(ConfigurationError, match="cannot read"):
         read_trace(tmp_path / "none.csv", 1000)
+    spreadsheet = tmp_path / "s.csv"
+    spreadsheet.write_text(HEAD + "2023-11-16 18:15:46,3,4\n", encoding="utf-8-sig", newline="\r\n")
+    assert read_trace(spreadsheet, 1000).requests == 1
 
 
 def test_equal_hashes_are_equal_tokens_and_the_rest_is_the_requests_own() -> None:
