@@ -152,7 +152,7 @@ class VllmCore:
         vllm_id = self._vllm.add_request(
             name,
             tokens_input(list(request.tokens), cache_salt=name if self._salted else None),
-            vllm_params(request, self._eos),
+            vllm_params(request, self._eos, self.limits.vocab_size),
             arrival_time=request.arrived_at,
             lora_request=self._lora.request(request.adapter),
             priority=-request.execution_priority,

@@ -52,6 +52,10 @@ def test_arguments_are_json_or_texts() -> None:
         ("a=1;a=2", "a is named twice"),
         ("max-model-len=4096", "use --max-model-len"),
         ("kv_transfer_config={}", "not yours to set"),
+        (
+            "max_logprobs=3",
+            "max_logprobs is not yours to set: requests may ask for as many as the API allows",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(text: str, complaint: str) -> None:

@@ -13,7 +13,7 @@ from small_llama import small_llama
 from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec
-from llumnix.core.sampling import SamplingParams
+from llumnix.core.sampling import LOGPROBS_MAX, SamplingParams
 from llumnix.instance.vllm_engine import VllmEngine
 from llumnix.migration.transports import inprocess
 from llumnix.migration.transports.base import BlockReader
@@ -257,6 +257,21 @@ def test_stops_lengths_and_log_probabilities(engine: VllmEngine) -> None:
         assert logprob.top[0][0] == token and logprob.top[0][1] == logprob.logprob
         assert len(logprob.top) == 2
     assert all(one.top == () and one.logprob <= 0 for one in run.logprobs["n"])
+
+
+def test_stop_tokens_outside_the_vocabulary_never_come(engine: VllmEngine) -> None:
+    plain = Run(engine, spec("p")).out()["p"]
+    new = next(place for place in range(4, len(plain)) if plain[place] not in plain[:place])
+    stops = (engine._limits.vocab_size, plain[new])
+    run = Run(engine, spec("s", stop_token_ids=stops, min_tokens=3))
+    assert run.out()["s"] == plain[: new + 1]
+    assert run.reasons == {"s": FinishReason.STOP}
+
+
+def test_as_many_log_probabilities_as_can_be_asked_for(engine: VllmEngine) -> None:
+    run = Run(engine, spec("l", logprobs=LOGPROBS_MAX))
+    run.out()
+    assert {len(one.top) for one in run.logprobs["l"]} == {LOGPROBS_MAX}
 
 
 def test_refusals(engine: VllmEngine) -> None:
