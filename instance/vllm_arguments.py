@@ -51,7 +51,7 @@ def check_version() -> str:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-        if version.rpartition(".")[0] not in SUPPORTED and version not in SUPPORTED:
+        if ".".join(version.split(".")[:2]) not in SUPPORTED:
             tried = ", ".join(f"{one}.x" for one in SUPPORTED)
             raise ConfigurationError(f"vLLM {version} is installed; supported is {tried}")
         return version

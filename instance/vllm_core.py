@@ -299,7 +299,11 @@ class VllmCore:
 
     def _make_pool(self, layout: KvLayout) -> KvPool:
         """The pool that peers read and requests come in through, of ``staging_gib``, in host memory."""
-        blocks = int(self._staging_gib * GIB) // replace(layout, blocks=1).block_bytes
+        block_bytes = replace(layout, blocks=1).block_bytes
+        blocks = int(self._staging_gib * GIB) // block_bytes
+        if blocks < 1:
+            told = f"staging_gib {self._staging_gib:g}, not enough for one KV block of {block_bytes} bytes"
+            raise ConfigurationError(told)
         return KvPool(replace(layout, blocks=blocks), self._pool_name, torch.device("cpu"))
 
 

@@ -119,7 +119,9 @@ def _arguments(
     if not on_gpu:
         arguments["kv_cache_memory_bytes"] = int(config.kv_gib * GIB) // config.tensor_parallel
     if config.kv_blocks:
-        size = int(given.get("block_size", 16 if on_gpu else 128))
+        size = given.get("block_size", 16 if on_gpu else 128)
+        if type(size) is not int or size < 1:
+            raise ConfigurationError(f"engine_args: block_size must be a positive number, got {size!r}")
         arguments["block_size"] = size
         arguments["num_gpu_blocks_override"] = -(-config.kv_blocks * config.block_size // size) + NULL_BLOCKS
     return arguments

@@ -291,5 +291,7 @@ def test_vllm_that_cannot_start_says_why_in_a_line() -> None:
     with pytest.raises(ConfigurationError, match=r"vLLM did not start: .*no_such_thing") as caught:
         VllmEngine(config, "never")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="block_size must be a positive number, got 'x'"):
+        VllmEngine(EngineConfig(kind="vllm", kv_blocks=4, engine_args="block_size=x"), "never")
     with pytest.raises(ConfigurationError, match="vLLM has no argument no_such_thing"):
         VllmEngine(EngineConfig(kind="vllm", engine_args="no_such_thing=1"), "never")
