@@ -133,7 +133,6 @@ class VllmCore:
         self._vllm.engine_core.shutdown()
         if self._ranks is not None:
             self._ranks.close()
-        self._lora.close()
         withdraw(self._pool_name)
         self.exchange.pool.close()
 

@@ -18,6 +18,7 @@ from llumnix.instance.model_loader import resolve_model
 from llumnix.instance.vllm_adapters import read_adapters
 from llumnix.instance.vllm_arguments import check_version, parse_arguments, speculates
 from llumnix.instance.vllm_exchange import BLOCK_SIZE, EXCHANGE
+from llumnix.instance.vllm_shared_names import meeting_file, take_away
 
 ENVIRONMENT: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler must be in this process
@@ -73,7 +74,14 @@ def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     if plain:
         arguments = {name: value for name, value in arguments.items() if name not in OURS_ALONE}
     arguments |= lora_arguments(adapters, given)
-    return in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+    started = in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+    if config.tensor_parallel == 1:  # it has met nobody, and nobody else comes; ranks do it when they end
+        take_away(filter(None, map(meeting_file, started.collective_rpc(_init_method))))
+    return started
+
+
+def _init_method(worker: Any) -> str:
+    return str(worker.distributed_init_method)
 
 
 def unshared(config: EngineConfig) -> bool:

@@ -15,6 +15,7 @@ from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec
 from llumnix.core.sampling import LOGPROBS_MAX, SamplingParams
 from llumnix.instance.vllm_engine import VllmEngine
+from llumnix.instance.vllm_shared_names import meeting_file
 from llumnix.migration.transports import inprocess
 from llumnix.migration.transports.base import BlockReader
 from llumnix.migration.transports.factory import Readers
@@ -272,6 +273,12 @@ def test_as_many_log_probabilities_as_can_be_asked_for(engine: VllmEngine) -> No
     run = Run(engine, spec("l", logprobs=LOGPROBS_MAX))
     run.out()
     assert {len(one.top) for one in run.logprobs["l"]} == {LOGPROBS_MAX}
+
+
+def test_the_file_in_which_a_rank_alone_met_nobody_is_gone(engine: VllmEngine) -> None:
+    (told,) = engine._core._vllm.collective_rpc(lambda worker: worker.distributed_init_method)
+    file = meeting_file(told)
+    assert file is not None and not file.exists()
 
 
 def test_refusals(engine: VllmEngine) -> None:
