@@ -132,7 +132,7 @@ def test_kv_passes_between_different_numbers_of_ranks() -> None:
 
 def test_what_a_rank_cannot_do_is_told() -> None:
     with started("wrong", 2) as two:
-        with pytest.raises(TransportError, match=r"rank \d of vLLM: .*out of bounds"):
+        with pytest.raises(TransportError, match=r"rank \d of vLLM: .*out of range"):
             two.ranks.copy_in(two.exchange.pool, (0, 1), (99,), first=0, end=32)
         two.ranks.copy_in(two.exchange.pool, (0, 1), (1,), first=0, end=32)
 
