@@ -23,7 +23,7 @@ from llumnix.instance.request import Request
 from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
 from llumnix.instance.vllm_holds import Hold, Holds
-from llumnix.instance.vllm_launch import in_one_line, start_vllm, unshared
+from llumnix.instance.vllm_launch import start_vllm, unshared
 from llumnix.instance.vllm_lora import LoraRequests
 from llumnix.instance.vllm_model import end_tokens
 from llumnix.instance.vllm_ranks import Ranks
@@ -78,20 +78,16 @@ class VllmCore:
         offer(pool_name, self.exchange)
         degree = config.tensor_parallel
         self._ranks = Ranks(self.exchange, pool_name, degree) if degree > 1 else None
+        self._vllm = self._start(config)
         try:
-            self._vllm = start_vllm(config, pool_name)
             lora = self._vllm.vllm_config.lora_config
             self._lora = LoraRequests(config, int(lora.max_loras) if lora is not None else 0)
-            in_one_line(lambda: self._lora.prepare(self._vllm.add_lora))
-            if self._ranks is not None:
-                self._ranks.started()
-        except ConfigurationError as error:
-            withdraw(pool_name)
-            if self._ranks is not None:
-                self._ranks.close()
-                if self._ranks.failure:
-                    raise ConfigurationError(f"vLLM did not start: {self._ranks.failure}") from error
+            self._lora.prepare(self._vllm.add_lora, self._vllm.remove_lora)
+        except ConfigurationError:
+            self.close()
             raise
+        if self._ranks is not None:
+            self._ranks.started()
         self.holds = Holds(self.exchange)
         self.arrivals = Arrivals(self.exchange, self.holds)
         self.entered: dict[str, Entered] = {}
@@ -116,6 +112,17 @@ class VllmCore:
         self.batch_max = int(self._vllm.vllm_config.scheduler_config.max_num_seqs)
         if self._ranks is not None:
             self._warm_up()
+
+    def _start(self, config: EngineConfig) -> Any:
+        try:
+            return start_vllm(config, self._pool_name)
+        except ConfigurationError as error:
+            withdraw(self._pool_name)
+            if self._ranks is not None:
+                self._ranks.close()
+                if self._ranks.failure:
+                    raise ConfigurationError(f"vLLM did not start: {self._ranks.failure}") from error
+            raise
 
     def _warm_up(self) -> None:
         """Ranks compile a little in their first steps, for seconds, and anew for one token, a few, and any

@@ -148,11 +148,11 @@ def _prepare_process(config: EngineConfig, environment: Mapping[str, str]) -> No
     logging.getLogger("vllm").setLevel(logging.WARNING)
 
 
-def in_one_line(make: Callable[[], Any]) -> Any:
+def in_one_line(make: Callable[[], Any], failing: str = "vLLM did not start") -> Any:
     """What vLLM makes. It refuses settings, models and memory with several kinds of error; here they are
     ConfigurationError."""
     try:
         return make()
     except Exception as error:  # of many kinds, and a bare one when a rank does not come up
         text = " ".join(str(error).split())[:ERROR_CHARS_MAX] or type(error).__name__
-        raise ConfigurationError(f"vLLM did not start: {text}") from error
+        raise ConfigurationError(f"{failing}: {text}") from error

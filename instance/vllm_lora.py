@@ -11,6 +11,7 @@ Used by vllm_core.py, and by vllm_launch.py for the settings.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from llumnix.core.config import EngineConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.instance.user_cache import cached_folder
 from llumnix.instance.vllm_adapters import CONFIG, WEIGHTS, Adapter, read_adapters, room_for
+from llumnix.instance.vllm_launch import in_one_line
 
 BLANK: Final = ";"
 """A name no adapter of a user can have: it separates them."""
@@ -57,10 +59,14 @@ class LoraRequests:
             folder = _blank_folder(Path(adapters[0].folder))
             self._blank = LoRARequest(BLANK, len(adapters) + 1, str(folder))
 
-    def prepare(self, add: Callable[[LoRARequest], object]) -> None:
-        """Have vLLM load what no user asks for, so that it is refused at the start if at all."""
+    def prepare(self, add: Callable[[LoRARequest], object], remove: Callable[[int], object]) -> None:
+        """Have vLLM load each adapter once: one that it does not take would else end the step that first
+        wants it, and the instance. The user's are loaded again when they are wanted."""
+        for name, request in self._requests.items():
+            in_one_line(partial(add, request), f"lora_modules: {name}: vLLM does not take it")
+            remove(request.lora_int_id)
         if self._blank is not None:
-            add(self._blank)
+            in_one_line(partial(add, self._blank), "vLLM does not take an adapter of zeros")
 
     @property
     def names(self) -> frozenset[str]:

@@ -43,7 +43,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def engines(model: str, adapters: dict[str, Path]) -> Iterator[tuple[VllmEngine, VllmEngine]]:
     """Of one rank, and of two; closed in order they leave no file behind."""
     configs = [settings(model, 1, adapters=adapters), settings(model, 2, adapters=adapters, more=SHARDED)]
-    one, two = (VllmEngine(config.engine, f"sharded-{n}") for n, config in enumerate(configs))
+    one, two = (VllmEngine(config.engine, f"sharded-{os.getpid()}-{n}") for n, config in enumerate(configs))
     files = meeting_files(children(os.getpid()))
     yield one, two
     two.close()
