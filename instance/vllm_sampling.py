@@ -35,7 +35,8 @@ def vllm_params(request: Request, eos_token_ids: frozenset[int], vocab_size: int
     return VllmSamplingParams(
         temperature=0.0,
         max_tokens=sampling.max_tokens - generated,
-        min_tokens=max(0, sampling.min_tokens - generated),
+        # Until then vLLM keeps back the model's end tokens too, even if nothing ends this request.
+        min_tokens=max(0, sampling.min_tokens - generated) if ends else 0,
         ignore_eos=True,  # the model's end tokens are among the stop tokens if they count
         stop_token_ids=sorted(ends),
         logprobs=None if sampling.logprobs == LOGPROBS_OFF else sampling.logprobs,

@@ -1,6 +1,7 @@
 """One real vLLM engine under the Engine protocol: requests taken out and put back, preempted, aborted and
 refused, with our sampling and with log probabilities."""
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +9,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from small_llama import small_llama
+from small_llama import SAID, small_llama
 
 from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.errors import ConfigurationError
@@ -25,15 +26,20 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = tuple(range(1000, 1055))
 CAPACITY_TOKENS = 640
+VOCABULARY = 8192
 EPOCHS = count(1)  # an engine remembers what has finished, and at which epoch
 ANY_EPOCH = 10_000
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    folder = tmp_path_factory.mktemp("model")
+    model = small_llama(folder, vocabulary=VOCABULARY)
+    ends = {"eos_token_id": list(range(0, VOCABULARY, VOCABULARY // SAID))}  # all that it says
+    (folder / "generation_config.json").write_text(json.dumps(ends))
     config = EngineConfig(
         kind="vllm",
-        model=small_llama(tmp_path_factory.mktemp("model"), vocabulary=8192),
+        model=model,
         device="cpu",
         dtype="float32",
         kv_blocks=CAPACITY_TOKENS // 16,
@@ -260,11 +266,17 @@ def test_stops_lengths_and_log_probabilities(engine: VllmEngine) -> None:
     assert all(one.top == () and one.logprob <= 0 for one in run.logprobs["n"])
 
 
+def test_end_tokens_that_are_ignored_may_come_before_min_tokens(engine: VllmEngine) -> None:
+    plain = Run(engine, spec("p")).out()["p"]
+    assert Run(engine, spec("m", min_tokens=20)).out()["m"] == plain
+    run = Run(engine, spec("e", ignore_eos=False))
+    assert run.out()["e"] == plain[:1] and run.reasons == {"e": FinishReason.STOP}
+
+
 def test_stop_tokens_outside_the_vocabulary_never_come(engine: VllmEngine) -> None:
     plain = Run(engine, spec("p")).out()["p"]
     new = next(place for place in range(4, len(plain)) if plain[place] not in plain[:place])
-    stops = (engine._limits.vocab_size, plain[new])
-    run = Run(engine, spec("s", stop_token_ids=stops, min_tokens=3))
+    run = Run(engine, spec("s", stop_token_ids=(VOCABULARY, plain[new])))
     assert run.out()["s"] == plain[: new + 1]
     assert run.reasons == {"s": FinishReason.STOP}
 
