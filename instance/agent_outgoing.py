@@ -162,8 +162,8 @@ class OutgoingMigrations:
         if len(self._running) >= self._config.outgoing_max:
             return f"{len(self._running)} migrations are leaving here already"
         if self._engine.movable(request_id) is None:
-            coming = self._engine.holds(request_id)
-            return "its KV is on its way in" if coming else "the request is not here"
+            here = self._engine.holds(request_id)
+            return "it has yet to join the batch here" if here else "the request is not here"
         delta = self._engine.output_since(request_id, 0)
         if delta is None or (delta.epoch & HOP_MAX) > HOP_MAX - RESUME_HOPS:
             return "the request has moved too often"

@@ -70,7 +70,7 @@ class AgentRole:
             spec = self._engine.spec_of(request_id, now)
             candidate = MoveCandidate(
                 request_id,
-                len(state.blocks),
+                -(-state.computed_tokens // self._engine.block_size),
                 spec.execution_priority,
                 waiting=False,
                 tokens=state.known_tokens,

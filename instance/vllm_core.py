@@ -23,7 +23,7 @@ from llumnix.instance.request import Request
 from llumnix.instance.vllm_arrivals import Arrivals
 from llumnix.instance.vllm_exchange import Exchange, Import, offer, withdraw
 from llumnix.instance.vllm_holds import Hold, Holds
-from llumnix.instance.vllm_launch import in_one_line, start_vllm, unshared
+from llumnix.instance.vllm_launch import start_vllm, unshared
 from llumnix.instance.vllm_lora import LoraRequests
 from llumnix.instance.vllm_model import end_tokens
 from llumnix.instance.vllm_ranks import Ranks
@@ -78,20 +78,16 @@ class VllmCore:
         offer(pool_name, self.exchange)
         degree = config.tensor_parallel
         self._ranks = Ranks(self.exchange, pool_name, degree) if degree > 1 else None
+        self._vllm = self._start(config)
         try:
-            self._vllm = start_vllm(config, pool_name)
             lora = self._vllm.vllm_config.lora_config
             self._lora = LoraRequests(config, int(lora.max_loras) if lora is not None else 0)
-            in_one_line(lambda: self._lora.prepare(self._vllm.add_lora))
-            if self._ranks is not None:
-                self._ranks.started()
-        except ConfigurationError as error:
-            withdraw(pool_name)
-            if self._ranks is not None:
-                self._ranks.close()
-                if self._ranks.failure:
-                    raise ConfigurationError(f"vLLM did not start: {self._ranks.failure}") from error
+            self._lora.prepare(self._vllm.add_lora, self._vllm.remove_lora)
+        except ConfigurationError:
+            self.close()
             raise
+        if self._ranks is not None:
+            self._ranks.started()
         self.holds = Holds(self.exchange)
         self.arrivals = Arrivals(self.exchange, self.holds)
         self.entered: dict[str, Entered] = {}
@@ -117,6 +113,17 @@ class VllmCore:
         if self._ranks is not None:
             self._warm_up()
 
+    def _start(self, config: EngineConfig) -> Any:
+        try:
+            return start_vllm(config, self._pool_name)
+        except ConfigurationError as error:
+            withdraw(self._pool_name)
+            if self._ranks is not None:
+                self._ranks.close()
+                if self._ranks.failure:
+                    raise ConfigurationError(f"vLLM did not start: {self._ranks.failure}") from error
+            raise
+
     def _warm_up(self) -> None:
         """Ranks compile a little in their first steps, for seconds, and anew for one token, a few, and any
         number: have that done before anybody waits."""
@@ -133,7 +140,6 @@ class VllmCore:
         self._vllm.engine_core.shutdown()
         if self._ranks is not None:
             self._ranks.close()
-        self._lora.close()
         withdraw(self._pool_name)
         self.exchange.pool.close()
 
@@ -152,7 +158,7 @@ class VllmCore:
         vllm_id = self._vllm.add_request(
             name,
             tokens_input(list(request.tokens), cache_salt=name if self._salted else None),
-            vllm_params(request, self._eos),
+            vllm_params(request, self._eos, self.limits.vocab_size),
             arrival_time=request.arrived_at,
             lora_request=self._lora.request(request.adapter),
             priority=-request.execution_priority,
@@ -299,7 +305,11 @@ class VllmCore:
 
     def _make_pool(self, layout: KvLayout) -> KvPool:
         """The pool that peers read and requests come in through, of ``staging_gib``, in host memory."""
-        blocks = int(self._staging_gib * GIB) // replace(layout, blocks=1).block_bytes
+        block_bytes = replace(layout, blocks=1).block_bytes
+        blocks = int(self._staging_gib * GIB) // block_bytes
+        if blocks < 1:
+            told = f"staging_gib {self._staging_gib:g}, not enough for one KV block of {block_bytes} bytes"
+            raise ConfigurationError(told)
         return KvPool(replace(layout, blocks=blocks), self._pool_name, torch.device("cpu"))
 
 

@@ -25,6 +25,8 @@ from llumnix.migration.transports.base import ReaderFactory
 GROWTH_BLOCKS = 4
 """Blocks kept in the pool for what a request generates while it moves; more are taken if there are."""
 
+POOL_FULL = "the pool that peers read has no room for its KV"
+
 
 class VllmEngine(VllmRequests):
     """See the module. Raises ConfigurationError if vLLM does not start."""
@@ -41,7 +43,7 @@ class VllmEngine(VllmRequests):
         tokens = len(entered.request.tokens) + GROWTH_BLOCKS * size
         if self._staging.begin(request_id, first, tokens):
             return ""
-        return "the pool that peers read has no room for its KV"
+        return POOL_FULL
 
     def end_move(self, request_id: str) -> None:
         if self._staging.moving(request_id):
@@ -52,15 +54,16 @@ class VllmEngine(VllmRequests):
         if request is None or request_id in self._taken_out or (entered is not None and entered.importing):
             return None
         computed = entered.computed if entered is not None else 0
-        blocks: tuple[int, ...] = ()
+        blocks, hindrance = tuple[int, ...](), ""
         full, size, first = computed // self._limits.block_size, self._limits.block_size, 0
         copied = full
         if entered is not None and computed and self._staging.moving(request_id):
             found = self._staging.copied(request_id, entered.vllm_id, computed)
-            if found is None:
-                return None
             first = self._staging.began_at(request_id) // size
-            blocks, copied = found[0], found[1] // size
+            if found is None:
+                hindrance, copied = POOL_FULL, first
+            else:
+                blocks, copied = found[0], found[1] // size
         return MovableState(
             waiting=computed == 0,
             blocks=blocks,
@@ -70,6 +73,7 @@ class VllmEngine(VllmRequests):
             kv_version=request.kv_version,
             lagging=copied < full,
             first_block=first,
+            hindrance=hindrance,
         )
 
     def take_out(self, request_id: str) -> MovableState:

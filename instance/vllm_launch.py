@@ -18,6 +18,7 @@ from llumnix.instance.model_loader import resolve_model
 from llumnix.instance.vllm_adapters import read_adapters
 from llumnix.instance.vllm_arguments import check_version, parse_arguments, speculates
 from llumnix.instance.vllm_exchange import BLOCK_SIZE, EXCHANGE
+from llumnix.instance.vllm_shared_names import meeting_file, take_away
 
 ENVIRONMENT: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler must be in this process
@@ -73,7 +74,14 @@ def _start(config: EngineConfig, exchange_name: str, *, plain: bool) -> Any:
     if plain:
         arguments = {name: value for name, value in arguments.items() if name not in OURS_ALONE}
     arguments |= lora_arguments(adapters, given)
-    return in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+    started = in_one_line(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+    if config.tensor_parallel == 1:  # it has met nobody, and nobody else comes; ranks do it when they end
+        take_away(filter(None, map(meeting_file, started.collective_rpc(_init_method))))
+    return started
+
+
+def _init_method(worker: Any) -> str:
+    return str(worker.distributed_init_method)
 
 
 def unshared(config: EngineConfig) -> bool:
@@ -119,7 +127,9 @@ def _arguments(
     if not on_gpu:
         arguments["kv_cache_memory_bytes"] = int(config.kv_gib * GIB) // config.tensor_parallel
     if config.kv_blocks:
-        size = int(given.get("block_size", 16 if on_gpu else 128))
+        size = given.get("block_size", 16 if on_gpu else 128)
+        if type(size) is not int or size < 1:
+            raise ConfigurationError(f"engine_args: block_size must be a positive number, got {size!r}")
         arguments["block_size"] = size
         arguments["num_gpu_blocks_override"] = -(-config.kv_blocks * config.block_size // size) + NULL_BLOCKS
     return arguments
@@ -138,11 +148,11 @@ def _prepare_process(config: EngineConfig, environment: Mapping[str, str]) -> No
     logging.getLogger("vllm").setLevel(logging.WARNING)
 
 
-def in_one_line(make: Callable[[], Any]) -> Any:
+def in_one_line(make: Callable[[], Any], failing: str = "vLLM did not start") -> Any:
     """What vLLM makes. It refuses settings, models and memory with several kinds of error; here they are
     ConfigurationError."""
     try:
         return make()
     except Exception as error:  # of many kinds, and a bare one when a rank does not come up
         text = " ".join(str(error).split())[:ERROR_CHARS_MAX] or type(error).__name__
-        raise ConfigurationError(f"vLLM did not start: {text}") from error
+        raise ConfigurationError(f"{failing}: {text}") from error

@@ -8,7 +8,7 @@ index (head, token, dimension) splits into factors with a stride each. A layout 
 Made and called by the connector (vllm_connector.py), and by the copy thread of vllm_staging.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -18,6 +18,10 @@ from torch import Tensor
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import KvLayout
 
+PASS_ELEMENTS: Final = 1 << 20
+"""Copied at a time: what lies in between stays in the processor's caches."""
+RUNS_MAX: Final = 32
+"""Of consecutive blocks, written one after the other; more are written by number."""
 DIGIT: Final = 128  # numbers below it are exact in every format of KV that is taken here
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
@@ -49,11 +53,12 @@ class Packing:
     tokens: Factors
     dims: Factors
 
-    def view(self, layer: Tensor, shape: BlockShape) -> Tensor:
-        """The layer as ``[blocks, kv_heads, *token factors, *dimension factors]``."""
+    def view(self, layer: Tensor, shape: BlockShape, layers: int, spacing: int) -> Tensor:
+        """A layer and those that follow it in memory, ``spacing`` elements apart, as ``[blocks, layers,
+        kv_heads, *token factors, *dimension factors]``."""
         inner = (*self.tokens, *self.dims)
-        sizes = (shape.blocks, shape.kv_heads, *(size for size, _ in inner))
-        strides = (self.block_stride, self.head_stride, *(stride for _, stride in inner))
+        sizes = (shape.blocks, layers, shape.kv_heads, *(size for size, _ in inner))
+        strides = (self.block_stride, spacing, self.head_stride, *(stride for _, stride in inner))
         return layer.as_strided(sizes, strides, int(layer.storage_offset()) + self.offset)
 
 
@@ -147,62 +152,128 @@ class PoolTensor(Protocol):
 
 
 class KvCopier:
-    """A BlockCopier (vllm_exchange.py) between layers of this process and as many heads of a pool."""
+    """A BlockCopier (vllm_exchange.py) between layers of this process and as many heads of a pool.
+
+    Blocks are taken and put as they lie, whole, and brought into the other side's order in between: copying
+    from one strided place to another element by element is several times slower. Layers at equal distances
+    in one memory, as vLLM allocates them, are copied together as long as that is little."""
 
     def __init__(
         self, layers: Sequence[Tensor], packings: tuple[Packing, Packing], shape: BlockShape
     ) -> None:
         self.shape = shape
-        self._views = [tuple(packing.view(layer, shape) for packing in packings) for layer in layers]
+        self._stretches = list(_stretches(layers))
+        self._views = [
+            tuple(packing.view(layers[first], shape, count, spacing) for packing in packings)
+            for first, count, spacing in self._stretches
+        ]
+        self._as_they_lie = [_from_slowest(view) for view in self._views[0]]
 
     def copy_out(
         self, pool: PoolTensor, blocks: Sequence[int], pool_blocks: Sequence[int], *, first: int, end: int
     ) -> None:
         """See BlockCopier."""
         shape, size = self.shape, pool.layout.block_size
-        source = _ids(blocks[first // shape.block_size : -(-end // shape.block_size)], self._device)
-        target = _ids(pool_blocks[first // size : -(-end // size)], pool.tensor.device)
-        skip = first % shape.block_size
-        room = len(target) * size
-        for layer, views in enumerate(self._views):
-            for side, view in enumerate(views):
-                tokens = view[source].reshape(len(source), shape.kv_heads, shape.block_size, shape.head_dim)
-                tokens = tokens.transpose(0, 1).reshape(shape.kv_heads, -1, shape.head_dim)
-                tokens = _fit(tokens[:, skip:], room)
-                tokens = tokens.view(shape.kv_heads, len(target), size, shape.head_dim).transpose(0, 1)
-                pool.tensor[target, layer, side] = tokens.to(pool.tensor.device)
+        source = _Places(blocks[first // shape.block_size : -(-end // shape.block_size)], self._device)
+        target = _Places(pool_blocks[first // size : -(-end // size)], pool.tensor.device)
+        skip, room = first % shape.block_size, target.count * size
+        for view, axes, part in self._parts(pool, source.count * shape.block_size):
+            found = source.take(view.permute(axes)).permute(_back(axes)).movedim(0, 2)
+            tokens = found.reshape(view.shape[1], shape.kv_heads, -1, shape.head_dim)
+            tokens = _fit(tokens[:, :, skip:], room)
+            tokens = tokens.view(*tokens.shape[:2], target.count, size, shape.head_dim)
+            target.put(part, tokens.movedim(2, 0).to(part.device))
 
     def copy_in(
         self, pool: PoolTensor, pool_blocks: Sequence[int], blocks: Sequence[int], *, first: int, end: int
     ) -> None:
         """See BlockCopier. Returns once the device has it."""
         shape, size = self.shape, pool.layout.block_size
-        source = _ids(pool_blocks[first // size : -(-end // size)], pool.tensor.device)
-        target = _ids(blocks[first // shape.block_size : -(-end // shape.block_size)], self._device)
-        skip = first % size
-        room = len(target) * shape.block_size
-        for layer, views in enumerate(self._views):
-            for side, view in enumerate(views):
-                tokens = pool.tensor[source, layer, side].transpose(0, 1)
-                tokens = tokens.reshape(shape.kv_heads, -1, shape.head_dim)
-                tokens = _fit(tokens[:, skip:], room)
-                tokens = tokens.view(shape.kv_heads, len(target), *view.shape[2:]).transpose(0, 1)
-                view[target] = tokens.to(view.device)
+        source = _Places(pool_blocks[first // size : -(-end // size)], pool.tensor.device)
+        target = _Places(blocks[first // shape.block_size : -(-end // shape.block_size)], self._device)
+        skip, room = first % size, target.count * shape.block_size
+        for view, axes, part in self._parts(pool, source.count * size):
+            found = source.take(part).movedim(0, 2)
+            tokens = found.reshape(view.shape[1], shape.kv_heads, -1, shape.head_dim)
+            tokens = _fit(tokens[:, :, skip:], room).to(view.device)
+            tokens = tokens.reshape(view.shape[1], shape.kv_heads, target.count, *view.shape[3:])
+            target.put(view.permute(axes), tokens.movedim(2, 0).permute(axes))
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+    def _parts(self, pool: PoolTensor, tokens: int) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
+        """What is copied at a time, so many tokens of it: keys or values of some layers, ``[blocks, layers,
+        kv_heads, …]``, how those lie, and the same in the pool."""
+        most = max(1, PASS_ELEMENTS // (tokens * self.shape.kv_heads * self.shape.head_dim))
+        for (first, count, _), views in zip(self._stretches, self._views):
+            for layer in range(0, count, most):
+                some = min(most, count - layer)
+                for side, (view, axes) in enumerate(zip(views, self._as_they_lie)):
+                    theirs = pool.tensor[:, first + layer : first + layer + some, side]
+                    yield view.narrow(1, layer, some), axes, theirs
 
     @property
     def _device(self) -> torch.device:
         return self._views[0][0].device
 
 
-def _ids(blocks: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(blocks, dtype=torch.int64, device=device)
+class _Places:
+    """Where blocks are among those of a tensor: in a few runs, as they mostly are, or by number."""
+
+    def __init__(self, blocks: Sequence[int], device: torch.device) -> None:
+        self.count = len(blocks)
+        begins = [at for at in range(len(blocks)) if at == 0 or blocks[at] != blocks[at - 1] + 1]
+        self._runs = [(blocks[at], at, end - at) for at, end in zip(begins, [*begins[1:], len(blocks)])]
+        self._numbers = torch.tensor(blocks, dtype=torch.int64, device=device)
+
+    def take(self, every: Tensor) -> Tensor:
+        """These of all blocks: the memory itself or a copy."""
+        if len(self._runs) == 1:
+            return every.narrow(0, self._runs[0][0], self.count)
+        return every.index_select(0, self._numbers)
+
+    def put(self, every: Tensor, found: Tensor) -> None:
+        """Write these of all blocks."""
+        if len(self._runs) > RUNS_MAX:
+            every.index_copy_(0, self._numbers, found)
+            return
+        for block, at, count in self._runs:
+            every.narrow(0, block, count).copy_(found.narrow(0, at, count))
+
+
+def _stretches(layers: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
+    """Layers at equal distances in one memory: the first, how many, and elements between two of them."""
+    first = 0
+    while first < len(layers):
+        places = [_place(layer) for layer in layers[first : first + 2]]
+        same = len(places) == 2 and places[0][0] == places[1][0]
+        spacing = max(0, places[1][1] - places[0][1]) if same else 0
+        count = 1
+        while spacing and first + count < len(layers):
+            memory, begin = _place(layers[first + count])
+            if (memory, begin) != (places[0][0], places[0][1] + count * spacing):
+                break
+            count += 1
+        yield first, count, spacing
+        first += count
+
+
+def _place(layer: Tensor) -> tuple[int, int]:
+    """Which memory a layer lies in, and where it begins there."""
+    return layer.untyped_storage().data_ptr(), int(layer.storage_offset())
+
+
+def _from_slowest(view: Tensor) -> tuple[int, ...]:
+    """The axes of a view, blocks and layers first and the others as they lie in memory."""
+    return (0, 1, *sorted(range(2, view.dim()), key=lambda axis: -view.stride()[axis]))
+
+
+def _back(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """What undoes a permutation."""
+    return tuple(axes.index(axis) for axis in range(len(axes)))
 
 
 def _fit(tokens: Tensor, room: int) -> Tensor:
-    """``[heads, tokens, dims]`` cut or padded with zeros to ``room`` tokens, contiguous."""
-    missing = room - tokens.shape[1]
-    if missing > 0:
-        return torch.nn.functional.pad(tokens, (0, 0, 0, missing))
-    return tokens[:, :room].contiguous()
+    """``[layers, heads, tokens, dims]`` cut or padded with zeros to ``room`` tokens."""
+    missing = room - tokens.shape[2]
+    return torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing > 0 else tokens[:, :, :room]

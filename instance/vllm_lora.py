@@ -8,22 +8,24 @@ slot more than the user asked for, so as many of the user's own fit in a batch a
 Used by vllm_core.py, and by vllm_launch.py for the settings.
 """
 
+import hashlib
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from llumnix.core.config import EngineConfig
 from llumnix.core.errors import ConfigurationError
+from llumnix.instance.user_cache import cached_folder
 from llumnix.instance.vllm_adapters import CONFIG, WEIGHTS, Adapter, read_adapters, room_for
+from llumnix.instance.vllm_launch import in_one_line
 
 BLANK: Final = ";"
 """A name no adapter of a user can have: it separates them."""
@@ -52,22 +54,19 @@ class LoraRequests:
         adapters = read_adapters(config)
         self._requests = {one.name: LoRARequest(one.name, one.number, one.folder) for one in adapters}
         self._slots = slots
-        self._folder: TemporaryDirectory[str] | None = None
         self._blank: LoRARequest | None = None
         if adapters and current_platform.is_cpu():
-            self._folder = TemporaryDirectory(prefix="llumnix-blank-adapter-")
-            _write_blank(Path(self._folder.name), Path(adapters[0].folder))
-            self._blank = LoRARequest(BLANK, len(adapters) + 1, self._folder.name)
+            folder = _blank_folder(Path(adapters[0].folder))
+            self._blank = LoRARequest(BLANK, len(adapters) + 1, str(folder))
 
-    def close(self) -> None:
-        """Nothing is loaded any more."""
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def prepare(self, add: Callable[[LoRARequest], object]) -> None:
-        """Have vLLM load what no user asks for, so that it is refused at the start if at all."""
+    def prepare(self, add: Callable[[LoRARequest], object], remove: Callable[[int], object]) -> None:
+        """Have vLLM load each adapter once: one that it does not take would else end the step that first
+        wants it, and the instance. The user's are loaded again when they are wanted."""
+        for name, request in self._requests.items():
+            in_one_line(partial(add, request), f"lora_modules: {name}: vLLM does not take it")
+            remove(request.lora_int_id)
         if self._blank is not None:
-            add(self._blank)
+            in_one_line(partial(add, self._blank), "vLLM does not take an adapter of zeros")
 
     @property
     def names(self) -> frozenset[str]:
@@ -91,16 +90,24 @@ class LoraRequests:
         return adapter in used or len(used) < self._slots
 
 
-def _write_blank(folder: Path, like: Path) -> None:
+def _blank_folder(like: Path) -> Path:
     """An adapter that changes nothing: one module's matrices of another, all zeros. vLLM takes none without
-    any."""
+    any. In the user's cache, by what is in it: vLLM may read it again at any time, and an instance that is
+    killed takes nothing away."""
     weights = _read_weights(like)
     down = min((name for name in weights if re.search(MATRIX_A, name)), default="")
     names = [name for name in (down, re.sub(MATRIX_A, r"lora_\1B", down)) if name in weights]
     if len(names) != 2:
         raise ConfigurationError(f"lora_modules: the weights in {like} have no pair of LoRA matrices")
-    save_file({name: torch.zeros_like(weights[name]) for name in names}, folder / WEIGHTS[0])
-    shutil.copyfile(like / CONFIG, folder / CONFIG)
+    zeros = {name: torch.zeros_like(weights[name]) for name in names}
+    files = {WEIGHTS[0]: save(zeros), CONFIG: (like / CONFIG).read_bytes()}
+
+    def write(folder: Path) -> None:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
+    digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in files.values()))
+    return cached_folder("blank-adapters", digest.hexdigest(), write)
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from llumnix.instance.vllm_exchange import Load
 from llumnix.instance.vllm_heads import HeadsOfRank, heads_of_rank
 from llumnix.instance.vllm_layout import KvCopier
 from llumnix.instance.vllm_rank_line import Line, address_of
-from llumnix.instance.vllm_shared_memory import take_away_of_rank
+from llumnix.instance.vllm_shared_names import meeting_file, take_away_of_rank
 from llumnix.kernels.cpu.huge_pages import map_shared
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,12 @@ class PoolPart:
 
 
 class Rank:
-    """See the module. Raises TransportError if there is no instance."""
+    """See the module. ``init_method`` is what vLLM has told the ranks to meet by. Raises TransportError if
+    there is no instance."""
 
-    def __init__(self, pool_name: str, rank: int, ranks: int) -> None:
+    def __init__(self, pool_name: str, rank: int, ranks: int, init_method: str) -> None:
         self._rank, self._ranks = rank, ranks
+        self._met_in = meeting_file(init_method)
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             end.connect(address_of(pool_name))
@@ -70,7 +72,13 @@ class Rank:
         here, and ends this process some time."""
         text = " ".join(str(error).split())[:REASON_CHARS_MAX]
         self._line.send(RankFailed(text or type(error).__name__))
-        take_away_of_rank()
+        take_away_of_rank(self._met_in)
+
+    def leave(self, status: int) -> NoReturn:
+        """End this process at once."""
+        with suppress(OSError):
+            take_away_of_rank(self._met_in)
+        os._exit(status)
 
     def heads(self, kv_heads: int) -> HeadsOfRank:
         """Which of a model's KV heads are here."""
@@ -108,7 +116,7 @@ class Rank:
         except (ProtocolError, TransportError):
             log.exception("the line to the instance broke")
         finally:
-            leave(1)
+            self.leave(1)
 
     def _heard(self, message: object) -> None:
         if isinstance(message, PoolOffered):
@@ -149,19 +157,12 @@ class Rank:
         self._line.send(CopyDone(number, "" if error is None else f"rank {self._rank} of vLLM: {error}"))
 
 
-def leave(status: int) -> NoReturn:
-    """End this process at once."""
-    with suppress(OSError):
-        take_away_of_rank()
-    os._exit(status)
-
-
 _joined: list[Rank] = []
 
 
-def join(pool_name: str, rank: int, ranks: int) -> Rank:
+def join(pool_name: str, rank: int, ranks: int, init_method: str = "") -> Rank:
     """Make this process a rank."""
-    _joined[:] = [Rank(pool_name, rank, ranks)]
+    _joined[:] = [Rank(pool_name, rank, ranks, init_method)]
     return _joined[0]
 
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from llumnix.instance.vllm_exchange import EXCHANGE
-from llumnix.instance.vllm_rank import Rank, join, leave
+from llumnix.instance.vllm_rank import Rank, join, joined
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -46,7 +46,8 @@ class RankWorker(Worker):  # type: ignore[misc]
         is_driver_worker: bool = False,
     ) -> None:
         pool_name = vllm_config.kv_transfer_config.kv_connector_extra_config[EXCHANGE]
-        rank_here = join(pool_name, rank, vllm_config.parallel_config.tensor_parallel_size)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        rank_here = join(pool_name, rank, ranks, distributed_init_method)
         self._llumnix = _Telling(rank_here)
         with self._llumnix:
             super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
@@ -62,4 +63,4 @@ class RankWorker(Worker):  # type: ignore[misc]
     def shutdown(self) -> None:
         """vLLM is done with this process, which left to itself takes seconds to end."""
         super().shutdown()
-        leave(0)
+        joined().leave(0)

@@ -34,7 +34,7 @@ from llumnix.instance.vllm_exchange import Exchange
 from llumnix.instance.vllm_heads import heads_of_rank
 from llumnix.instance.vllm_layout import BlockShape
 from llumnix.instance.vllm_rank_line import Line, address_of
-from llumnix.instance.vllm_shared_memory import mapped, take_away
+from llumnix.instance.vllm_shared_names import names_of, take_away
 
 COPY_TIMEOUT_S = 60.0
 """A bound only: ranks answer, or their lines end."""
@@ -67,7 +67,7 @@ class Ranks:
         self._lost = ""
         self._failure = ""
         self._keepers: tuple[int, ...] = ()
-        self._others_names = mapped(os.getpid())
+        self._others_names = names_of(os.getpid())
         self.shape = BlockShape(0, 0, 0, 0)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(address_of(pool_name))
@@ -98,7 +98,8 @@ class Ranks:
         self._copy(range(self._count), False, blocks, pool_blocks, first, end)
 
     def started(self) -> None:
-        """vLLM has started: whoever shares memory has mapped it, and it needs no names any more."""
+        """vLLM has started: whoever shares memory has mapped it and all are connected, so that no names are
+        needed any more."""
         take_away(self._shared_names())
 
     def expect_end(self) -> None:
@@ -242,10 +243,10 @@ class Ranks:
         line.close()
 
     def _shared_names(self) -> frozenset[Path]:
-        """Of memory that this process has mapped since, or a rank."""
+        """Of memory that this process has mapped since, or a rank, and of where they listen."""
         with self._lock:
             pids = [os.getpid(), *(line.peer for line in self._lines.values())]
-        return frozenset[Path]().union(*map(mapped, pids)) - self._others_names
+        return frozenset[Path]().union(*map(names_of, pids)) - self._others_names
 
     def _lose(self, reason: str) -> None:
         with self._lock:

@@ -25,15 +25,18 @@ from llumnix.instance.sampler import Sampler
 OURS = "llumnix"
 
 
-def vllm_params(request: Request, eos_token_ids: frozenset[int]) -> VllmSamplingParams:
-    """What vLLM is told of a request whose known tokens it gets as a prompt."""
+def vllm_params(request: Request, eos_token_ids: frozenset[int], vocab_size: int) -> VllmSamplingParams:
+    """What vLLM is told of a request whose known tokens it gets as a prompt. It takes no stop tokens outside
+    the vocabulary, which never come anyway."""
     sampling, generated = request.sampling, request.output_len
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else eos_token_ids)
+    ends = {token for token in ends if token < vocab_size}
     ours = {"sampling": asdict(sampling), "prompt_len": request.prompt_len}
     return VllmSamplingParams(
         temperature=0.0,
         max_tokens=sampling.max_tokens - generated,
-        min_tokens=max(0, sampling.min_tokens - generated),
+        # Until then vLLM keeps back the model's end tokens too, even if nothing ends this request.
+        min_tokens=max(0, sampling.min_tokens - generated) if ends else 0,
         ignore_eos=True,  # the model's end tokens are among the stop tokens if they count
         stop_token_ids=sorted(ends),
         logprobs=None if sampling.logprobs == LOGPROBS_OFF else sampling.logprobs,

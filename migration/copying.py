@@ -59,11 +59,11 @@ class Copying:
         return f"{reason}, without its KV ({self._left_because})" if self._left_because else reason
 
     def lost(self, movable: Movable | None) -> str:
-        """Why what was copied does not count any more; empty: it does."""
+        """Why what was copied does not count any more, or no more can be; empty: it does, and can."""
         if movable is None:
             return "it was swapped in or has ended" if self.swapped else "the request has ended"
         if movable.kv_version == self._kv_version:
-            return ""
+            return movable.hindrance
         return "its KV in host memory is gone" if self.swapped else "the request was preempted"
 
     @property

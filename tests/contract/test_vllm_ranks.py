@@ -4,7 +4,10 @@ whole, whatever the number of ranks on either side, and none of them outlives th
 import multiprocessing
 import os
 import signal
+import socket
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -33,9 +36,11 @@ def layout(blocks: int = 0) -> KvLayout:
     return KvLayout(blocks, LAYERS, HEADS, 16, DIM, "float32")
 
 
-def run_rank(pool_name: str, rank: int, ranks: int, block_size: int, fails: str = "") -> None:
+def run_rank(
+    pool_name: str, rank: int, ranks: int, block_size: int, fails: str = "", init_method: str = ""
+) -> None:
     """The main of a rank: KV of zeros, ``[blocks, size, heads, 2, dim]`` a layer."""
-    here = join(pool_name, rank, ranks)
+    here = join(pool_name, rank, ranks, init_method)
     if fails:
         here.tell(ConfigurationError(fails))
         return
@@ -54,7 +59,13 @@ class Started:
     """An instance's side with its ranks."""
 
     def __init__(
-        self, name: str, count: int, block_size: int = 32, fails: str = "", blocks: int = 12
+        self,
+        name: str,
+        count: int,
+        block_size: int = 32,
+        fails: str = "",
+        blocks: int = 12,
+        init_method: str = "",
     ) -> None:
         def make_pool(shape: KvLayout) -> KvPool:
             if blocks == 0:
@@ -64,7 +75,9 @@ class Started:
         self.exchange = Exchange(make_pool)
         self.ranks = Ranks(self.exchange, name, count)
         self.processes: list[BaseProcess] = [
-            PROCESSES.Process(target=run_rank, args=(name, rank, count, block_size, fails if rank else ""))
+            PROCESSES.Process(
+                target=run_rank, args=(name, rank, count, block_size, fails if rank else "", init_method)
+            )
             for rank in range(count)
         ]
         for process in self.processes:
@@ -83,8 +96,8 @@ class Started:
 
 
 @contextmanager
-def started(name: str, count: int, block_size: int = 32) -> Iterator[Started]:
-    running = Started(f"{name}-{os.getpid()}", count, block_size)
+def started(name: str, count: int, block_size: int = 32, init_method: str = "") -> Iterator[Started]:
+    running = Started(f"{name}-{os.getpid()}", count, block_size, init_method=init_method)
     try:
         running.wait_ready()
         yield running
@@ -119,7 +132,7 @@ def test_kv_passes_between_different_numbers_of_ranks() -> None:
 
 def test_what_a_rank_cannot_do_is_told() -> None:
     with started("wrong", 2) as two:
-        with pytest.raises(TransportError, match=r"rank \d of vLLM: .*out of bounds"):
+        with pytest.raises(TransportError, match=r"rank \d of vLLM: .*out of range"):
             two.ranks.copy_in(two.exchange.pool, (0, 1), (99,), first=0, end=32)
         two.ranks.copy_in(two.exchange.pool, (0, 1), (1,), first=0, end=32)
 
@@ -133,6 +146,17 @@ def test_the_ranks_fall_together() -> None:
         with pytest.raises(TransportError, match=r"rank \d of vLLM has ended"):
             running.ranks.copy_in(running.exchange.pool, (0, 1), (1,), first=0, end=32)
         assert running.ranks.lost
+
+
+@contextmanager
+def listening() -> Iterator[Path]:
+    """A socket called as vLLM calls its own."""
+    file = Path(tempfile.gettempdir()) / str(uuid.uuid4())
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(file))
+        end.listen()
+        yield file
+    file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -164,6 +188,28 @@ def test_memory_that_an_instance_shares_with_its_ranks_loses_its_name() -> None:
                 assert time.monotonic() < give_up_at
                 time.sleep(0.02)
             assert [others.exists(), ours.exists()] == [True, False]
+
+
+def test_sockets_and_the_file_where_ranks_met_lose_their_names_too(tmp_path: Path) -> None:
+    met_in = tmp_path / "vllm_dist_0123"
+    init_method = f"file://{met_in}"
+    met_in.touch()
+    with (
+        listening() as others,
+        started("sockets", 2, init_method=init_method) as running,
+        listening() as ours,
+    ):
+        running.ranks.started()
+        assert [others.exists(), ours.exists()] == [True, False]
+        assert met_in.exists(), "ranks may still need it"
+    assert not met_in.exists()
+    with started("killed", 2, init_method=init_method) as running:
+        met_in.touch()
+        victim = running.processes[1]
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        assert running.ended()
+        assert not met_in.exists()
 
 
 def test_a_rank_that_cannot_start_says_why_and_leaves_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from engine_driving import small_engine, spec, step, undisturbed
 from migration_driving import MANAGER, READ, agent, commit, hello, reserve, sent_to
 
@@ -37,6 +38,18 @@ def test_a_prefill_that_has_ended_is_told_once_after_its_tokens_went_out() -> No
     assert (message.cause, message.candidate.waiting) == (MoveCause.PREFILLED, False)
     assert message.candidate.blocks == len(engine.movable("r").blocks)  # type: ignore[union-attr]
     assert wanted(list(one.after_step(step(engine), 1.2))) == []
+
+
+def test_blocks_count_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine()
+    one, movable = prefilling(engine), engine.movable
+    one.handle(Submit(spec("r")), 1.0)
+    result, state = step(engine), movable("r")
+    assert state is not None and state.blocks
+    monkeypatch.setattr(engine, "movable", lambda request_id: replace(state, blocks=()))  # as with vLLM
+    effects = list(one.after_step(result, 1.1))
+    message = next(m for m in sent_to(effects, MANAGER) if isinstance(m, MoveWanted))
+    assert message.candidate.blocks == len(state.blocks)
 
 
 def test_a_request_that_ends_with_its_first_token_wants_nothing() -> None:

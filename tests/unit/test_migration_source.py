@@ -366,6 +366,16 @@ def test_what_has_ended_takes_nothing_more() -> None:
         migration.handle(RESERVED, 9.0)
 
 
+def test_what_keeps_kv_from_moving_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    migration, engine = at(SourceState.COPYING)
+    state = engine.movable("r")
+    assert state is not None
+    monkeypatch.setattr(engine, "movable", lambda request_id: replace(state, hindrance="no room"))
+    (abort, last) = messages(migration.handle(StepEnded(), 1.1))
+    assert abort == AbortMigration("m", "no room")
+    assert isinstance(last, MigrationEnded) and last.reason == "no room"
+
+
 class LaggingEngine(InProcessEngine):
     """Keeps its KV elsewhere: blocks are in the pool that peers read only once ``there`` says so."""
 

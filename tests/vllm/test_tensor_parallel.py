@@ -17,7 +17,7 @@ import pytest_asyncio
 import torch
 from local_cluster import LocalCluster, local_cluster, simulated_config
 from lora_adapters import merge_adapter, write_adapter
-from shared_memory import shared_by
+from shared_memory import met_in, shared_by, sockets_of
 from small_llama import ADAPTED, small_llama
 from transformers import AutoModelForCausalLM
 
@@ -221,11 +221,18 @@ def children(pid: int) -> set[int]:
 
 
 def unnamed(pids: set[int]) -> bool:
-    """Whether these processes share memory that nobody finds any more, so that it is gone with them."""
-    shared = shared_by(pids)
-    return {name.partition("_")[0] for name in shared} >= {"vllm", "psm"} and not shared & set(
-        os.listdir("/dev/shm")
-    )
+    """Whether these processes share memory, and are connected by sockets, that nobody finds any more, so that
+    they are gone with them."""
+    shared, sockets = shared_by(pids), sockets_of(pids)
+    found = shared & set(os.listdir("/dev/shm")) or any(socket.exists() for socket in sockets)
+    return {name.partition("_")[0] for name in shared} >= {"vllm", "psm"} and bool(sockets) and not found
+
+
+def meeting_files(pids: set[int]) -> set[Path]:
+    """In which these ranks met: there as long as they run."""
+    files = met_in(shared_by(pids))
+    assert files and all(file.exists() for file in files)
+    return files
 
 
 def runs(pid: int) -> bool:
@@ -298,6 +305,7 @@ async def test_an_instance_ends_with_a_rank_and_its_requests_go_on(
     assert whole.pid is not None
     ranks = children(whole.pid)
     assert unnamed({whole.pid} | ranks)
+    files = meeting_files(ranks)
     running = asyncio.ensure_future(crowd(cluster, "k", NAMES, temperature=0.0))
     while not any(
         row.instance_id == "i1" and row.output_tokens > 3 for row in await cluster.manager.requests()
@@ -305,6 +313,7 @@ async def test_an_instance_ends_with_a_rank_and_its_requests_go_on(
         await asyncio.sleep(0.02)
     os.kill(max(ranks), signal.SIGKILL)
     await gone({whole.pid} | ranks)
+    assert not any(file.exists() for file in files)
     cluster.kill("i1")
     said = await running
     assert said == likeliest(model, said, [adapters.get(name) for name in NAMES])
@@ -324,8 +333,10 @@ async def test_a_killed_instance_takes_its_ranks_along_and_leaves_no_memory(
     ):
         await asyncio.sleep(0.02)
     assert unnamed({pid} | ranks)
+    files = meeting_files(ranks)
     cluster.kill("i2")
     await gone(ranks)
+    assert not any(file.exists() for file in files)
     said = await running
     assert said == likeliest(model, said)
     await cluster.idle()

@@ -1,6 +1,7 @@
 """One real vLLM engine under the Engine protocol: requests taken out and put back, preempted, aborted and
 refused, with our sampling and with log probabilities."""
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,13 +9,14 @@ from itertools import count
 from typing import Any
 
 import pytest
-from small_llama import small_llama
+from small_llama import SAID, small_llama
 
 from llumnix.core.config import EngineConfig, MigrationConfig
 from llumnix.core.errors import ConfigurationError
 from llumnix.core.messages.serving import FinishReason, RejectCode, RequestSpec
-from llumnix.core.sampling import SamplingParams
+from llumnix.core.sampling import LOGPROBS_MAX, SamplingParams
 from llumnix.instance.vllm_engine import VllmEngine
+from llumnix.instance.vllm_shared_names import meeting_file
 from llumnix.migration.transports import inprocess
 from llumnix.migration.transports.base import BlockReader
 from llumnix.migration.transports.factory import Readers
@@ -24,15 +26,20 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = tuple(range(1000, 1055))
 CAPACITY_TOKENS = 640
+VOCABULARY = 8192
 EPOCHS = count(1)  # an engine remembers what has finished, and at which epoch
 ANY_EPOCH = 10_000
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    folder = tmp_path_factory.mktemp("model")
+    model = small_llama(folder, vocabulary=VOCABULARY)
+    ends = {"eos_token_id": list(range(0, VOCABULARY, VOCABULARY // SAID))}  # all that it says
+    (folder / "generation_config.json").write_text(json.dumps(ends))
     config = EngineConfig(
         kind="vllm",
-        model=small_llama(tmp_path_factory.mktemp("model"), vocabulary=8192),
+        model=model,
         device="cpu",
         dtype="float32",
         kv_blocks=CAPACITY_TOKENS // 16,
@@ -259,6 +266,33 @@ def test_stops_lengths_and_log_probabilities(engine: VllmEngine) -> None:
     assert all(one.top == () and one.logprob <= 0 for one in run.logprobs["n"])
 
 
+def test_end_tokens_that_are_ignored_may_come_before_min_tokens(engine: VllmEngine) -> None:
+    plain = Run(engine, spec("p")).out()["p"]
+    assert Run(engine, spec("m", min_tokens=20)).out()["m"] == plain
+    run = Run(engine, spec("e", ignore_eos=False))
+    assert run.out()["e"] == plain[:1] and run.reasons == {"e": FinishReason.STOP}
+
+
+def test_stop_tokens_outside_the_vocabulary_never_come(engine: VllmEngine) -> None:
+    plain = Run(engine, spec("p")).out()["p"]
+    new = next(place for place in range(4, len(plain)) if plain[place] not in plain[:place])
+    run = Run(engine, spec("s", stop_token_ids=(VOCABULARY, plain[new])))
+    assert run.out()["s"] == plain[: new + 1]
+    assert run.reasons == {"s": FinishReason.STOP}
+
+
+def test_as_many_log_probabilities_as_can_be_asked_for(engine: VllmEngine) -> None:
+    run = Run(engine, spec("l", logprobs=LOGPROBS_MAX))
+    run.out()
+    assert {len(one.top) for one in run.logprobs["l"]} == {LOGPROBS_MAX}
+
+
+def test_the_file_in_which_a_rank_alone_met_nobody_is_gone(engine: VllmEngine) -> None:
+    (told,) = engine._core._vllm.collective_rpc(lambda worker: worker.distributed_init_method)
+    file = meeting_file(told)
+    assert file is not None and not file.exists()
+
+
 def test_refusals(engine: VllmEngine) -> None:
     too_long = engine.submit(spec("x", tuple(range(600))), 0.0)
     assert too_long is not None and too_long.code is RejectCode.INVALID
@@ -276,5 +310,7 @@ def test_vllm_that_cannot_start_says_why_in_a_line() -> None:
     with pytest.raises(ConfigurationError, match=r"vLLM did not start: .*no_such_thing") as caught:
         VllmEngine(config, "never")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="block_size must be a positive number, got 'x'"):
+        VllmEngine(EngineConfig(kind="vllm", kv_blocks=4, engine_args="block_size=x"), "never")
     with pytest.raises(ConfigurationError, match="vLLM has no argument no_such_thing"):
         VllmEngine(EngineConfig(kind="vllm", engine_args="no_such_thing=1"), "never")

@@ -15,7 +15,7 @@ from test_vllm_engine import ANY_EPOCH, EPOCHS, Run, copy_here, spec
 from llumnix.core.config import EngineConfig
 from llumnix.core.messages.control import InstanceHello, InstanceRole, MigrationEnded
 from llumnix.core.messages.migration import Commit, Committed, Denied, Reserve, Reserved
-from llumnix.instance.vllm_engine import VllmEngine
+from llumnix.instance.vllm_engine import POOL_FULL, VllmEngine
 from llumnix.migration.pace import CopySpeeds
 from llumnix.migration.source import SourceMigration
 from llumnix.migration.source_state import SourceState
@@ -197,6 +197,21 @@ def test_without_what_is_present_the_pool_is_too_small(
     assert state.first_block + len(state.blocks) == PRESENT + 1
     engine.end_move("a")
     assert leaving.run.out()["a"] == leaving.undisturbed
+
+
+def test_a_pool_that_fills_up_is_told(engine: VllmEngine) -> None:
+    prompt, pool = new_prompt(PROMPT_LEN), engine._staging.blocks
+    undisturbed = Run(engine, spec("a", prompt, max_tokens=140)).out()["a"]
+    run = Run(engine, spec("a", prompt, max_tokens=140))
+    run.step(4)
+    assert engine.begin_move("a", PRESENT) == ""
+    assert pool.reserve("others", pool.free_blocks) is not None
+    while (state := engine.movable("a")) is not None and not state.hindrance:
+        run.step()
+    assert state is not None and state.hindrance == POOL_FULL
+    pool.cancel("others")
+    engine.end_move("a")
+    assert run.out()["a"] == undisturbed
 
 
 def test_requests_of_vllm_come_before_what_is_kept(

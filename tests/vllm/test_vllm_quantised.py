@@ -2,6 +2,7 @@
 computes with them as they are, and moves do not notice, nor that there are two ranks at one end."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -159,7 +160,8 @@ def move(name: str, source: VllmEngine, target: VllmEngine) -> None:
 
 def test_a_request_over_int8_weights_moves_between_one_rank_and_two(tmp_path: Path) -> None:
     write_model(tmp_path, FIXED)
-    one, two = (VllmEngine(settings(tmp_path, "float32", degree=n), f"test-{n}") for n in (1, 2))
+    configs = [settings(tmp_path, "float32", degree=n) for n in (1, 2)]
+    one, two = (VllmEngine(config, f"test-{os.getpid()}-{n}") for n, config in enumerate(configs))
     try:
         undisturbed = Run(one, spec("a", PROMPT, max_tokens=60)).out()["a"]
         run = Run(one, spec("b", PROMPT, max_tokens=60))
