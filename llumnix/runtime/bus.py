@@ -111,7 +111,12 @@ class Bus:
         if len(self._peers) >= PEERS_MAX:
             self._drop_peer(next(iter(self._peers)), linger_ms=200)
         socket = self._socket(zmq.PUSH)
-        monitor = socket.get_monitor_socket(_LOST_EVENTS)
+        try:
+            monitor = socket.get_monitor_socket(_LOST_EVENTS)
+        except zmq.ZMQError:
+            socket.disable_monitor()
+            socket.close(linger=0)  # one that is open when the context is to end would hold it up for ever
+            raise
         self._peers[address] = (socket, monitor)
         self._loop.add_reader(monitor.fileno(), self._watch, address, monitor)
         try:
