@@ -68,6 +68,15 @@ def test_traces_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "t.jsonl" in capsys.readouterr().out
 
 
+def test_prompts_of_a_long_context_model_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = '{"timestamp": 0, "input_length": 90000, "output_length": 5, "hash_ids": []}\n'
+    (tmp_path / "t.jsonl").write_text(row)
+    arguments = ["--trace", f"{tmp_path}/t.jsonl", "--cost-model", "llama-3-8b@h200"]
+    assert main(["simulate", *arguments, "--json", f"{tmp_path}/r.json"]) == 0
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert (result["finished"], result["tokens"]) == (1, 5)
+
+
 def test_stories_of_faults_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "faults", "--seed", "3", "--seeds", "2"]) == 0
     alone = capsys.readouterr().out

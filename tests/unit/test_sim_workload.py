@@ -7,7 +7,7 @@ import pytest
 
 from llumnix.core.errors import ConfigurationError
 from llumnix.sim.lengths import BURSTGPT_OUT, LONG, MEDIUM, SHAREGPT_IN, SHORT, PowerLaw, Quantiles, lengths
-from llumnix.sim.tokens import prompt_tokens, tokens_of
+from llumnix.sim.tokens import PLACES, prompt_tokens, tokens_of
 from llumnix.sim.traces import read_trace
 from llumnix.sim.workload import Conversations, Mix, Synthetic
 
@@ -176,6 +176,18 @@ def test_equal_hashes_are_equal_tokens_and_the_rest_is_the_requests_own() -> Non
     assert one[:512] == other[:512] and one[512:1024] != other[512:1024]
     assert one[1024:] == tuple(tokens_of(5, 1024, 76))
     assert prompt_tokens(5, 600, (7, 8)) == one[:600] and prompt_tokens(5, 9, (-1,))[:9] != one[:9]
+
+
+def test_no_two_requests_of_a_long_run_begin_alike() -> None:
+    assert len({prompt_tokens(seed, 16) for seed in range(20_000)}) == 20_000
+
+
+def test_tokens_go_on_at_any_length() -> None:
+    """Prompts longer than 32,768 tokens were cut short, and what followed them ended in an IndexError."""
+    whole = prompt_tokens(PLACES - 5, 3 * PLACES)
+    assert len(whole) == 3 * PLACES and whole[:PLACES] == whole[PLACES : 2 * PLACES]
+    for start in (0, 3, 40_000, PLACES, 2 * PLACES + 1):
+        assert whole[start : start + 9] == tuple(tokens_of(PLACES - 5, start, 9))
 
 
 @pytest.mark.skipif(not AZURE.exists(), reason="the Azure trace is not part of the project")
