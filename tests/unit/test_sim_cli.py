@@ -61,6 +61,19 @@ def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert {row["workload"] for row in rows[place::2]} == {mean["workload"]}
 
 
+def test_seeds_need_not_have_the_same_in_them(tmp_path: Path) -> None:
+    """Of these three requests one is of high priority with seeds 1 and 2, none with seed 3."""
+    path = tmp_path / "r.json"
+    arguments = ["--lengths", "10:10", "--requests", "3", "--high-share", "0.3", "--seed", "1", "--seeds", "3"]
+    assert main(["simulate", *arguments, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert ["by_priority" in row for row in result["results"]] == [True, True, False]
+    means = result["means_over_seeds"][0]["by_priority"]["high"]["latency_s"]["request"]["mean"]
+    assert means == pytest.approx(
+        sum(row["by_priority"]["high"]["latency_s"]["request"]["mean"] for row in result["results"][:2]) / 2
+    )
+
+
 def test_traces_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 30, "output_length": 4}\n' * 5)
