@@ -64,8 +64,8 @@ def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_seeds_need_not_have_the_same_in_them(tmp_path: Path) -> None:
     """Of these three requests one is of high priority with seeds 1 and 2, none with seed 3."""
     path = tmp_path / "r.json"
-    arguments = ["--lengths", "10:10", "--requests", "3", "--high-share", "0.3", "--seed", "1", "--seeds", "3"]
-    assert main(["simulate", *arguments, "--json", str(path)]) == 0
+    arguments = ["--lengths", "10:10", "--requests", "3", "--high-share", "0.3", "--seed", "1"]
+    assert main(["simulate", *arguments, "--seeds", "3", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert ["by_priority" in row for row in result["results"]] == [True, True, False]
     means = result["means_over_seeds"][0]["by_priority"]["high"]["latency_s"]["request"]["mean"]

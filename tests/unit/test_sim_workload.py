@@ -1,5 +1,6 @@
 """Arrivals, lengths and trace files: what is promised of them, and what is refused."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,22 @@ def test_traces_are_read_by_time_and_cut_to_the_model(tmp_path: Path) -> None:
     spreadsheet = tmp_path / "s.csv"
     spreadsheet.write_text(HEAD + "2023-11-16 18:15:46,3,4\n", encoding="utf-8-sig", newline="\r\n")
     assert read_trace(spreadsheet, 1000).requests == 1
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_a_trace_is_the_same_in_every_time_zone(
+    zone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.csv"
+    times = ("2023-11-05 05:59:59.2500000", "2023-11-05 06:00:00+00:00", "2023-11-05 06:00:00.500000+00:00")
+    path.write_text(HEAD + "".join(f"{at},3,4\n" for at in (*times, "2023-11-05 07:00:01+01:00")))
+    monkeypatch.setenv("TZ", zone)  # in New York clocks were put back at that moment
+    time.tzset()
+    try:
+        assert [row.at_s for row in read_trace(path, 1000).rows] == [0.0, 0.75, 1.25, 1.75]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_equal_hashes_are_equal_tokens_and_the_rest_is_the_requests_own() -> None:
