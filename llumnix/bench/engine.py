@@ -136,11 +136,15 @@ class _Bench:
     def __init__(self, executor: TorchExecutor, config: EngineConfig, rng: np.random.Generator) -> None:
         self.engine = InProcessEngine(executor, config)
         self._device = executor.pool.tensor.device
+        self._step_tokens_max = config.step_tokens_max
         self._rng = rng
         self._submitted = 0
 
     def decode(self, batch: int, prompt_tokens: int, steps: int) -> DecodeResult:
-        specs = [self._spec(prompt_tokens, 2 * steps + 2 * WARMUP_STEPS + 2) for _ in range(batch)]
+        # The first to prefill decode until the last has, and are to last until the end all the same.
+        prefill_steps = -(-batch * prompt_tokens // max(1, self._step_tokens_max - batch + 1))
+        max_tokens = prefill_steps + WARMUP_STEPS + 2 * steps + 2
+        specs = [self._spec(prompt_tokens, max_tokens) for _ in range(batch)]
         self._start(specs)
         self._steps(WARMUP_STEPS)
         times = self._steps(steps)

@@ -1,8 +1,8 @@
 """The tokens of simulated requests: a function of (seed, position), made in runs at the speed of a slice.
 
 A fixed circle of PLACES pseudo-random tokens is read from a place that the seed decides, so a token that is
-lost, doubled, out of order or of another request shows, and no two of PLACES requests in a row begin alike: none
-finds KV of another in host memory. None of them is an end token.
+lost, doubled, out of order or of another request shows, and no two of PLACES requests in a row begin alike:
+none finds KV of another in host memory. None of them is an end token.
 """
 
 import random

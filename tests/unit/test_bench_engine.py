@@ -3,9 +3,14 @@
 import sys
 
 import click
+import numpy as np
 import pytest
+from test_torch_executor import MODEL
 
+from llumnix.bench.engine import WARMUP_STEPS, _Bench
 from llumnix.bench.engine_comparison import measure_vllm, with_ratios
+from llumnix.core.config import EngineConfig
+from llumnix.instance.torch_executor import TorchExecutor
 
 
 def test_ratios_compare_the_same_work() -> None:
@@ -33,3 +38,24 @@ def test_an_interpreter_that_is_not_there_is_refused() -> None:
 def test_a_failing_run_says_why() -> None:
     with pytest.raises(click.ClickException, match="KeyError: 'kv_gib'"):
         measure_vllm(sys.executable, {"threads": 2})
+
+
+def test_every_step_that_counts_is_one_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that prefilled first ended before the last steps: fewer rows, called the whole batch's."""
+    batch, steps = 6, 4
+    config = EngineConfig(device="cpu", block_size=4, kv_blocks=96, step_tokens_max=8)
+    executor = TorchExecutor.from_random(MODEL, config, seed=0, pool_name="unit-bench")
+    bench = _Bench(executor, config, np.random.default_rng(0))
+    step, tokens = bench.engine.step, []
+
+    def counted(clock):  # type: ignore[no-untyped-def]
+        result = step(clock)
+        tokens.append(sum(len(delta.tokens) for deltas in result.deltas.values() for delta in deltas))
+        return result
+
+    monkeypatch.setattr(bench.engine, "step", counted)
+    try:
+        bench.decode(batch, 10, steps)
+    finally:
+        executor.close()
+    assert tokens[-(WARMUP_STEPS + 2 * steps) :] == [batch] * (WARMUP_STEPS + 2 * steps)
