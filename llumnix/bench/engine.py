@@ -295,9 +295,19 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--model", default="smollm2", show_default=True, help="a folder, a hub id, or smollm2")
 @click.option("--dtype", default="bfloat16", show_default=True, help="format of weights and KV")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
-@click.option("--threads", default=0, help="compute threads; 0 takes torch's own choice")
-@click.option("--steps", default=50, show_default=True, help="decode steps measured per batch")
-@click.option("--seed", default=0, show_default=True, help="of the random prompts")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="compute threads; 0 takes torch's own choice"
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="decode steps measured per batch",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the random prompts"
+)
 @click.option(
     "--against-vllm", metavar="PYTHON", help="the interpreter of an environment with vLLM, to compare with"
 )

@@ -197,7 +197,7 @@ def _chance(row: dict[str, Any], side: str) -> str:
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=REAL_RUNS, show_default=True, help="Real runs."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @config_options
 def command(
     json_file: Path | None,

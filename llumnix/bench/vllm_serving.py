@@ -145,7 +145,7 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--requests", type=click.IntRange(min=10), default=60, show_default=True)
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=2.5, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(json_file: Path | None, requests: int, rate: float, repeats: int, seed: int) -> None:
     """vLLM's serving benchmark client against two vLLM instances, migration off and on. Needs vLLM."""
     try:
