@@ -20,7 +20,7 @@ from llumnix.bench.validation import (
     run_simulated,
     simulate_runs,
 )
-from llumnix.core.errors import ConfigurationError
+from llumnix.core.errors import ConfigurationError, LlumnixError
 from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.workload import Arrival
 
@@ -67,6 +67,14 @@ def test_simulated_runs_differ_as_real_ones_do_and_keep_their_requests_apart() -
     exact = [run_simulated(BASE, cost, arrivals, seed=1)[0].ttft_s] * SIMULATED_RUNS
     on_time = [run.ttft_s for run in simulate_runs(BASE, cost, arrivals, [0.0], seed=1)[0]]
     assert on_time == exact
+
+
+def test_a_request_refused_in_virtual_time_is_no_latency() -> None:
+    """Refused ones counted as first tokens before they were asked for."""
+    arrivals = Load("burstgpt", 8.0, rate=10.0, cv=1.0, count=60).arrivals(1024, seed=1)
+    tight = replace(BASE, engine=replace(BASE.engine, batch_max=1, waiting_max=1))
+    with pytest.raises(LlumnixError, match="answers failed in virtual time"):
+        run_simulated(tight, replace(LLAMA_7B_A10, max_model_len=2048), arrivals, seed=1)
 
 
 def answer(scale: float) -> Streamed:
