@@ -95,7 +95,7 @@ def run_real(
 def run_simulated(
     config: Config, cost: CostModel, arrivals: Sequence[Arrival], seed: int
 ) -> tuple[Seen, dict[str, Any]]:
-    """The same in virtual time. Raises LlumnixError if an answer fails, as a real run does: it has no times."""
+    """The same in virtual time. Raises LlumnixError if an answer fails, as a real run does."""
     simulation = Simulation(Settings(config, cost, Trace("validation", tuple(arrivals)), seed))
     simulation.run()
     if failed := simulation.recorder.failed:
