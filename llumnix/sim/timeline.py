@@ -102,11 +102,12 @@ class Timeline:
 
 
 def fragmented_blocks(reports: Iterable[LoadReport]) -> int:
-    """Blocks wanted by blocked heads of queues that the cluster's free blocks could hold together."""
+    """Blocks wanted by blocked heads of queues that the cluster's free blocks could hold together. A head that
+    lacks no block waits for a step to end or a place in the batch, not for memory."""
     free, heads = 0, []
     for report in reports:
         free += report.capacity_blocks - report.used_blocks - report.reserved_blocks
-        if report.waiting and report.head_blocks:
+        if report.head_missing_blocks:
             heads.append(report.head_blocks)
     total = 0
     for blocks in sorted(heads):

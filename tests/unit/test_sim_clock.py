@@ -77,6 +77,7 @@ def report(name: str, *, used: int, head: int, waiting: int) -> LoadReport:
         preemptions_total=0,
         finished_total=0,
         address=name,
+        head_missing_blocks=max(0, head + used - 100),
     )
 
 
@@ -85,6 +86,7 @@ def test_fragmented_is_what_all_free_memory_together_could_hold() -> None:
     assert fragmented_blocks([blocked, report("b", used=90, head=0, waiting=0)]) == 30
     assert fragmented_blocks([blocked, report("b", used=95, head=0, waiting=0)]) == 0
     assert fragmented_blocks([blocked, report("b", used=75, head=40, waiting=1)]) == 30
+    assert fragmented_blocks([report("a", used=60, head=30, waiting=1)]) == 0  # waits for a step to end
 
 
 def test_the_timeline_samples_and_stays_bounded() -> None:
