@@ -102,8 +102,8 @@ class Timeline:
 
 
 def fragmented_blocks(reports: Iterable[LoadReport]) -> int:
-    """Blocks wanted by blocked heads of queues that the cluster's free blocks could hold together. A head that
-    lacks no block waits for a step to end or a place in the batch, not for memory."""
+    """Blocks wanted by blocked heads of queues that the cluster's free blocks could hold together. A head
+    that lacks no block waits for a step to end or a place in the batch, not for memory."""
     free, heads = 0, []
     for report in reports:
         free += report.capacity_blocks - report.used_blocks - report.reserved_blocks
