@@ -48,6 +48,12 @@ def test_presets_run_at_given_rates(tmp_path: Path) -> None:
     assert [row["workload"] for row in rows] == ["S-S at 9/s, CV 3"] * 2
 
 
+def test_answers_of_one_token_have_no_decode_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["osdi24-priorities", "--lengths", "10:1", "--requests", "40", "--cv", "2", "--rate", "9"]
+    assert main(["simulate", *arguments]) == 0
+    assert "decode - (P99 -)" in capsys.readouterr().out
+
+
 def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.json"
     assert main([*SMALL, "--rate", "3", "--seed", "4", "--seeds", "2", "--json", str(path)]) == 0
