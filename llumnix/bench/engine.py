@@ -136,11 +136,15 @@ class _Bench:
     def __init__(self, executor: TorchExecutor, config: EngineConfig, rng: np.random.Generator) -> None:
         self.engine = InProcessEngine(executor, config)
         self._device = executor.pool.tensor.device
+        self._step_tokens_max = config.step_tokens_max
         self._rng = rng
         self._submitted = 0
 
     def decode(self, batch: int, prompt_tokens: int, steps: int) -> DecodeResult:
-        specs = [self._spec(prompt_tokens, 2 * steps + 2 * WARMUP_STEPS + 2) for _ in range(batch)]
+        # The first to prefill decode until the last has, and are to last until the end all the same.
+        prefill_steps = -(-batch * prompt_tokens // max(1, self._step_tokens_max - batch + 1))
+        max_tokens = prefill_steps + WARMUP_STEPS + 2 * steps + 2
+        specs = [self._spec(prompt_tokens, max_tokens) for _ in range(batch)]
         self._start(specs)
         self._steps(WARMUP_STEPS)
         times = self._steps(steps)
@@ -291,9 +295,19 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--model", default="smollm2", show_default=True, help="a folder, a hub id, or smollm2")
 @click.option("--dtype", default="bfloat16", show_default=True, help="format of weights and KV")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
-@click.option("--threads", default=0, help="compute threads; 0 takes torch's own choice")
-@click.option("--steps", default=50, show_default=True, help="decode steps measured per batch")
-@click.option("--seed", default=0, show_default=True, help="of the random prompts")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="compute threads; 0 takes torch's own choice"
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="decode steps measured per batch",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the random prompts"
+)
 @click.option(
     "--against-vllm", metavar="PYTHON", help="the interpreter of an environment with vLLM, to compare with"
 )

@@ -30,6 +30,7 @@ SIMULATED = {"llama-3-8b@a10": 1.0, "qwen-2.5-32b@a100-80g": 1.0}
 CPU_RATE = 1e3  # requests per second: all conversations begin at once, and the engine sets the pace
 BASES = ("per block", "batched")
 ANY = "any"  # in a row over all frequencies or patterns
+COUNT = click.IntRange(min=1)
 
 
 def scenarios(engine: str, link: str, rate: float, requests: int, seeds: range) -> list[Scenario]:
@@ -132,8 +133,10 @@ def _show(report: dict[str, Any]) -> None:
     show_default=True,
     help="The cost models, the real engine on this machine, or both.",
 )
-@click.option("--requests", default=1000, show_default=True, help="Requests of each simulated run.")
-@click.option("--cpu-requests", default=80, show_default=True, help="Requests of each real run.")
+@click.option(
+    "--requests", type=COUNT, default=1000, show_default=True, help="Requests of each simulated run."
+)
+@click.option("--cpu-requests", type=COUNT, default=80, show_default=True, help="Requests of each real run.")
 @click.option(
     "--link",
     type=click.Choice(["pcie4", "pcie4-light"]),
@@ -141,9 +144,9 @@ def _show(report: dict[str, Any]) -> None:
     show_default=True,
     help="Between device and host, in simulated runs.",
 )
-@click.option("--jobs", default=2, show_default=True, help="Simulated runs at a time.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--seeds", default=1, show_default=True, help="Runs of each row, from --seed on.")
+@click.option("--jobs", type=COUNT, default=2, show_default=True, help="Simulated runs at a time.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seeds", type=COUNT, default=1, show_default=True, help="Runs of each row, from --seed on.")
 def command(
     json_path: Path | None,
     engine: str,

@@ -15,7 +15,6 @@ it adds:
 import asyncio
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llumnix.bench.frontend_client import Heard, completion_request, run_clients
+from llumnix.bench.machine import describe_machine
 from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.errors import LlumnixError
 from llumnix.instance.simulated_executor import simulated_token
@@ -233,13 +233,6 @@ def _rss_mib(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES / 2**20
 
 
-def _commit() -> str:
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return shown.stdout.strip()
-
-
 @click.command("frontend")
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the result here.")
 @click.option("--clients", multiple=True, type=click.IntRange(min=1), default=(1, 1000), show_default=True)
@@ -261,6 +254,7 @@ def command(
 ) -> None:
     """Many streaming clients on a simulated cluster: errors, lost tokens, added latency, throughput,
     memory."""
+    machine = describe_machine()
     most = max(clients)
     batch = -(-most // instances) * 2  # room for an uneven spread
     options = {
@@ -284,20 +278,15 @@ def command(
     report = {
         "benchmark": "frontend",
         "config": options | {"tokens": tokens, "prompt_tokens": PROMPT_TOKENS, "ramp_s": ramp_s},
-        "machine": {
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "load": os.getloadavg()[0],
-        },
-        "commit": _commit(),
+        "machine": machine,
         "results": [asdict(result) for result in results],
     }
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     _show(results)
     if any(result.completed < result.clients for result in results):
-        raise LlumnixError(f"streams were not complete: {'; '.join(results[-1].problems)}")
+        problems = [problem for result in results for problem in result.problems]
+        raise LlumnixError(f"streams were not complete: {'; '.join(problems)}")
 
 
 def _show(results: Sequence[Result]) -> None:

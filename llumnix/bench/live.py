@@ -235,7 +235,7 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--cv", type=float, default=2.0, show_default=True, help="Burstiness of arrivals; 1: Poisson.")
 @click.option("--requests", "count", type=click.IntRange(min=10), default=180, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @config_options
 def command(
     json_file: Path | None,

@@ -79,9 +79,13 @@ class InstanceProcess:
         raise TransportError(f"instance {self._name} did not start within {START_TIMEOUT_S:g} s")
 
     def ask(self, order: str | int) -> Any:
-        """Its answer to ``reads`` or to a size in bytes; see ``_serve``."""
-        self._pipe.send(order)
-        return self._pipe.recv()
+        """Its answer to ``reads`` or to a size in bytes; see ``_serve``. Raises TransportError if it has
+        ended."""
+        try:
+            self._pipe.send(order)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            raise TransportError(f"instance {self._name} has ended") from None
 
     def begin_stop(self) -> None:
         with suppress(OSError):  # it has ended already

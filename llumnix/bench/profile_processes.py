@@ -123,7 +123,7 @@ def _hear(pipe: Connection, timeout_s: float) -> Any:
         heard = pipe.recv()
     except (EOFError, ConnectionError):
         raise LlumnixError("an engine's process ended before its profile was done") from None
-    if isinstance(heard, ConfigurationError):
+    if isinstance(heard, LlumnixError):
         raise heard
     return heard
 
@@ -145,6 +145,8 @@ def _engine(
         _serve(pipe, barrier, config, scenarios, executor, server.address, number == 0)
     except (EOFError, OSError, threading.BrokenBarrierError):
         pass  # the parent has gone, and says why
+    except LlumnixError as error:
+        pipe.send(error)
     finally:
         server.close()
         inprocess.withdraw(executor.pool)

@@ -69,7 +69,7 @@ def measure(instances: int, requests: int, rate: float, seed: int) -> Result:
 @click.option("--instances", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--requests", type=click.IntRange(min=1), default=10_000, show_default=True)
 @click.option("--rate", type=float, default=None, help="Requests per second; the paper's per instance.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Result file.")
 def command(instances: int, requests: int, rate: float | None, seed: int, json_path: Path | None) -> None:
     """Time and memory that a simulation takes."""

@@ -37,6 +37,8 @@ LAYOUTS = {
     "llama-3-8b": KvLayout(1, layers=32, kv_heads=8, block_size=16, head_dim=128, dtype="bfloat16"),
 }
 CHURN_POOLS = (1024, 2048, 8192)
+SWAP_BLOCKS_MAX = 256
+"""Churn seldom brings longer requests, and a pool below the least of those may never take the next one."""
 CHURN_TICKS = 2000
 CHURN_SEEDS = 8
 COLUMNS = (
@@ -124,11 +126,23 @@ def _show(report: dict[str, Any]) -> None:
 @click.command(name="swap")
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Write the results to this file.")
 @click.option("--model", type=click.Choice(list(LAYOUTS)), default="smollm2-135m", show_default=True)
-@click.option("--blocks", default=64, show_default=True, help="Blocks per swap.")
-@click.option("--pool-blocks", default=2048, show_default=True, help="Blocks of each pool, device and host.")
-@click.option("--repeats", default=60, show_default=True, help="Swaps per row.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--blocks",
+    type=click.IntRange(1, SWAP_BLOCKS_MAX),
+    default=64,
+    show_default=True,
+    help="Blocks per swap.",
+)
+@click.option(
+    "--pool-blocks",
+    type=click.IntRange(min=CHURN_POOLS[0]),
+    default=2048,
+    show_default=True,
+    help="Blocks of each pool, device and host.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=60, show_default=True, help="Swaps per row.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(
     json_path: Path | None, model: str, blocks: int, pool_blocks: int, repeats: int, device: str, seed: int
 ) -> None:

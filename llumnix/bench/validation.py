@@ -30,6 +30,7 @@ from llumnix.cli.config_flags import config_options, resolve
 from llumnix.cli.output_paths import OUTPUT_FILE
 from llumnix.core.config import ClusterConfig, Config, EngineConfig, SwapConfig
 from llumnix.core.config_source import Value
+from llumnix.core.errors import LlumnixError
 from llumnix.sim.cost import CostModel, read_cost_model
 from llumnix.sim.simulation import Settings, Simulation
 from llumnix.sim.summary import columns_of
@@ -94,9 +95,11 @@ def run_real(
 def run_simulated(
     config: Config, cost: CostModel, arrivals: Sequence[Arrival], seed: int
 ) -> tuple[Seen, dict[str, Any]]:
-    """The same in virtual time."""
+    """The same in virtual time. Raises LlumnixError if an answer fails, as a real run does."""
     simulation = Simulation(Settings(config, cost, Trace("validation", tuple(arrivals)), seed))
     simulation.run()
+    if failed := simulation.recorder.failed:
+        raise LlumnixError(f"{failed} answers failed in virtual time: the cluster refused them")
     columns = columns_of(simulation)
     order = np.argsort(columns["number"])
     arrived, first, last, tokens = (
@@ -197,7 +200,7 @@ def _chance(row: dict[str, Any], side: str) -> str:
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=REAL_RUNS, show_default=True, help="Real runs."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @config_options
 def command(
     json_file: Path | None,

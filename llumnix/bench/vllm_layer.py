@@ -171,16 +171,24 @@ class _Plain:
         workload = {"seed": seed, "steps": steps, "warmup_steps": WARMUP_STEPS, "vocab_size": vocabulary}
         self._process = context.Process(target=_serve_plain, args=(theirs, config, workload))
         self._process.start()
-        if not self._pipe.poll(START_TIMEOUT_S):
+        theirs.close()  # so that its end is heard
+        try:
+            self._hear(START_TIMEOUT_S)
+        except TransportError:
             self.close()
-            raise TransportError(f"plain vLLM did not start within {START_TIMEOUT_S:g} s")
-        self._pipe.recv()
+            raise
 
     def tokens_per_s(self, batch: int) -> float:
         self._pipe.send(batch)
-        if not self._pipe.poll(MEASURE_TIMEOUT_S):
-            raise TransportError(f"plain vLLM did not answer within {MEASURE_TIMEOUT_S:g} s")
-        return float(self._pipe.recv())
+        return self._hear(MEASURE_TIMEOUT_S)
+
+    def _hear(self, timeout_s: float) -> float:
+        if not self._pipe.poll(timeout_s):
+            raise TransportError(f"plain vLLM said nothing for {timeout_s:g} s")
+        try:
+            return float(self._pipe.recv())
+        except (EOFError, OSError):
+            raise TransportError("plain vLLM has ended") from None
 
     def close(self) -> None:
         self._process.kill()

@@ -29,7 +29,7 @@ from llumnix.core.config import ClusterConfig, Config, EngineConfig, FrontendCon
 from llumnix.core.errors import LlumnixError
 from llumnix.instance.model_loader import resolve_model
 
-CLIENT_TIMEOUT_S = 240.0
+CLIENT_TIMEOUT_S = 240.0  # beyond the time in which it sends its requests
 MODES = (DISPATCH_ONLY, MIGRATING)
 LATENCIES = tuple(f"{point}_{name}_ms" for name in ("ttft", "tpot", "itl") for point in ("median", "p99"))
 FIGURES = (*LATENCIES, "output_throughput", "request_throughput", "completed", "failed")
@@ -109,7 +109,11 @@ def _client(cluster: RealCluster, config: Config, requests: int, rate: float, se
             *("--tokenizer", str(resolve_model(config.engine.model)), "--seed", str(seed)),
             *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_TIMEOUT_S, check=False)
+        timeout_s = requests / rate + CLIENT_TIMEOUT_S
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        except subprocess.TimeoutExpired:
+            raise LlumnixError(f"vLLM's client did not finish within {timeout_s:.0f} s") from None
         result = Path(folder, "result.json")
         if done.returncode != 0 or not result.exists():
             last = (done.stderr or done.stdout).strip().splitlines()[-REASON_LINES:]
@@ -145,7 +149,7 @@ def _show(report: dict[str, Any]) -> None:
 @click.option("--requests", type=click.IntRange(min=10), default=60, show_default=True)
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=2.5, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(json_file: Path | None, requests: int, rate: float, repeats: int, seed: int) -> None:
     """vLLM's serving benchmark client against two vLLM instances, migration off and on. Needs vLLM."""
     try:

@@ -18,7 +18,13 @@ from llumnix.core.config_source import Value
     help="Write the cost model there, for simulate --cost-model.",
 )
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Write all points there.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the points kept for checking.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the points kept for checking.",
+)
 @config_options
 def command(
     out: Path, json_file: Path | None, seed: int, config_file: Path | None, **given: Value | None

@@ -65,9 +65,14 @@ def show_priorities(rows: Sequence[Row]) -> None:
             before, after = (run["by_priority"][which]["latency_s"] for run in (ignored, used))
             shown = []
             for kind in ("request", "prefill", "decode"):
-                mean, tail = (before[kind][point] / after[kind][point] for point in ("mean", "p99"))
-                shown.append(f"{kind} {mean:.2f} (P99 {tail:.2f})")
+                mean, tail = (_times(before[kind][point], after[kind][point]) for point in ("mean", "p99"))
+                shown.append(f"{kind} {mean} (P99 {tail})")
             print(f"{workload}, {policy}, times shorter, {which}: {', '.join(shown)}")
+
+
+def _times(before: float, after: float) -> str:
+    """How many times shorter; nothing to say of what did not happen, as decodes of answers of one token."""
+    return f"{before / after:.2f}" if after else "-"
 
 
 def show_savings(results: Sequence[Result]) -> list[dict[str, Any]]:

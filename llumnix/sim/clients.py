@@ -4,10 +4,11 @@ Every token that the table delivers is checked against what the client must get 
 instances note when tokens arrive (record.py); with faults the frontend does, since only it knows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llumnix.api.backend import StreamCall
+from llumnix.api.backend import FailKind, StreamCall
 from llumnix.api.stream_state import Deliver, Fail
 from llumnix.api.streams import StreamTable
 from llumnix.core.config import FrontendConfig
@@ -42,7 +43,8 @@ class Client:
 class ClientSide:
     """One frontend. ``timed``: it notes when tokens arrive. ``serving_s`` pass between a client's call
     and the moment the stream table hears of it. ``on_open`` hears of every call, ``on_answer`` of the first
-    token of each, ``on_close`` of every request that is over; ``turns_to_come`` are being thought about."""
+    token of each, ``on_close`` of every request that is over; ``turns_to_come`` are being thought about.
+    ``refused`` are requests that failed before their first token, the last at ``refused_at``."""
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class ClientSide:
         self._serving_s = serving_s
         self._on_open, self._on_answer, self._on_close = on_open, on_answer, on_close
         self.turns_to_come = 0
+        self.refused: Counter[FailKind] = Counter()
+        self.refused_at = 0.0
         self._clients: dict[str, Client] = {}
         self._hello_at = 0.0
 
@@ -135,7 +139,7 @@ class ClientSide:
             elif isinstance(effect, Deliver):
                 self._deliver(effect)
             elif isinstance(effect, Fail):
-                self._close(effect.request_id, failed=True)
+                self._fail(effect)
 
     def _deliver(self, effect: Deliver) -> None:
         client, request_id = self._clients[effect.request_id], effect.request_id
@@ -152,6 +156,14 @@ class ClientSide:
             if client.received != client.wanted:
                 raise InvariantError(f"{request_id} ended with {client.received} of {client.wanted} tokens")
             self._close(request_id, failed=False)
+
+    def _fail(self, effect: Fail) -> None:
+        received = self._clients[effect.request_id].received
+        if received:
+            raise InvariantError(f"{effect.request_id} failed after {received} tokens: {effect.reason}")
+        self.refused[effect.kind] += 1
+        self.refused_at = self._clock.now
+        self._close(effect.request_id, failed=True)
 
     def _close(self, request_id: str, *, failed: bool) -> None:
         client = self._clients.pop(request_id)

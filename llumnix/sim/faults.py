@@ -4,7 +4,8 @@ A small cluster with little memory serves a few requests while, for FAULTS_S, me
 and overtake each other, reads fail, processes die (some just as a commit is on its way), instances slow down,
 the manager restarts, requests are moved, instances drained, clients go away at random. Promises of safety are
 checked all the while. Then everything heals, and within HEALED_S every request must have finished with
-exactly its tokens, and no instance may hold anything.
+exactly its tokens, and no instance may hold anything. A client may go away, and one whose answer has not
+begun may be told that no instance takes it; no other request may fail.
 """
 
 import random
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+from llumnix.api.backend import FailKind
 from llumnix.core.config import (
     ClusterConfig,
     Config,
@@ -31,6 +33,7 @@ from llumnix.sim.simulation import Settings, Simulation
 from llumnix.sim.workload import Conversations, Mix, Synthetic
 
 FAULTS_S, HEALED_S = 4.0, 120.0
+RECOVERED_S = 10.0  # after healing; by then whoever was away is back and known
 CHECK_S = 0.1
 REQUESTS = 14
 CRASHES_MAX = 4
@@ -236,6 +239,19 @@ class Trouble:
         self._random.choice(self._simulation.frontends).abort_one(self._random.choice)
 
 
+def _check_refusals(simulation: Simulation) -> None:
+    """Raise InvariantError if a request was refused for anything but want of an instance that takes it, which
+    trouble alone can bring about. One whose answer had begun must not fail at all: see ClientSide."""
+    for frontend in simulation.frontends:
+        for kind in frontend.refused:
+            if kind is not FailKind.OVERLOADED:
+                raise InvariantError(f"a request was refused as {kind}")
+        if frontend.refused_at > FAULTS_S + RECOVERED_S:
+            raise InvariantError(
+                f"a request was refused {frontend.refused_at - FAULTS_S:.0f} s after healing"
+            )
+
+
 def _free_blocks(instance: Instance) -> int:
     load = instance.engine.load()
     return load.capacity_blocks - load.used_blocks - load.reserved_blocks
@@ -295,6 +311,7 @@ def run_seed(seed: int) -> Story:
         open_ids = sorted(simulation.recorder.live)
         raise InvariantError(f"{open_ids} are still open {HEALED_S:.0f} s after everything healed")
     simulation.settle()
+    _check_refusals(simulation)
     recorder = simulation.recorder
     return Story(
         seed=seed,

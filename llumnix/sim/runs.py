@@ -86,10 +86,19 @@ def over_seeds(results: Sequence[Result], seeds: int) -> list[dict[str, Any]]:
 def _mean(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, dict):
-        return {name: _mean([value.get(name, 0) for value in values]) for name in first}
+        names = dict.fromkeys(name for value in values for name in value)
+        return {name: _mean(_named(values, name)) for name in names}
     if isinstance(first, int | float):
         return float(f"{sum(values) / len(values):.6g}")
     return first
+
+
+def _named(values: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """What is counted is 0 where nobody counted it; what else a run has not, as requests of high priority, is
+    left to those that have."""
+    found = [value[name] for value in values if name in value]
+    absent = len(values) - len(found)
+    return found + [0] * absent if isinstance(found[0], int | float) else found
 
 
 def _cdf(values: NDArray[np.float64]) -> list[float]:

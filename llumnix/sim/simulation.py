@@ -185,4 +185,5 @@ class Simulation:
         self._hold_up(self.settings.cost.end_ms)
         self.finished_at = self.clock.now
         if self.over:
+            self.timeline.end()
             self.clock.stop()

@@ -2,12 +2,14 @@
 
 Fragmented memory, as in the paper: the demands of blocked heads of queues that all free memory of the cluster
 together would satisfy (smallest first), as a share of the cluster's memory. With perfect packing none of them
-would wait. Samples are bounded: when there are too many, every other one goes and the interval doubles.
+would wait. Samples are bounded: when there are too many, every other one goes and the interval doubles. What
+comes after the last request is over, when the cluster only settles, counts for nothing.
 """
 
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 from llumnix.core.messages.load import LoadReport
 from llumnix.sim.clock import Clock
@@ -30,14 +32,20 @@ class Timeline:
     _reports: dict[str, LoadReport] = field(default_factory=dict)
     _busy_s: float = 0.0
     _since: dict[str, float] = field(default_factory=dict)
+    _ended_at: float = inf
 
     def start(self) -> None:
         """Sample from now on."""
         self.clock.at(self.clock.now + self.interval_s, self._sample)
 
+    def end(self) -> None:
+        """The last request is over."""
+        self._ended_at = self.clock.now
+
     def report(self, report: LoadReport) -> None:
-        """An instance has said how it is."""
-        self._reports[report.instance_id] = report
+        """An instance has said how it is. Word that comes after its end is not heard."""
+        if report.instance_id in self._since:
+            self._reports[report.instance_id] = report
 
     def instance_up(self, instance_id: str) -> None:
         """It costs money from now on, if it does not already."""
@@ -45,7 +53,7 @@ class Timeline:
 
     def instance_down(self, instance_id: str) -> None:
         """It has ended."""
-        self._busy_s += self.clock.now - self._since.pop(instance_id)
+        self._busy_s += max(0.0, min(self.clock.now, self._ended_at) - self._since.pop(instance_id))
         self._reports.pop(instance_id, None)
 
     def instance_s(self, until: float) -> float:
@@ -58,6 +66,8 @@ class Timeline:
         return sum(column) / len(column) if column else 0.0
 
     def _sample(self, _: object) -> None:
+        if self.clock.now > self._ended_at:
+            return
         reports = self._reports
         capacity = sum(report.capacity_blocks for report in reports.values())
         used = sum(report.used_blocks + report.reserved_blocks for report in reports.values())
@@ -92,11 +102,12 @@ class Timeline:
 
 
 def fragmented_blocks(reports: Iterable[LoadReport]) -> int:
-    """Blocks wanted by blocked heads of queues that the cluster's free blocks could hold together."""
+    """Blocks wanted by blocked heads of queues that the cluster's free blocks could hold together. A head
+    that lacks no block waits for a step to end or a place in the batch, not for memory."""
     free, heads = 0, []
     for report in reports:
         free += report.capacity_blocks - report.used_blocks - report.reserved_blocks
-        if report.waiting and report.head_blocks:
+        if report.head_missing_blocks:
             heads.append(report.head_blocks)
     total = 0
     for blocks in sorted(heads):

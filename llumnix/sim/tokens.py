@@ -1,30 +1,34 @@
 """The tokens of simulated requests: a function of (seed, position), made in runs at the speed of a slice.
 
-A fixed table of pseudo-random tokens is read from a place that the seed decides, so a token that is lost,
-doubled, out of order or of another request shows. None of them is an end token.
+A fixed circle of PLACES pseudo-random tokens is read from a place that the seed decides, so a token that is
+lost, doubled, out of order or of another request shows, and no two of PLACES requests in a row begin alike:
+none finds KV of another in host memory. None of them is an end token.
 """
 
+import random
 from collections.abc import Iterable, Sequence
 
 from llumnix.instance.executor import Chunk, SampledToken
 from llumnix.instance.request import Request
-from llumnix.instance.simulated_executor import EOS_TOKEN, VOCAB_SIZE, simulated_token
+from llumnix.instance.simulated_executor import EOS_TOKEN, LETTERS, VOCAB_SIZE
 
 __all__ = ["EOS_TOKEN", "VOCAB_SIZE", "prompt_tokens", "sample", "sample_chunks", "tokens_of"]
 
 TABLE_SEED = 7
-PLACES = 4093
-LENGTH_MAX = 1 << 15
+PLACES = 1_048_573
 HASHED_TOKENS = 512
 HASHES = 1 << 64
-_TABLE = bytes(simulated_token(TABLE_SEED, position) for position in range(PLACES + LENGTH_MAX))
+_CIRCLE = random.Random(TABLE_SEED).randbytes(PLACES).translate(LETTERS * (256 // len(LETTERS)))
+_TABLE = 2 * _CIRCLE  # so that what is read in one go seldom meets its end
 _SAMPLED = tuple(SampledToken(token) for token in range(VOCAB_SIZE))
 
 
 def tokens_of(seed: int, start: int, count: int) -> bytes:
     """The tokens of a request at positions ``start … start + count - 1`` of prompt + output."""
-    place = seed % PLACES + start
-    return _TABLE[place : place + count]
+    place = (seed + start) % PLACES
+    end = place + count
+    table = _TABLE if end <= len(_TABLE) else _CIRCLE * (end // PLACES + 1)
+    return table[place:end]
 
 
 def prompt_tokens(seed: int, length: int, hashes: Sequence[int] = ()) -> tuple[int, ...]:
@@ -41,14 +45,14 @@ def _hashed(value: int) -> bytes:
 
 def sample(requests: Iterable[Request], count: int) -> list[bytes]:
     """The next ``count`` tokens of each request; for EngineCore.advance."""
-    places = [request.sampling.seed % PLACES + len(request.tokens) for request in requests]
+    places = [(request.sampling.seed + len(request.tokens)) % PLACES for request in requests]
     return [_TABLE[place : place + count] for place in places]
 
 
 def sample_chunks(chunks: tuple[Chunk, ...]) -> list[SampledToken]:
     """What a plan's sampling chunks produce, in its order."""
     return [
-        _SAMPLED[_TABLE[chunk.request.sampling.seed % PLACES + len(chunk.request.tokens)]]
+        _SAMPLED[_TABLE[(chunk.request.sampling.seed + len(chunk.request.tokens)) % PLACES]]
         for chunk in chunks
         if chunk.samples
     ]

@@ -5,11 +5,17 @@ from functools import cache
 import pytest
 
 from llumnix.api import stream_books, streams
+from llumnix.api.backend import FailKind
+from llumnix.api.stream_state import Effect, Stream
 from llumnix.core.errors import InvariantError
 from llumnix.instance.engine_core import EngineCore
+from llumnix.sim import faults
 from llumnix.sim.checks import check_tokens
+from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.faults import run_seed
+from llumnix.sim.simulation import Settings, Simulation
 from llumnix.sim.tokens import tokens_of
+from llumnix.sim.workload import Synthetic
 
 SEEDS, CHUNK = 200, 25
 
@@ -67,6 +73,33 @@ def test_leaked_reservations_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_client_that_is_never_told_the_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams.StreamTable, "tick", lambda self, now: [])
     assert any("still open" in complaint for complaint in stories_that_fail(6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"), [(FailKind.LOST, "failed after"), (FailKind.INVALID, "was refused as invalid")]
+)
+def test_requests_that_are_given_up_are_noticed(
+    kind: FailKind, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They counted as aborted or refused, and every story ended well."""
+
+    def give_up(self: streams.StreamTable, stream: Stream, now: float) -> list[Effect]:
+        return self._fail(stream, kind, "given up", 0.0)
+
+    monkeypatch.setattr(streams.StreamTable, "_continue", give_up)
+    assert any(complaint in told for told in stories_that_fail(16))
+
+
+def test_requests_refused_long_after_healing_are_noticed() -> None:
+    workload = Synthetic("9:5", 1.0, 1, seed=0)
+    simulation = Simulation(Settings(faults.CONFIG, LLAMA_7B_A10, workload))
+    (frontend,) = simulation.frontends
+    frontend.refused[FailKind.OVERLOADED] += 1
+    frontend.refused_at = faults.FAULTS_S + 2.0
+    faults._check_refusals(simulation)
+    frontend.refused_at = faults.FAULTS_S + faults.RECOVERED_S + 2.0
+    with pytest.raises(InvariantError, match="12 s after healing"):
+        faults._check_refusals(simulation)
 
 
 def test_wrong_tokens_are_noticed() -> None:

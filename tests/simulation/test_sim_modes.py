@@ -120,6 +120,12 @@ def test_the_busy_workload_has_it_all() -> None:
     assert summary["tokens_by_tenant"]["b"] > summary["tokens_by_tenant"]["a"]
 
 
+def test_the_cluster_is_looked_at_until_the_last_request_is_over_and_no_longer() -> None:
+    simulation = run(settings(BUSY))
+    samples = simulation.timeline.columns["at_s"]
+    assert simulation.finished_at - 1.0 < samples[-1] <= simulation.finished_at < simulation.clock.now - 20.0
+
+
 def test_host_memory_is_used_where_there_is_some() -> None:
     """Who gives way comes back from the host, and a conversation's next turn finds the last one there."""
     busy, talks = run(settings(BUSY, pairing="none", host_blocks=200)), run(settings(TALKS, host_blocks=200))

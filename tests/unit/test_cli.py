@@ -61,6 +61,11 @@ def test_every_setting_is_an_option_of_serve(capsys: pytest.CaptureFixture[str])
         (["serve", "--config", "/nowhere.toml"], 2, "does not exist"),
         (["stats"], 2, "No such command 'stats'"),
         (["bench", "nothing"], 2, "No such command 'nothing'"),
+        (["bench", "swap", "--pool-blocks", "128"], 2, "x>=1024"),  # whose next request may never fit
+        (["bench", "swap", "--device", "gpu"], 2, "is not one of"),
+        (["bench", "fairness", "--jobs", "0"], 2, "x>=1"),
+        (["bench", "engine", "--steps", "0"], 2, "x>=1"),
+        (["bench", "simulator", "--seed", "-1"], 2, "x>=0"),
         (["migrate", "r"], 2, "--to"),
         (["scale", "0"], 2, "x>=1"),
         (["status", "--url", "nonsense"], 1, "cannot call nonsense"),

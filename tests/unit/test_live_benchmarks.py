@@ -1,6 +1,7 @@
 """Benchmarks against a real cluster, without one: what they ask for, and what they make of the answers."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llumnix.bench import vllm_serving
 from llumnix.bench.live import COMPARISONS, Run, gains_of, results_of
-from llumnix.bench.live_load import Load, Streamed
+from llumnix.bench.live_load import Load, RealCluster, Streamed
 from llumnix.bench.live_model import cut_model
 from llumnix.bench.machine import OthersCpu
 from llumnix.bench.validation import (
@@ -20,7 +22,7 @@ from llumnix.bench.validation import (
     run_simulated,
     simulate_runs,
 )
-from llumnix.core.errors import ConfigurationError
+from llumnix.core.errors import ConfigurationError, LlumnixError
 from llumnix.sim.cost import LLAMA_7B_A10
 from llumnix.sim.workload import Arrival
 
@@ -69,6 +71,14 @@ def test_simulated_runs_differ_as_real_ones_do_and_keep_their_requests_apart() -
     assert on_time == exact
 
 
+def test_a_request_refused_in_virtual_time_is_no_latency() -> None:
+    """Refused ones counted as first tokens before they were asked for."""
+    arrivals = Load("burstgpt", 8.0, rate=10.0, cv=1.0, count=60).arrivals(1024, seed=1)
+    tight = replace(BASE, engine=replace(BASE.engine, batch_max=1, waiting_max=1))
+    with pytest.raises(LlumnixError, match="answers failed in virtual time"):
+        run_simulated(tight, replace(LLAMA_7B_A10, max_model_len=2048), arrivals, seed=1)
+
+
 def answer(scale: float) -> Streamed:
     return Streamed(Arrival(0.0, 8, 11), 0.0, scale, 2 * scale, scale / 5, 11, "")
 
@@ -104,6 +114,22 @@ def test_a_cut_model_has_its_first_layers_and_what_is_of_none(tmp_path: Path) ->
     assert not Path(folder).exists()
     with pytest.raises(ConfigurationError, match=r"--layers 13: .* has 12"), cut_model(str(tmp_path), 13):
         pass
+
+
+def test_a_client_that_does_not_finish_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the time in which it sends its requests, and some more."""
+    given: list[float] = []
+
+    def run(command: list[str], *, timeout: float, **_: object) -> None:
+        given.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(vllm_serving.subprocess, "run", run)
+    config = vllm_serving.settings()
+    here = replace(config, engine=replace(config.engine, model=str(Path(__file__).parent)))
+    with pytest.raises(LlumnixError, match="did not finish within 640 s"):
+        vllm_serving._client(RealCluster("http://127.0.0.1:1"), here, 1000, 2.5, 0)
+    assert given == [640.0]
 
 
 def test_the_processors_others_use_are_a_share() -> None:

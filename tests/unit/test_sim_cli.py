@@ -48,6 +48,12 @@ def test_presets_run_at_given_rates(tmp_path: Path) -> None:
     assert [row["workload"] for row in rows] == ["S-S at 9/s, CV 3"] * 2
 
 
+def test_answers_of_one_token_have_no_decode_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["osdi24-priorities", "--lengths", "10:1", "--requests", "40", "--cv", "2", "--rate", "9"]
+    assert main(["simulate", *arguments]) == 0
+    assert "decode - (P99 -)" in capsys.readouterr().out
+
+
 def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.json"
     assert main([*SMALL, "--rate", "3", "--seed", "4", "--seeds", "2", "--json", str(path)]) == 0
@@ -61,11 +67,33 @@ def test_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert {row["workload"] for row in rows[place::2]} == {mean["workload"]}
 
 
+def test_seeds_need_not_have_the_same_in_them(tmp_path: Path) -> None:
+    """Of these three requests one is of high priority with seeds 1 and 2, none with seed 3."""
+    path = tmp_path / "r.json"
+    arguments = ["--lengths", "10:10", "--requests", "3", "--high-share", "0.3", "--seed", "1"]
+    assert main(["simulate", *arguments, "--seeds", "3", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert ["by_priority" in row for row in result["results"]] == [True, True, False]
+    means = result["means_over_seeds"][0]["by_priority"]["high"]["latency_s"]["request"]["mean"]
+    assert means == pytest.approx(
+        sum(row["by_priority"]["high"]["latency_s"]["request"]["mean"] for row in result["results"][:2]) / 2
+    )
+
+
 def test_traces_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 30, "output_length": 4}\n' * 5)
     assert main(["simulate", "--trace", str(trace), "--instances", "1"]) == 0
     assert "t.jsonl" in capsys.readouterr().out
+
+
+def test_prompts_of_a_long_context_model_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = '{"timestamp": 0, "input_length": 90000, "output_length": 5, "hash_ids": []}\n'
+    (tmp_path / "t.jsonl").write_text(row)
+    arguments = ["--trace", f"{tmp_path}/t.jsonl", "--cost-model", "llama-3-8b@h200"]
+    assert main(["simulate", *arguments, "--json", f"{tmp_path}/r.json"]) == 0
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert (result["finished"], result["tokens"]) == (1, 5)
 
 
 def test_stories_of_faults_run(capsys: pytest.CaptureFixture[str]) -> None:

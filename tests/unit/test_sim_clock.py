@@ -77,6 +77,7 @@ def report(name: str, *, used: int, head: int, waiting: int) -> LoadReport:
         preemptions_total=0,
         finished_total=0,
         address=name,
+        head_missing_blocks=max(0, head + used - 100),
     )
 
 
@@ -85,6 +86,7 @@ def test_fragmented_is_what_all_free_memory_together_could_hold() -> None:
     assert fragmented_blocks([blocked, report("b", used=90, head=0, waiting=0)]) == 30
     assert fragmented_blocks([blocked, report("b", used=95, head=0, waiting=0)]) == 0
     assert fragmented_blocks([blocked, report("b", used=75, head=40, waiting=1)]) == 30
+    assert fragmented_blocks([report("a", used=60, head=30, waiting=1)]) == 0  # waits for a step to end
 
 
 def test_the_timeline_samples_and_stays_bounded() -> None:
@@ -101,6 +103,35 @@ def test_the_timeline_samples_and_stays_bounded() -> None:
     assert len(timeline.loads["a"]) == len(timeline.columns["at_s"])
     timeline.instance_down("a")
     assert timeline.instance_s(30_000.0) == pytest.approx(20_000.0)
+
+
+def test_what_comes_after_the_last_request_counts_for_nothing() -> None:
+    clock = Clock()
+    timeline = Timeline(clock)
+    for name in ("a", "b"):
+        timeline.instance_up(name)
+    timeline.report(report("a", used=80, head=0, waiting=0))
+    timeline.start()
+    clock.run(until=9.5)
+    timeline.end()
+    timeline.report(report("a", used=0, head=0, waiting=0))
+    clock.run(until=40.0)
+    timeline.instance_down("b")
+    assert timeline.instance_s(9.5) == pytest.approx(19.0)
+    assert len(timeline.columns["at_s"]) == 9 and timeline.mean("used") == pytest.approx(0.8)
+
+
+def test_an_instance_that_has_ended_has_no_load() -> None:
+    clock = Clock()
+    timeline = Timeline(clock)
+    for name in ("a", "b"):
+        timeline.instance_up(name)
+        timeline.report(report(name, used=60, head=0, waiting=0))
+    timeline.instance_down("b")
+    timeline.report(report("b", used=0, head=0, waiting=0))  # was on its way
+    timeline.start()
+    clock.run(until=1.5)
+    assert timeline.mean("used") == pytest.approx(0.6) and list(timeline.loads) == ["a"]
 
 
 def test_records_count_gaps_and_preemption_losses() -> None:

@@ -1,5 +1,6 @@
 """Arrivals, lengths and trace files: what is promised of them, and what is refused."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from llumnix.core.errors import ConfigurationError
 from llumnix.sim.lengths import BURSTGPT_OUT, LONG, MEDIUM, SHAREGPT_IN, SHORT, PowerLaw, Quantiles, lengths
-from llumnix.sim.tokens import prompt_tokens, tokens_of
+from llumnix.sim.tokens import PLACES, prompt_tokens, tokens_of
 from llumnix.sim.traces import read_trace
 from llumnix.sim.workload import Conversations, Mix, Synthetic
 
@@ -170,12 +171,40 @@ def test_traces_are_read_by_time_and_cut_to_the_model(tmp_path: Path) -> None:
     assert read_trace(spreadsheet, 1000).requests == 1
 
 
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_a_trace_is_the_same_in_every_time_zone(
+    zone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.csv"
+    times = ("2023-11-05 05:59:59.2500000", "2023-11-05 06:00:00+00:00", "2023-11-05 06:00:00.500000+00:00")
+    path.write_text(HEAD + "".join(f"{at},3,4\n" for at in (*times, "2023-11-05 07:00:01+01:00")))
+    monkeypatch.setenv("TZ", zone)  # in New York clocks were put back at that moment
+    time.tzset()
+    try:
+        assert [row.at_s for row in read_trace(path, 1000).rows] == [0.0, 0.75, 1.25, 1.75]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_equal_hashes_are_equal_tokens_and_the_rest_is_the_requests_own() -> None:
     one, other = prompt_tokens(5, 1100, (7, 8)), prompt_tokens(6, 1030, (7, 4101))
     assert len(one) == 1100 and len(other) == 1030
     assert one[:512] == other[:512] and one[512:1024] != other[512:1024]
     assert one[1024:] == tuple(tokens_of(5, 1024, 76))
     assert prompt_tokens(5, 600, (7, 8)) == one[:600] and prompt_tokens(5, 9, (-1,))[:9] != one[:9]
+
+
+def test_no_two_requests_of_a_long_run_begin_alike() -> None:
+    assert len({prompt_tokens(seed, 16) for seed in range(20_000)}) == 20_000
+
+
+def test_tokens_go_on_at_any_length() -> None:
+    """Prompts longer than 32,768 tokens were cut short, and what followed them ended in an IndexError."""
+    whole = prompt_tokens(PLACES - 5, 3 * PLACES)
+    assert len(whole) == 3 * PLACES and whole[:PLACES] == whole[PLACES : 2 * PLACES]
+    for start in (0, 3, 40_000, PLACES, 2 * PLACES + 1):
+        assert whole[start : start + 9] == tuple(tokens_of(PLACES - 5, start, 9))
 
 
 @pytest.mark.skipif(not AZURE.exists(), reason="the Azure trace is not part of the project")
