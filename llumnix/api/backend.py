@@ -89,7 +89,7 @@ class StreamFailed(LlumnixError):
 
 
 class ManagerAway(LlumnixError):
-    """The manager does not answer; it is being restarted. Serving goes on, orders have to wait."""
+    """The manager does not answer, and why: it is being restarted, or hangs. Serving goes on."""
 
 
 class TokenStream(Protocol):
@@ -104,7 +104,7 @@ class TokenStream(Protocol):
 
 
 class Admin(Protocol):
-    """Orders and questions to the manager. Each raises ManagerAway while it is restarting."""
+    """Orders and questions to the manager. Each raises ManagerAway while it does not answer."""
 
     async def status(self) -> ClusterSummary: ...
 

@@ -40,7 +40,7 @@ from llumnix.runtime.frontend import Frontend
 from llumnix.runtime.launch import find_manager, start_ray
 from llumnix.runtime.manager_actor import ClusterDescription
 from llumnix.runtime.model_info import model_info
-from llumnix.runtime.ray_admin import RayAdmin
+from llumnix.runtime.ray_admin import RayAdmin, ask_manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,15 @@ class Generated:
 async def connect(ray_address: str = "auto") -> "Cluster":
     """Connect to the Llumnix cluster of a Ray cluster: "auto" takes the one that RAY_ADDRESS names, or else
     the one started last on this machine; `llumnix serve` prints its address. Blocks for the second that
-    joining Ray takes. Raises ConfigurationError if there is none."""
+    joining Ray takes. Raises ConfigurationError if there is none, ManagerAway if its manager does not
+    answer."""
     start_ray(Config(cluster=ClusterConfig(ray_address=ray_address)))
     manager = find_manager()
     if manager is None:
         raise ConfigurationError(
             f"the Ray cluster at {ray_address!r} runs no Llumnix; start one with: llumnix serve"
         )
-    description: ClusterDescription = await manager.describe.remote()
+    description: ClusterDescription = await ask_manager(manager, "describe")
     engine, frontend = description.config.engine, description.config.frontend
     model = await asyncio.to_thread(model_info, engine, frontend.served_model_name, description.max_model_len)
     tokenizer = await asyncio.to_thread(load_tokenizer, model.tokenizer_folder)
@@ -74,7 +75,7 @@ class Cluster:
     """A running cluster. Use it as ``async with await llumnix.connect() as cluster``, in one event loop.
 
     Orders that cannot be carried out are answered with a Refusal, which says why, and change nothing.
-    ManagerAway is raised while the manager restarts; generating goes on meanwhile.
+    ManagerAway is raised while the manager does not answer; generating goes on meanwhile.
     """
 
     def __init__(
