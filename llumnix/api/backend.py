@@ -44,8 +44,9 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class StreamCall:
-    """One sequence to generate. Priorities: higher is more urgent. ``adapter`` is a LoRA adapter's name,
-    empty for the model alone. ``first_epoch`` must be higher where the id may have been used before."""
+    """One sequence to generate. ``request_id`` is that of no other in the whole cluster while it lasts: see
+    core/request_names.py. Priorities: higher is more urgent. ``adapter`` is a LoRA adapter's name, empty for
+    the model alone. ``first_epoch`` must be higher where the id may have been used before."""
 
     request_id: str
     prompt_tokens: tuple[int, ...]
