@@ -1,5 +1,6 @@
 """The HTTP application: routes, error shapes, health and metrics. Made once per frontend process."""
 
+import asyncio
 import logging
 import time
 from http import HTTPStatus
@@ -22,6 +23,7 @@ from llumnix.core.config import FrontendConfig
 from llumnix.observe.metrics import ClusterMetrics
 
 MANAGER_RETRY_AFTER_S = 2.0
+SCRAPE_TIMEOUT_S = 5.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger(__name__)
@@ -68,13 +70,15 @@ def create_app(backend: Backend, config: FrontendConfig, tokenizer: TextTokenize
         return JSONResponse({"version": __version__})
 
     async def metrics_page() -> Response:
-        """Prometheus' exposition format; without news of the instances while the manager is away."""
+        """Prometheus' exposition format; without news of the instances while the manager is away. Whoever
+        scrapes does not wait as long as an administrator."""
         rows: tuple[InstanceRow, ...] = ()
         try:
-            rows = await backend.admin.instances()
-            cluster.update(await backend.admin.status(), rows)
-            cluster.take(await backend.admin.events(cluster.last_event, EVENTS_MAX))
-        except ManagerAway:
+            async with asyncio.timeout(SCRAPE_TIMEOUT_S):
+                rows = await backend.admin.instances()
+                cluster.update(await backend.admin.status(), rows)
+                cluster.take(await backend.admin.events(cluster.last_event, EVENTS_MAX))
+        except (ManagerAway, TimeoutError):
             pass
         return Response(metrics.page(rows) + cluster.render(), media_type=METRICS_TYPE)
 
@@ -94,10 +98,9 @@ def _shape_errors(app: FastAPI) -> None:
         return error.response()
 
     async def manager_away(request: Request, error: Exception) -> Response:
-        text = "the manager is being restarted; serving goes on"
         return ApiError(
             503,
-            text,
+            f"{error}; serving goes on",
             kind="service_unavailable_error",
             code="manager_away",
             retry_after_s=MANAGER_RETRY_AFTER_S,

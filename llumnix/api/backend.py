@@ -44,8 +44,9 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class StreamCall:
-    """One sequence to generate. Priorities: higher is more urgent. ``adapter`` is a LoRA adapter's name,
-    empty for the model alone. ``first_epoch`` must be higher where the id may have been used before."""
+    """One sequence to generate. ``request_id`` is that of no other in the whole cluster while it lasts: see
+    core/request_names.py. Priorities: higher is more urgent. ``adapter`` is a LoRA adapter's name, empty for
+    the model alone. ``first_epoch`` must be higher where the id may have been used before."""
 
     request_id: str
     prompt_tokens: tuple[int, ...]
@@ -89,7 +90,7 @@ class StreamFailed(LlumnixError):
 
 
 class ManagerAway(LlumnixError):
-    """The manager does not answer; it is being restarted. Serving goes on, orders have to wait."""
+    """The manager does not answer, and why: it is being restarted, or hangs. Serving goes on."""
 
 
 class TokenStream(Protocol):
@@ -104,7 +105,7 @@ class TokenStream(Protocol):
 
 
 class Admin(Protocol):
-    """Orders and questions to the manager. Each raises ManagerAway while it is restarting."""
+    """Orders and questions to the manager. Each raises ManagerAway while it does not answer."""
 
     async def status(self) -> ClusterSummary: ...
 

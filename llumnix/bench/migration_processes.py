@@ -35,7 +35,7 @@ from llumnix.migration.transports.zmq_server import BlockServer
 from llumnix.runtime.bus import Bus
 from llumnix.runtime.instance_factory import KvHolder
 from llumnix.runtime.instance_server import InstanceServer
-from llumnix.runtime.loop_thread import LoopThread
+from llumnix.runtime.loop_thread import LoopThread, end_process
 
 START_TIMEOUT_S = 240.0
 RANDOM = "random"
@@ -46,7 +46,7 @@ class Listener:
     """A bus of this process: what instances say goes to ``heard``."""
 
     def __init__(self, config: Config, heard: Heard) -> None:
-        self._loop = LoopThread("benchmark")
+        self._loop = LoopThread("benchmark", end_process)
         self._bus = self._loop.run(_make_bus(config.cluster.bind_host, heard))
         self.address = self._bus.address
 

@@ -8,7 +8,7 @@ import httpx
 from llumnix.core.errors import LlumnixError
 
 CONNECT_TIMEOUT_S = 5.0
-QUESTION_TIMEOUT_S = 30.0
+QUESTION_TIMEOUT_S = 40.0  # longer than the server waits for the manager, so that its word is heard
 ORDER_TIMEOUT_S = 1000.0  # scaling waits for models to load, or for requests to leave
 
 

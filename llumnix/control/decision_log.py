@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sys import float_info
 
 from llumnix.core.admin import DecisionRow
+from llumnix.core.request_names import called
 
 REQUESTS_MAX = 10_000
 DECISIONS_MAX = 32
@@ -51,6 +52,10 @@ class DecisionLog:
         decisions.append(decision)
         if len(decisions) > DECISIONS_MAX:
             del decisions[0]
+
+    def called(self, asked: str) -> tuple[str, ...]:
+        """The requests decided about that may be meant, the longest without a decision first."""
+        return (asked,) if asked in self._requests else called(asked, self._requests)
 
     def rows(self, request_id: str, now: float) -> tuple[DecisionRow, ...]:
         """All that is kept about a request, oldest first. A draining instance has no finite score to show,

@@ -43,6 +43,7 @@ from llumnix.core.messages.control import (
 )
 from llumnix.core.messages.load import LoadReport
 from llumnix.core.messages.migration import MoveWanted
+from llumnix.core.request_names import ambiguous
 
 __all__ = ["Answered", "Effect", "GlobalScheduler", "Logged"]
 
@@ -186,9 +187,11 @@ class GlobalScheduler:
 
     def explain(self, request_id: str, now: float) -> tuple[DecisionRow, ...] | Refusal:
         """What was decided about a request, oldest first."""
-        rows = self._decisions.rows(request_id, now)
-        if rows:
-            return rows
+        meant = self._decisions.called(request_id)
+        if len(meant) == 1:
+            return self._decisions.rows(meant[0], now)
+        if meant:
+            return Refusal(ambiguous(request_id, meant))
         return Refusal(
             f"nothing is known of {request_id}: this manager, up for {now - self._started_at:.0f} s, has not "
             f"decided about it, or has about {REQUESTS_MAX} others since"

@@ -10,6 +10,7 @@ Each inquiry is answered exactly once. Called by the global scheduler only.
 from dataclasses import dataclass, field
 
 from llumnix.core.messages.control import RequestList, RequestRow, RequestStatus
+from llumnix.core.request_names import called
 
 ASK_TIMEOUT_S = 2.0
 INQUIRIES_MAX = 1_000
@@ -17,7 +18,8 @@ INQUIRIES_MAX = 1_000
 
 @dataclass(slots=True, eq=False)
 class Inquiry:
-    """One question. ``request_id`` and ``target_id`` are empty when all requests are to be listed."""
+    """One question. ``request_id`` is as asked, id or name (core/request_names.py). It and ``target_id`` are
+    empty when all requests are to be listed."""
 
     query_id: str
     deadline: float
@@ -31,10 +33,14 @@ class Inquiry:
         """Everything said so far, by instance id."""
         return tuple(row for instance_id in sorted(self.rows) for row in self.rows[instance_id])
 
-    def found(self) -> RequestRow | None:
-        """The request asked for. While it moves two may name it: the one that decodes it is its owner."""
-        named = [row for row in self.all_rows() if row.request_id == self.request_id]
-        return min(named, key=lambda row: row.status is RequestStatus.MIGRATING, default=None)
+    def meant(self) -> tuple[str, ...]:
+        """The ids of the requests that may be meant, of those heard of so far."""
+        return called(self.request_id, (row.request_id for row in self.all_rows()))
+
+    def found(self, request_id: str) -> RequestRow:
+        """One of those. While it moves two may name it: the one that decodes it is its owner."""
+        named = [row for row in self.all_rows() if row.request_id == request_id]
+        return min(named, key=lambda row: row.status is RequestStatus.MIGRATING)
 
 
 class Inquiries:

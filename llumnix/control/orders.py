@@ -10,7 +10,8 @@ from llumnix.control.inquiries import ASK_TIMEOUT_S, INQUIRIES_MAX, Inquiries, I
 from llumnix.control.rescheduler import Ended, Rescheduler
 from llumnix.core.admin import Refusal
 from llumnix.core.effects import Send
-from llumnix.core.messages.control import InstanceState, ListRequests, RequestList
+from llumnix.core.messages.control import InstanceState, ListRequests, RequestList, RequestRow
+from llumnix.core.request_names import ambiguous
 from llumnix.core.views import Move
 
 
@@ -99,13 +100,20 @@ class Orders:
                 return []
             self._inquiries.close(inquiry)
             return [Answered(inquiry.query_id, inquiry.all_rows())]
-        row = inquiry.found()
-        if row is None:
-            return [] if inquiry.waiting_for else self._answer_refusal(inquiry, self._not_found(inquiry))
-        move = Move(inquiry.request_id, row.instance_id, inquiry.target_id, "ordered by an administrator")
+        meant = inquiry.meant()
+        if meant != (inquiry.request_id,) and inquiry.waiting_for:
+            return []  # others may be called the same
+        if len(meant) != 1:
+            wrong = ambiguous(inquiry.request_id, meant) if meant else self._not_found(inquiry)
+            return self._answer_refusal(inquiry, wrong)
+        return self._move(inquiry, inquiry.found(meant[0]), now)
+
+    def _move(self, inquiry: Inquiry, row: RequestRow, now: float) -> list[Effect]:
+        """The request is found: order its migration."""
+        move = Move(row.request_id, row.instance_id, inquiry.target_id, "ordered by an administrator")
         wrong = self._rescheduler.unfit(move, row.adapter)
         if wrong:
-            return self._answer_refusal(inquiry, f"{inquiry.request_id} cannot move: {wrong}")
+            return self._answer_refusal(inquiry, f"{row.request_id} cannot move: {wrong}")
         source = self._cluster.get(row.instance_id)
         blocks = row.blocks or (source.blocks(row.prompt_tokens + row.output_tokens) if source else 0)
         inquiry.migration_id, effects = self._rescheduler.order(move, blocks, now)

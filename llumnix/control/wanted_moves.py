@@ -3,8 +3,11 @@ moved.
 
 An instance asks by MoveWanted; the round looks for requests that wait where they should not. Each is moved as
 soon as the policy names a target and both sides have a migration to spare: at once, when a migration there
-ends, or in a later round. The rest is bounded patience: a wish is forgotten after TRIES_MAX migrations that
-failed, when its instance ends, and, oldest first, beyond WANTED_MAX. Called by the global scheduler only.
+ends, or in a later round. Of one instance the oldest goes first, and the others wait for it, but not for
+ever: the manager does not hear when a request ends, so a wish that nobody has room for may be of one that is
+no more. After FIRST_S it only takes its turn. The rest is bounded patience: a wish is forgotten after
+TRIES_MAX migrations that failed, when its instance ends, and, oldest first, beyond WANTED_MAX. Called by the
+global scheduler only.
 """
 
 from dataclasses import dataclass
@@ -28,17 +31,21 @@ WANTED_MAX = 10_000
 TRIES_MAX = 3
 TRY_AGAIN_S = 0.25
 TARGETS_MAX = 8
+FIRST_S = 5.0
+TURNS_MAX = 8  # wishes of one instance that are tried in vain at a time
 
 Orders = list[Send | Logged]
 
 
 @dataclass(slots=True)
 class Wanted:
-    """One request that is to leave ``source_id``; ``tries`` migrations of it have failed."""
+    """One request that is to leave ``source_id``, wanted at ``since``; ``tries`` migrations of it have
+    failed."""
 
     candidate: MoveCandidate
     source_id: str
     incarnation: str
+    since: float
     tries: int = 0
     not_before: float = 0.0
 
@@ -68,7 +75,7 @@ class WantedMoves:
         record = self._cluster.get(message.instance_id)
         if record is None or record.hello.incarnation != message.incarnation:
             return []
-        wanted = Wanted(message.candidate, record.instance_id, message.incarnation)
+        wanted = Wanted(message.candidate, record.instance_id, message.incarnation, now)
         self._wanted.pop(message.candidate.request_id, None)
         self._wanted[message.candidate.request_id] = wanted
         if len(self._wanted) > WANTED_MAX:
@@ -98,27 +105,37 @@ class WantedMoves:
         for record in self._cluster.waiting_to_leave():
             for candidate in record.seen.candidates:
                 if candidate.prefills and not self._rescheduler.resting(candidate.request_id, now):
-                    orders += self._try(Wanted(candidate, record.instance_id, record.hello.incarnation), now)
+                    wanted = Wanted(candidate, record.instance_id, record.hello.incarnation, now)
+                    orders += self._try(wanted, now)
         return orders
 
     def _try_all(self, now: float, source_id: str) -> Orders:
-        """Those of one instance, or of all, oldest first; of each only until none goes any more."""
+        """Those of one instance, or of all, oldest first; of each only until none goes any more. Who has been
+        first in vain for long holds up nobody, and goes behind the others."""
         orders: Orders = []
-        stuck: set[str] = set()
-        for wanted in list(self._wanted.values()):
-            if wanted.source_id in stuck or (source_id and wanted.source_id != source_id):
+        turns: dict[str, int] = {}
+        for request_id, wanted in list(self._wanted.items()):
+            asked, left = wanted.source_id, turns.get(wanted.source_id, TURNS_MAX)
+            if not left or now < wanted.not_before or (source_id and asked != source_id):
                 continue
-            if now >= wanted.not_before:
-                tried = self._try(wanted, now)
-                if not tried:
-                    stuck.add(wanted.source_id)
+            tried = self._try(wanted, now)
+            if tried:
                 orders += tried
+            elif now - wanted.since < FIRST_S or self._busy(asked):
+                turns[asked] = 0
+            else:
+                turns[asked] = left - 1
+                if request_id in self._wanted:
+                    self._wanted[request_id] = self._wanted.pop(request_id)
         return orders
+
+    def _busy(self, source_id: str) -> bool:
+        """Whether it has no migration to spare."""
+        return self._cluster.moves.running_out(source_id) >= self._config.moves_per_instance_max
 
     def _try(self, wanted: Wanted, now: float) -> Orders:
         """Order the migration, if there is a target for it now."""
         candidate, source = wanted.candidate, self._cluster.get(wanted.source_id)
-        moves = self._cluster.moves
         request_id = candidate.request_id
         if source is None or source.hello.incarnation != wanted.incarnation or source.down:
             self._wanted.pop(request_id, None)
@@ -126,10 +143,7 @@ class WantedMoves:
         if suits(source.role, candidate.prefills):
             self._wanted.pop(request_id, None)  # the role has changed meanwhile
             return []
-        if (
-            source.report is None
-            or moves.running_out(source.instance_id) >= self._config.moves_per_instance_max
-        ):
+        if source.report is None or self._busy(source.instance_id):
             return []
         targets = self._targets(source, candidate.adapter, now)
         move = self._roles.leave(candidate, source.seen, targets, now) if targets else None

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from llumnix.core.config import Config
 from llumnix.core.errors import ConfigurationError
 from llumnix.runtime.instance_factory import InstanceIdentity, make_instance
-from llumnix.runtime.loop_thread import LoopThread
+from llumnix.runtime.loop_thread import LoopThread, end_process
 
 NAMESPACE = "llumnix"
 MANAGER_NAME = "manager"
@@ -82,11 +82,9 @@ class InstanceActor:
     def __init__(self, config: Config, instance_id: str, manager_address: str) -> None:
         tell_starting(instance_id)
         self._process = ProcessName(incarnation=uuid.uuid4().hex[:12], pid=os.getpid())
-        self._loop = LoopThread("instance-io")
+        self._loop = LoopThread("instance-io", end_process)
         identity = InstanceIdentity(instance_id, self._process.incarnation, manager_address)
-        self._instance = self._loop.run(
-            make_instance(on_this_host(config), identity, on_failure=lambda error: os._exit(1))
-        )
+        self._instance = self._loop.run(make_instance(on_this_host(config), identity, on_failure=end_process))
         self._instance.server.start()
 
     def process(self) -> ProcessName:

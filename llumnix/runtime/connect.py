@@ -9,7 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from types import TracebackType
 from typing import Any
@@ -33,13 +33,14 @@ from llumnix.core.epochs import epoch_at
 from llumnix.core.errors import ConfigurationError, ProtocolError
 from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.core.messages.serving import FinishReason, Submit
+from llumnix.core.request_names import id_of, name_at
 from llumnix.core.sampling import GREEDY_ONLY, SEED_MAX, SamplingParams
 from llumnix.runtime.actors import on_this_host
 from llumnix.runtime.frontend import Frontend
 from llumnix.runtime.launch import find_manager, start_ray
 from llumnix.runtime.manager_actor import ClusterDescription
 from llumnix.runtime.model_info import model_info
-from llumnix.runtime.ray_admin import RayAdmin
+from llumnix.runtime.ray_admin import RayAdmin, ask_manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,15 @@ class Generated:
 async def connect(ray_address: str = "auto") -> "Cluster":
     """Connect to the Llumnix cluster of a Ray cluster: "auto" takes the one that RAY_ADDRESS names, or else
     the one started last on this machine; `llumnix serve` prints its address. Blocks for the second that
-    joining Ray takes. Raises ConfigurationError if there is none."""
+    joining Ray takes. Raises ConfigurationError if there is none, ManagerAway if its manager does not
+    answer."""
     start_ray(Config(cluster=ClusterConfig(ray_address=ray_address)))
     manager = find_manager()
     if manager is None:
         raise ConfigurationError(
             f"the Ray cluster at {ray_address!r} runs no Llumnix; start one with: llumnix serve"
         )
-    description: ClusterDescription = await manager.describe.remote()
+    description: ClusterDescription = await ask_manager(manager, "describe")
     engine, frontend = description.config.engine, description.config.frontend
     model = await asyncio.to_thread(model_info, engine, frontend.served_model_name, description.max_model_len)
     tokenizer = await asyncio.to_thread(load_tokenizer, model.tokenizer_folder)
@@ -73,7 +75,7 @@ class Cluster:
     """A running cluster. Use it as ``async with await llumnix.connect() as cluster``, in one event loop.
 
     Orders that cannot be carried out are answered with a Refusal, which says why, and change nothing.
-    ManagerAway is raised while the manager restarts; generating goes on meanwhile.
+    ManagerAway is raised while the manager does not answer; generating goes on meanwhile.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Cluster:
         self.model = model
         self._admin = admin
         self._tokenizer = tokenizer
+        self._frontend_id = f"connect-{uuid.uuid4().hex[:8]}"
         self._frontend = Frontend(
             on_this_host(description.config),
-            frontend_id=f"connect-{uuid.uuid4().hex[:8]}",
+            frontend_id=self._frontend_id,
             manager_address=description.manager_address,
             on_failure=lambda error: self._frontend.stop(),
         )
@@ -114,7 +117,8 @@ class Cluster:
     ) -> AsyncIterator[Generated]:
         """Continue a text or a list of token ids, piece by piece. ``sampling`` takes the other fields of
         SamplingParams (temperature, top_p, seed, …), ``adapter`` one of ``model.adapters``. ``request_id``
-        may be used again once its request has ended. Leaving the loop early stops the request. Raises
+        is this handle's name for the request, which another handle may use as well; it may be used again
+        once its request has ended. Leaving the loop early stops the request. Raises
         ConfigurationError for settings out of range, StreamFailed if the cluster cannot take the request."""
         tokens = self._tokens(prompt)
         if not tokens or len(tokens) + max_tokens > self.model.max_model_len:
@@ -129,11 +133,14 @@ class Cluster:
             raise ConfigurationError(f"there is no LoRA adapter {adapter!r}")
         if self.model.greedy_only and not params.greedy:
             raise ConfigurationError(GREEDY_ONLY)
+        if not isinstance(request_id, str):
+            raise ConfigurationError(f"a request_id is a str, not {request_id!r}")
         name = request_id or f"gen-{uuid.uuid4().hex}"
-        if name in self._frontend.table:
+        full_id = id_of(request_id, self._frontend_id) if request_id else name
+        if full_id in self._frontend.table:
             raise ConfigurationError(f"request {name!r} is being generated already")
         call = StreamCall(
-            request_id=name,
+            request_id=full_id,
             prompt_tokens=tokens,
             sampling=params,
             scheduling_priority=priority,
@@ -171,12 +178,14 @@ class Cluster:
         return await self._admin.instances()
 
     async def requests(self) -> tuple[RequestRow, ...]:
-        """Every request of every instance."""
-        return await self._admin.requests()
+        """Every request of every instance. One that another handle chose the id of has that handle's name
+        behind it; orders and questions may leave it out as long as only one request is called so."""
+        rows = await self._admin.requests()
+        return tuple(replace(row, request_id=name_at(row.request_id, self._frontend_id)) for row in rows)
 
     async def migrate(self, request_id: str, to: str) -> MigrationResult | Refusal:
         """Move a request to the instance ``to``; answered when the migration has ended."""
-        return await self._admin.migrate(request_id, to)
+        return await self._admin.migrate(self._full_id(request_id), to)
 
     async def drain(self, instance_id: str) -> InstanceRow | Refusal:
         """Place nothing new on an instance and move away what it holds. Answered at once; watch
@@ -209,7 +218,12 @@ class Cluster:
 
     async def explain(self, request_id: str) -> tuple[DecisionRow, ...] | Refusal:
         """Where a request was placed and moved, and why, oldest first."""
-        return await self._admin.explain(request_id)
+        return await self._admin.explain(self._full_id(request_id))
+
+    def _full_id(self, request_id: str) -> str:
+        """A request that is generated here is meant before any other of its name."""
+        full_id = id_of(request_id, self._frontend_id)
+        return full_id if full_id in self._frontend.table else request_id
 
     async def events(self, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
         """What happened since the event numbered ``after``, oldest first."""

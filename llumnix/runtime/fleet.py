@@ -44,6 +44,7 @@ from llumnix.runtime.reservations import actor_options, give_back, reserved_ids
 FENCE_POLL_S = 0.1
 EMPTY_POLL_S = 0.1
 EMPTY_TIMEOUT_S = 600.0
+HELLO_TIMEOUT_S = 60.0  # it is the first word of a process that serves, and repeated on demand
 STARTS_MAX = 3  # processes of one instance that may begin before one of them serves
 RECOVERY_S = 3.0  # within it a manager that came back hears from every instance that is well
 
@@ -151,6 +152,7 @@ class Fleet:
         """Start one and wait until it serves. Returns the reason in one line if it cannot; then nothing of it
         is left."""
         self._starts[instance_id] = 0
+        before = self._hellos.get(instance_id)  # of an earlier process of this id
         try:
             options = await asyncio.to_thread(actor_options, self._config.engine, instance_id)
             actor = RemoteInstance.options(
@@ -162,6 +164,7 @@ class Fleet:
                 **options,
             ).remote(self._config, instance_id, self.server.address)
             await self._constructed(instance_id, actor)
+            await self._introduced(instance_id, before)
         except (RayActorError, ConfigurationError) as error:
             reason = last_line(error) if isinstance(error, RayActorError) else str(error)
             await asyncio.to_thread(stop_instance, instance_id, orderly=False)
@@ -169,8 +172,6 @@ class Fleet:
             return f"instance {instance_id} did not start: {reason}"
         finally:
             del self._starts[instance_id]
-        while self._row(instance_id) is None:
-            await asyncio.sleep(EMPTY_POLL_S)
         return ""
 
     async def _constructed(self, instance_id: str, actor: ActorHandle) -> None:
@@ -185,6 +186,17 @@ class Fleet:
                 )
             await asyncio.wait((through,), timeout=EMPTY_POLL_S)
         await through
+
+    async def _introduced(self, instance_id: str, before: InstanceHello | None) -> None:
+        """Wait until its process has said hello on the bus. Raises ConfigurationError if it does not."""
+        give_up_at = time.monotonic() + HELLO_TIMEOUT_S
+        while self._hellos.get(instance_id) is before:
+            if time.monotonic() > give_up_at:
+                raise ConfigurationError(
+                    f"its process runs, but the manager has not heard from it for {HELLO_TIMEOUT_S:.0f} s; "
+                    f"its host must be able to reach {self.server.address}"
+                )
+            await asyncio.sleep(EMPTY_POLL_S)
 
     # On the way out.
 

@@ -114,7 +114,7 @@ class InstanceServer:
                 if self._engine.has_work() and not self._stopping.is_set():
                     result = self._engine.step(time.monotonic)
                     self._perform(self._agent.after_step(result, time.monotonic()))
-        except Exception as error:  # the supervisor's one place: log, and fail the whole instance
+        except (Exception, SystemExit) as error:  # the supervisor's one place: log, and fail the instance
             log.exception("the engine thread failed")
             self._on_failure(error)
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from llumnix.runtime.frontend import BusStream, Frontend
 from llumnix.runtime.manager_actor import ClusterDescription, RemoteManager
 from llumnix.runtime.model_info import model_info
 from llumnix.runtime.ray_admin import RayAdmin
+
+REACH_TIMEOUT_S = 10.0
+JOIN_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"  # what Ray calls the number of them
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +89,11 @@ def start_ray(config: Config) -> bool:
     address = config.cluster.ray_address
     if address not in ("", "auto"):
         os.environ.pop("RAY_ADDRESS", None)  # Ray would prefer it to the address it is given
+    check_reachable(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
     try:
         if address:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+            with one_attempt():
+                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
         else:  # without "local" Ray would join whatever cluster was started last on this machine
             ray.init(
                 address="local",
@@ -102,6 +108,31 @@ def start_ray(config: Config) -> bool:
         hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
         raise ConfigurationError(f"cannot join the Ray cluster {address!r}: {error}{hint}") from error
     return True
+
+
+def check_reachable(address: str) -> None:
+    """Raise ConfigurationError if nobody listens at ``address``, HOST:PORT: Ray would try for minutes. What
+    is not of that form is Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigurationError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+@contextlib.contextmanager
+def one_attempt() -> Iterator[None]:
+    """Within it Ray tries to join a cluster once, which takes 40 s where somebody listens and does not
+    answer, instead of twenty times."""
+    before = os.environ.get(JOIN_ATTEMPTS)
+    os.environ.setdefault(JOIN_ATTEMPTS, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[JOIN_ATTEMPTS]
 
 
 def find_manager() -> ActorHandle | None:

@@ -5,7 +5,6 @@ No method may be a coroutine: Ray would then run all methods on one thread, and 
 would hold up every question and the very order that calls it off. What lasts is Fleet's, in the loop.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,7 +23,7 @@ from llumnix.core.admin import (
 from llumnix.core.config import Config
 from llumnix.core.messages.control import InstanceRole, RequestRow
 from llumnix.runtime.fleet import Fleet
-from llumnix.runtime.loop_thread import LoopThread
+from llumnix.runtime.loop_thread import LoopThread, end_process
 
 T = TypeVar("T")
 
@@ -45,8 +44,8 @@ class ManagerActor:
 
     def __init__(self, config: Config, port: int) -> None:
         self._config = config
-        self._loop = LoopThread("manager")
-        self._fleet = self._on_loop(lambda: Fleet(config, port, on_failure=lambda error: os._exit(1)))
+        self._loop = LoopThread("manager", end_process)
+        self._fleet = self._on_loop(lambda: Fleet(config, port, on_failure=end_process))
         self._server = self._fleet.server
 
     # Orders and questions.

@@ -86,7 +86,7 @@ class LocalAdmin:
 
     def _present(self, *order: str) -> None:
         if self.away:
-            raise ManagerAway("away")
+            raise ManagerAway("the manager is being restarted")
         if order:
             self.orders.append(order)
 

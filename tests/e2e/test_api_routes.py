@@ -1,11 +1,13 @@
 """The API's other routes on a real socket: health, metrics, admin calls, and who may make them."""
 
+import asyncio
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from local_backend import Served, served
 
+from llumnix.api import app
 from llumnix.api.server import ApiServer, open_socket
 from llumnix.core.config import EngineConfig, FrontendConfig
 from llumnix.core.errors import ConfigurationError
@@ -51,6 +53,14 @@ class TestOtherRoutes:
             assert page.status_code == 200 and "instance-0" not in page.text
         finally:
             server.backend.admin.away = False
+
+    def test_metrics_do_not_wait_for_a_manager_that_hangs(
+        self, server: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(app, "SCRAPE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(server.backend.admin, "instances", lambda: asyncio.sleep(60))
+        page = http.get("/metrics")
+        assert page.status_code == 200 and "llumnix_http_requests_total" in page.text
 
     def test_admin(self, server: Served, http: httpx.Client) -> None:
         assert http.get("/admin/status").json()["migrations_committed"] == 2

@@ -167,3 +167,31 @@ def test_a_request_not_found_in_time_names_who_did_not_answer() -> None:
     for _ in range(9):
         cluster.step()
     assert reason(cluster.answers[query_id]) == "no instance holds a request r9; no answer from a"
+
+
+def test_a_request_is_found_by_the_name_its_caller_chose_if_only_one_has_it() -> None:
+    cluster = cluster_with_requests()
+    cluster.instances["a"].running = {"story@c1": 10, "other@c1": 10, "other@c2": 10}
+    cluster.instances["b"].waiting = {}
+    cluster.report()
+    result = migrate(cluster, "story", "b")
+    assert isinstance(result, MigrationResult) and result.request_id == "story@c1"
+    said = reason(migrate(cluster, "other", "b"))
+    assert said == "several requests are called other; say which: other@c1, other@c2"
+    exact = migrate(cluster, "other@c2", "b")
+    assert isinstance(exact, MigrationResult) and exact.request_id == "other@c2"
+    assert "no instance holds a request oth" in reason(migrate(cluster, "oth", "b"))
+    assert isinstance(cluster.core.explain("story", cluster.now), tuple)
+
+
+def test_a_name_is_not_taken_for_the_first_request_that_has_it() -> None:
+    cluster = cluster_with_requests()
+    cluster.obey = False
+    query_id, effects = cluster.core.ask_migrate("story", "b", cluster.now)
+    cluster.do(effects)
+    for instance_id, held in (("a", "story@c1"), ("b", "story@c2")):
+        cluster.instances[instance_id].running = {held: 10}
+        assert query_id not in cluster.answers and not cluster.orders
+        rows = cluster.instances[instance_id].rows()
+        cluster.do(cluster.core.handle(RequestList(query_id, instance_id, rows), cluster.now))
+    assert "say which: story@c1, story@c2" in reason(cluster.answers[query_id])

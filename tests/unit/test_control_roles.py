@@ -152,6 +152,37 @@ def test_of_one_instances_requests_the_later_do_not_overtake() -> None:
     assert routes(cluster.step()) == [("large", "d"), ("small", "d")]
 
 
+def test_a_large_request_that_has_ended_holds_up_the_others_only_so_long() -> None:
+    cluster = apart()
+    cluster.instances["p"].running.update({f"large{number}": 40 for number in range(20)})
+    cluster.instances["d"].running["full"] = 75
+    cluster.report()
+    for number in range(20):
+        assert cluster.wants("p", f"large{number}") == []
+    cluster.instances["p"].running = {"small": 10}
+    cluster.instances["d"].running["full"] = 90
+    cluster.report()
+    assert cluster.wants("p", "small") == []
+    cluster.instances["d"].running["full"] = 75
+    begun = cluster.now
+    while not cluster.orders and cluster.now < begun + 60:
+        cluster.step()
+    assert routes(cluster.orders) == [("small", "d")]
+    assert wanted_moves.FIRST_S <= cluster.now - begun < wanted_moves.FIRST_S + 3
+
+
+def test_who_has_waited_long_for_room_still_gets_its_turn() -> None:
+    cluster = apart()
+    cluster.instances["p"].running.update({"large": 40, "small": 10})
+    cluster.instances["d"].running["full"] = 85
+    cluster.report()
+    assert cluster.wants("p", "large") == cluster.wants("p", "small") == []
+    for _ in range(60):
+        assert cluster.step() == []
+    cluster.instances["d"].running["full"] = 20
+    assert sorted(routes(cluster.step())) == [("large", "d"), ("small", "d")]
+
+
 def test_a_request_that_may_stay_after_a_change_of_role_is_left_alone() -> None:
     cluster = apart()
     cluster.instances["p"].running["r"] = 10
