@@ -39,14 +39,15 @@ class FreenessDispatch:
         first = best[0]
         narrow: InstanceView | None = None
         for view in candidates[:CONSIDERED_MAX]:
-            left = room_blocks(view) - request.blocks
-            batch = view.running + view.placed_requests + 1
-            if left >= self._low * batch and view.queue_freeness > self._low:
+            left, above = room_blocks(view) - request.blocks, view.queue_freeness > self._low
+            if above and left >= self._low * (view.running + view.placed_requests + 1):
                 wanted = f" with {request.blocks} free blocks and to spare"
                 reason = "freest" if view is first else "freest" + wanted
                 return DispatchDecision(view.instance_id, scores, reason), view
             if narrow is None and left >= 0:
                 narrow = view
+            if narrow is not None and not above:
+                break  # they come in falling order: none has more to spare
         if narrow is not None:
             reason = f"freest with {request.blocks} free blocks"
             return DispatchDecision(narrow.instance_id, scores, reason), narrow
