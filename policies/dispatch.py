@@ -38,7 +38,7 @@ class FreenessDispatch:
         scores = tuple([(view.instance_id, view.queue_freeness) for view in best])
         first = best[0]
         narrow: InstanceView | None = None
-        for view in candidates[:CONSIDERED_MAX]:
+        for view in islice(candidates, CONSIDERED_MAX):
             left, above = room_blocks(view) - request.blocks, view.queue_freeness > self._low
             if above and left >= self._low * (view.running + view.placed_requests + 1):
                 wanted = f" with {request.blocks} free blocks and to spare"
