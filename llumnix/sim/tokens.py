@@ -15,7 +15,7 @@ from llumnix.instance.simulated_executor import EOS_TOKEN, LETTERS, VOCAB_SIZE
 __all__ = ["EOS_TOKEN", "VOCAB_SIZE", "prompt_tokens", "sample", "sample_chunks", "tokens_of"]
 
 TABLE_SEED = 7
-PLACES = 1_048_573
+PLACES = 131_071
 HASHED_TOKENS = 512
 HASHES = 1 << 64
 _CIRCLE = random.Random(TABLE_SEED).randbytes(PLACES).translate(LETTERS * (256 // len(LETTERS)))
