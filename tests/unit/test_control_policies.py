@@ -23,6 +23,7 @@ from llumnix.core.views import (
     RequestView,
     ScalingDecision,
 )
+from llumnix.policies.dispatch import CONSIDERED_MAX
 
 
 class OwnFault(Exception):
@@ -293,6 +294,7 @@ class Unread(tuple[InstanceView, ...]):
     """Candidates of which nobody is to read more than the first."""
 
     def __iter__(self) -> Iterator[InstanceView]:
+        yield from self[:CONSIDERED_MAX]
         raise AssertionError("read them all")
 
 
