@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 NEW_TOKENS = 40
 REQUESTS = 10
-CROWDS_MAX = 5
+CROWDS_MAX = 25  # most crowds do it; on a busy machine several in a row may not
 
 
 def config(transport: str, *, swapping: bool) -> Config:
