@@ -12,7 +12,8 @@ from llumnix.core.messages.migration import Commit, CopyStage, Reserve
 from llumnix.core.messages.serving import RequestSpec
 from llumnix.instance.agent import Agent
 from llumnix.instance.in_process_engine import InProcessEngine
-from llumnix.migration.pace import Pace
+from llumnix.migration.pace import CopySpeeds, Pace
+from llumnix.migration.source import SourceMigration
 from llumnix.migration.transports.base import ReadStats
 
 MANAGER = "tcp://manager:1"
@@ -99,3 +100,17 @@ def messages(effects: Sequence[object], kind: type | None = None) -> list[object
 def sent_to(effects: Sequence[object], address: str) -> list[object]:
     """What is sent to one address."""
     return [e.message for e in effects if isinstance(e, Send) and e.address == address]
+
+
+def begun(engine: InProcessEngine, config: MigrationConfig = CONFIG) -> tuple[SourceMigration, list[Send]]:
+    """The source's side of `order`, and what it says first."""
+    migration = SourceMigration(
+        order(),
+        hello("source", engine),
+        engine=engine,
+        config=config,
+        pace=pace(),
+        speeds=CopySpeeds(),
+        manager_address=MANAGER,
+    )
+    return migration, migration.begin(1.0)

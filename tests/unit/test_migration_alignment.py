@@ -4,13 +4,12 @@ import random
 
 import pytest
 from engine_driving import small_engine, step
-from migration_driving import CONFIG, MANAGER, STEP_S, hello, order, pace, running
+from migration_driving import CONFIG, STEP_S, begun, running
 
 from llumnix.core.messages.migration import Reserved, StageCopied
 from llumnix.migration.alignment import STEP_COST, STEPS_MAX, Rhythm, steps_to_wait
 from llumnix.migration.events import StepEnded
-from llumnix.migration.pace import CopySpeeds, Pace
-from llumnix.migration.source import SourceMigration
+from llumnix.migration.pace import Pace
 from llumnix.migration.source_state import SourceState
 
 HOLD = 0.5
@@ -43,16 +42,7 @@ def test_a_source_without_a_pace_waits_for_nothing_special() -> None:
 def test_slow_steps_of_the_source_are_no_silence_of_the_target() -> None:
     engine = small_engine()
     running(engine, prompt_len=16, steps=4)
-    migration = SourceMigration(
-        order(),
-        hello("source", engine),
-        engine=engine,
-        config=CONFIG,
-        pace=pace(),
-        speeds=CopySpeeds(),
-        manager_address=MANAGER,
-    )
-    migration.begin(1.0)
+    migration, _ = begun(engine)
     migration.handle(Reserved("m", 15.0), 1.0)
     migration.rhythm = Rhythm(1.0 + 0.6 * STEP_S, 1.2 * STEP_S)  # three more steps are best, as below
     migration.handle(StageCopied("m", 1, 0.1), 1.0)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 from engine_driving import run_out, small_engine, spec, step
-from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, hello, messages, order, pace, running, sent_to
+from migration_driving import CONFIG, MANAGER, STEP_S, TARGET, begun, messages, running, sent_to
 
-from llumnix.core.config import EngineConfig, MigrationConfig
+from llumnix.core.config import EngineConfig
 from llumnix.core.effects import Send
 from llumnix.core.epochs import FIRST_EPOCH, HOP_MAX, RESUME_HOPS
 from llumnix.core.errors import ProtocolError
@@ -30,7 +30,6 @@ from llumnix.instance.engine import MovableState
 from llumnix.instance.in_process_engine import InProcessEngine
 from llumnix.instance.simulated_executor import SimulatedExecutor
 from llumnix.migration.events import ClientAbort, PeerFenced, StepEnded, Superseded, Timeout
-from llumnix.migration.pace import CopySpeeds
 from llumnix.migration.source import TRANSITIONS, SourceMigration
 from llumnix.migration.source_commit import ASKS_MAX
 from llumnix.migration.source_state import ENDED, SourceState
@@ -49,19 +48,6 @@ EVENTS: list[object] = [
     PeerFenced(),
     Timeout(),
 ]
-
-
-def begun(engine: InProcessEngine, config: MigrationConfig = CONFIG) -> tuple[SourceMigration, list[Send]]:
-    migration = SourceMigration(
-        order(),
-        hello("source", engine),
-        engine=engine,
-        config=config,
-        pace=pace(),
-        speeds=CopySpeeds(),
-        manager_address=MANAGER,
-    )
-    return migration, migration.begin(1.0)
 
 
 def at(state: SourceState) -> tuple[SourceMigration, InProcessEngine]:
